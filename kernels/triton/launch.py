@@ -1,0 +1,135 @@
+"""How every kernel is launched, and what every kernel shares: dots, activations, the architecture.
+
+A launcher allocates its outputs and calls :func:`launch`. Under :func:`record` nothing runs: the
+launches are collected instead, on meta tensors and for any architecture. So the compile gates and
+the launch counts look at exactly what ships.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETING = tl.constexpr(INTERPRETING)
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capability, major * 10 + minor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: what ``kernel[grid](**args, **options)`` would have run."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+    hot: bool = True  # hot kernels must not spill; the others are small or rare
+
+
+_assumed_arch: int | None = None
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def assume(arch: int) -> Iterator[None]:
+    """Choose configurations as on ``arch``, whatever the device (the interpreter runs any of them)."""
+    global _assumed_arch
+    before, _assumed_arch = _assumed_arch, arch
+    try:
+        yield
+    finally:
+        _assumed_arch = before
+
+
+@contextmanager
+def record(arch: int) -> Iterator[list[Launch]]:
+    """Collect the launches made inside, for ``arch``, instead of running them. Takes meta tensors."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        with assume(arch):
+            yield _recorded
+    finally:
+        _recorded = before
+
+
+def architecture(tensor: torch.Tensor) -> int:
+    """The compute capability (90 for Hopper) whose configurations a launch on ``tensor`` uses."""
+    if _assumed_arch is not None:
+        return _assumed_arch
+    if tensor.is_cuda:
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        return major * 10 + minor
+    return 80  # the interpreter
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """How many persistent programs fill the device; small in the interpreter, so that they loop."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return 132 if tensor.is_meta else 3
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    hot: bool = True,
+) -> None:
+    """Run ``kernel`` over ``grid`` on the device and current stream of its tensors (or record it)."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, options, hot))
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in args.values() if isinstance(a, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](**args, **options)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The dot precision for ``dtype``: float32 stays IEEE unless PyTorch was told that tf32 will do."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.constexpr_function
+def before(pieces, i):
+    """Where piece ``i`` starts when ``pieces`` are laid end to end."""
+    return sum(pieces[:i])
+
+
+def pieces(length: int, smallest: int = 16, largest: int = 128) -> tuple[int, ...]:
+    """Cut ``length`` (rounded up to ``smallest``) into descending powers of two: 208 -> 128, 64, 16.
+
+    Triton's tiles must be powers of two; unrolled over pieces they fit any multiple of 16.
+    """
+    rest = max(triton.cdiv(length, smallest), 1) * smallest
+    out = []
+    while rest:
+        piece = largest
+        while piece > rest:
+            piece //= 2
+        out.append(piece)
+        rest -= piece
+    return tuple(out)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32. The interpreter multiplies bf16 as raw bits, so it gets float32 operands."""
+    if _INTERPRETING:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
