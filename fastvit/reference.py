@@ -42,7 +42,7 @@ def merge(y: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor |
     return (residual + y).to(residual.dtype)
 
 
-def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last dimension with the result in ``dtype``; float32 weights are not rounded."""
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
     if dtypes == {dtype}:
@@ -94,9 +94,9 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`fastvit.ops.layer_norm`."""
     if residual is None:
-        return _normalise(x, weight, bias, eps, out_dtype or x.dtype)
+        return normalise(x, weight, bias, eps, out_dtype or x.dtype)
     stream = merge(x, residual, gamma, row_scale)
-    return _normalise(stream, weight, bias, eps, out_dtype or stream.dtype), stream
+    return normalise(stream, weight, bias, eps, out_dtype or stream.dtype), stream
 
 
 def linear(
@@ -112,7 +112,7 @@ def linear(
 ) -> Tensor:
     """See :func:`fastvit.ops.linear`."""
     if norm is not None:
-        x = _normalise(x, *norm, weight.dtype)
+        x = normalise(x, *norm, weight.dtype)
     y = activate(F.linear(x, weight, None if bias is None else bias.to(weight.dtype)), activation)
     return y if residual is None else merge(y, residual, gamma, row_scale)
 

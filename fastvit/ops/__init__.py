@@ -1,0 +1,27 @@
+"""The functional API: every op of a Vision Transformer, fused, on the backend that is there.
+
+Each op is a plain function; :mod:`fastvit.ops.backends` decides which implementation runs.
+"""
+
+import torch.fx
+
+from fastvit.ops.attention import attention, attention_qkvpacked
+from fastvit.ops.backends import BackendUnavailable, backend
+from fastvit.ops.layer_norm import layer_norm
+from fastvit.ops.linear import linear
+from fastvit.ops.mlp import mlp
+from fastvit.ops.patch_embed import patch_embed
+
+__all__ = [
+    "BackendUnavailable",
+    "attention",
+    "attention_qkvpacked",
+    "backend",
+    "layer_norm",
+    "linear",
+    "mlp",
+    "patch_embed",
+]
+
+for _name in ("attention", "attention_qkvpacked", "layer_norm", "linear", "mlp", "patch_embed"):
+    torch.fx.wrap(_name)  # symbolic tracing sees one node per op, not its checks

@@ -1,0 +1,178 @@
+"""LayerNorm, with the residual add before it fused in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit import reference
+from fastvit.ops import backends, checks
+from fastvit.ops.library import as_rows, cast_gradients, needs_grad, none_if_empty, or_empty, register
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension (Ba et al., 2016), statistics in float32.
+
+    Args:
+        x: (..., D) floating. The kernels take float32, float16 and bfloat16; rows that are not contiguous are copied.
+        weight, bias: (D,), each or both None; may be float32 beside a 16-bit x.
+        eps: added to the variance.
+        residual: (..., D); may be float32. Then s = residual + row_scale * gamma * x is normalised and returned too.
+        gamma: (D,) LayerScale.
+        row_scale: (B,) float32 with B = x.shape[0], drop-path; it gets no gradient.
+        out_dtype: of the normalised result; by default that of what is normalised.
+
+    Returns:
+        LN(x) (..., D), or (LN(s), s) with s in the residual's dtype when a residual is given.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+        BackendUnavailable: the backend that is set can't run this.
+    """
+    checks.floating("layer_norm", x=x, weight=weight, bias=bias, residual=residual, gamma=gamma)
+    if x.ndim == 0:
+        raise ValueError("ops.layer_norm: x is a scalar; it needs at least one dimension")
+    width = x.shape[-1]
+    checks.shape("layer_norm", "weight", weight, (width,))
+    checks.shape("layer_norm", "bias", bias, (width,))
+    checks.merging("layer_norm", x.shape[:-1], width, residual, gamma, row_scale)
+    checks.same_device("layer_norm", x, weight=weight, bias=bias, residual=residual, gamma=gamma, row_scale=row_scale)
+    chosen = backends.choose("layer_norm", x, needs_grad=needs_grad(x, weight, bias, residual, gamma))
+    if chosen != "triton":
+        return reference.layer_norm(
+            x, weight, bias, eps, residual=residual, gamma=gamma, row_scale=row_scale, out_dtype=out_dtype
+        )
+    if out_dtype is None and torch.is_autocast_enabled(x.device.type):
+        out_dtype = torch.float32  # as autocast does for F.layer_norm
+    y, stream, _, _ = _layer_norm(x, weight, bias, eps, residual, gamma, row_scale, out_dtype)
+    return y if residual is None else (y, stream)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastvit.triton.layer_norm import layer_norm_forward
+
+    y, stream, mean, rstd = layer_norm_forward(
+        as_rows(x),
+        weight,
+        bias,
+        eps,
+        residual=None if residual is None else as_rows(residual),
+        gamma=gamma,
+        row_scale=row_scale,
+        out_dtype=out_dtype,
+    )
+    return y.view(x.shape), x.new_empty(0) if stream is None else stream.view(x.shape), mean, rstd
+
+
+def _fake(x, weight, bias, eps, residual, gamma, row_scale, out_dtype):
+    normalised = x if residual is None else residual
+    statistics = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    stream = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=out_dtype or normalised.dtype), stream, statistics, torch.empty_like(statistics)
+
+
+def _backward(
+    dy: Tensor,
+    dstream: Tensor | None,
+    normalised: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    needs_params: bool,
+) -> tuple[Tensor, ...]:
+    from fastvit.triton.layer_norm import layer_norm_backward
+
+    dx, dresidual, dweight, dbias, dgamma = layer_norm_backward(
+        as_rows(dy),
+        None if dstream is None else as_rows(dstream),
+        as_rows(normalised),
+        weight,
+        mean,
+        rstd,
+        branch=None if branch is None else as_rows(branch),
+        gamma=gamma,
+        row_scale=row_scale,
+        need_params=needs_params,
+    )
+    shape = normalised.shape
+    dresidual = None if dresidual is None else dresidual.view(shape)
+    return dx.view(shape), *(or_empty(g, dx) for g in (dresidual, dweight, dbias, dgamma))
+
+
+def _backward_fake(dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params):
+    def params(present):
+        if not present:
+            return dx.new_empty(0)
+        return normalised.new_empty(normalised.shape[-1], dtype=torch.float32)
+
+    dx = (normalised if branch is None else branch).new_empty(normalised.shape)
+    dresidual = dx.new_empty(0) if branch is None else torch.empty_like(normalised)
+    has_gamma = branch is not None and gamma is not None
+    return dx, dresidual, params(needs_params), params(needs_params), params(needs_params and has_gamma)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, residual, gamma, row_scale, _ = inputs
+    _, stream, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.merged, ctx.branch_dtype = residual is not None, x.dtype
+    branch = x if ctx.merged and gamma is not None else None
+    ctx.save_for_backward(stream if ctx.merged else x, weight, bias, mean, rstd, branch, gamma, row_scale)
+
+
+def _gradient(ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    normalised, weight, bias, mean, rstd, branch, gamma, row_scale = ctx.saved_tensors
+    dy = torch.zeros_like(normalised) if dy is None else dy
+    needs_params = any(ctx.needs_input_grad[i] for i in (1, 2, 5))
+    dx, dresidual, dweight, dbias, dgamma = map(
+        none_if_empty,
+        _layer_norm_backward(dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params),
+    )
+    if ctx.merged and branch is None:  # no LayerScale: the branch gets the stream's gradient, scaled by image
+        dresidual = dx
+        if row_scale is not None:
+            dx = dx * row_scale.view(-1, *[1] * (dx.ndim - 1))
+        dx = dx.to(ctx.branch_dtype)
+    dweight, dbias, dgamma = cast_gradients((dweight, weight), (dbias, bias), (dgamma, gamma))
+    return dx, dweight, dbias, None, dresidual, dgamma, None, None
+
+
+_layer_norm_backward = register(
+    "layer_norm_backward(Tensor dy, Tensor? dstream, Tensor normalised, Tensor? weight, Tensor mean, Tensor rstd, "
+    "Tensor? branch, Tensor? gamma, Tensor? row_scale, bool needs_params) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_layer_norm = register(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, Tensor? gamma, "
+    "Tensor? row_scale, ScalarType? out_dtype) -> (Tensor y, Tensor stream, Tensor mean, Tensor rstd)",
+    _forward,
+    _fake,
+    backward=_gradient,
+    setup_context=_setup_context,
+)

@@ -1,0 +1,79 @@
+"""Registration of the kernel ops: one schema, one implementation, one fake function, one autograd rule each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit.ops.backends import INTERPRETING
+
+LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
+KERNELS: dict[Any, Callable[..., Any]] = {}  # torch.ops.fastvit.<name>.default -> its implementation
+DEVICES = ("CUDA", "CPU") if INTERPRETING else ("CUDA",)
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
+    raise RuntimeError(
+        "fastvit: the Triton kernels have no second derivatives; "
+        'compute this under fastvit.backend("reference"), which has them'
+    )
+
+
+def register(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> Any:
+    """Define ``torch.ops.fastvit.<name>`` and return it. Without ``backward`` its derivative is refused."""
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    for device in DEVICES:
+        LIBRARY.impl(name, kernel, device)
+    torch.library.register_fake(f"fastvit::{name}", fake, lib=LIBRARY)
+    rule = backward or _refuse_second_derivative
+    torch.library.register_autograd(f"fastvit::{name}", rule, setup_context=setup_context, lib=LIBRARY)
+    op = getattr(torch.ops.fastvit, name).default
+    KERNELS[op] = kernel
+    return op
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a backward for these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., D) as (M, D) with the last dimension contiguous; a copy only where strides demand it."""
+    x = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def none_if_empty(t: Tensor) -> Tensor | None:
+    """Ops return a tensor of shape (0,) for an absent result."""
+    return None if t.shape == (0,) else t
+
+
+def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """The other direction of :func:`none_if_empty`."""
+    return like.new_empty(0) if t is None else t
+
+
+def cast_for_autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Matmul operands in the autocast dtype, as autocast treats the ops that these replace."""
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def cast_gradients(*pairs: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Each (gradient, parameter): the float32 gradient in its parameter's dtype, None where either is absent."""
+    return tuple(None if g is None or p is None else g.to(p.dtype) for g, p in pairs)

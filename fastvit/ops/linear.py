@@ -1,0 +1,304 @@
+"""Linear layers with what surrounds them in a Vision Transformer fused in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit import reference
+from fastvit.ops import backends, checks, onednn
+from fastvit.ops.library import (
+    as_rows,
+    cast_for_autocast,
+    cast_gradients,
+    needs_grad,
+    none_if_empty,
+    or_empty,
+    register,
+)
+from fastvit.reference import Norm
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """act(LN(x) W^T + b), or residual + row_scale * gamma * act(LN(x) W^T + b).
+
+    Args:
+        x: (..., K) in the weight's dtype; with a norm it may be float32 beside 16-bit weights.
+        weight: (N, K). bias: (N,) or None, may be float32.
+        norm: (weight (K,), bias (K,) or None, eps) of a LayerNorm before the product, or None.
+        activation: None, "gelu" (erf), "gelu_tanh" or "quick_gelu" (x sigmoid(1.702 x)).
+        residual: (..., N); may be float32, and the result then is.
+        gamma: (N,) LayerScale (Touvron et al., 2021). row_scale: (B,) float32 with B = x.shape[0], drop-path.
+
+    Returns:
+        (..., N) in the residual's dtype, or without one in the weight's.
+
+    Raises:
+        ValueError: a shape, dtype, device or activation that does not fit.
+        BackendUnavailable: the backend that is set can't run this.
+    """
+    check("linear", x, weight, bias, norm, residual, gamma, row_scale)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"ops.linear: unknown activation {activation!r}; accepted: None, {', '.join(ACTIVATIONS)}")
+    norm_weight, norm_bias, eps = norm or (None, None, None)
+    grad = needs_grad(x, weight, bias, norm_weight, norm_bias, residual, gamma)
+    chosen = backends.choose("linear", x, needs_grad=grad)
+    if chosen == "triton":
+        x, weight = operands("linear", x, weight, normed=norm is not None)
+        if activation is not None and residual is not None:  # no model has both: merged in a second step
+            y, _, _, _ = _linear(x, weight, bias, norm_weight, norm_bias, eps, activation, None, None, None, grad)
+            return reference.merge(y, residual, gamma, row_scale)
+        out, _, _, _ = _linear(
+            x, weight, bias, norm_weight, norm_bias, eps, activation, residual, gamma, row_scale, grad
+        )
+        return out
+    run = onednn.linear if chosen == "onednn" else reference.linear
+    return run(x, weight, bias, norm=norm, activation=activation, residual=residual, gamma=gamma, row_scale=row_scale)
+
+
+def check(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+) -> None:
+    checks.floating(op, x=x, weight=weight, bias=bias, residual=residual, gamma=gamma)
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"ops.{op}: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; expected (..., K) and (N, K)"
+        )
+    checks.shape(op, "bias", bias, (weight.shape[0],))
+    checks.norm(op, norm, x.shape[-1])
+    checks.merging(op, x.shape[:-1], weight.shape[0], residual, gamma, row_scale)
+    norm_weight, norm_bias, _ = norm or (None, None, None)
+    checks.same_device(
+        op,
+        x,
+        weight=weight,
+        bias=bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        residual=residual,
+        gamma=gamma,
+        row_scale=row_scale,
+    )
+    if norm is None and not torch.is_autocast_enabled(x.device.type):
+        checks.same_dtype(op, x=x, weight=weight)
+
+
+def operands(op: str, x: Tensor, *weights: Tensor, normed: bool) -> tuple[Any, ...]:
+    """The product's operands in one dtype; a normed x keeps its own, the norm writes the weight's."""
+    weights = cast_for_autocast(x.device.type, *weights)
+    if not normed:
+        (x,) = cast_for_autocast(x.device.type, x)
+    if weights[0].dtype not in backends.KERNEL_DTYPES:
+        raise ValueError(f"ops.{op}: weight dtype {weights[0].dtype} is not supported by the kernels")
+    return x, *weights
+
+
+def normalise(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(LN(x), mean, rstd) as rows in ``dtype`` by the kernel, or (x as rows, None, None) where eps is None."""
+    if eps is None:
+        return as_rows(x), None, None
+    from fastvit.triton.layer_norm import layer_norm_forward
+
+    y, _, mean, rstd = layer_norm_forward(as_rows(x), norm_weight, norm_bias, eps, out_dtype=dtype)
+    return y, mean, rstd
+
+
+def normalise_gradient(
+    dnormed: Tensor,
+    dstream: Tensor | None,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, dnorm_weight, dnorm_bias) from the gradient of LN(x), plus dstream where x also is the residual."""
+    from fastvit.triton.layer_norm import layer_norm_backward
+
+    dstream = None if dstream is None else as_rows(dstream)
+    needs_params = norm_weight is not None or norm_bias is not None
+    dx, _, dweight, dbias, _ = layer_norm_backward(
+        dnormed, dstream, as_rows(x), norm_weight, mean, rstd, need_params=needs_params
+    )
+    return dx.view(x.shape), None if norm_weight is None else dweight, None if norm_bias is None else dbias
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastvit.triton.linear import linear_forward
+
+    rows, mean, rstd = normalise(x, norm_weight, norm_bias, eps, weight.dtype)
+    out, preact = linear_forward(
+        rows,
+        weight.contiguous(),
+        bias,
+        activation=activation,
+        residual=None if residual is None else as_rows(residual),
+        gamma=gamma,
+        row_scale=row_scale,
+        save_preact=save and activation is not None,
+    )
+    return out.view(*x.shape[:-1], out.shape[-1]), *(or_empty(t, out) for t in (mean, rstd, preact))
+
+
+def statistics_fake(x, eps):
+    """Fake (mean, rstd) of :func:`normalise`."""
+    shape = 0 if eps is None else x.numel() // x.shape[-1]
+    dtype = torch.float32
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def _fake(x, weight, bias, norm_weight, norm_bias, eps, activation, residual, gamma, row_scale, save):
+    out = (weight if residual is None else residual).new_empty((*x.shape[:-1], weight.shape[0]))
+    keep = save and activation is not None
+    preact = weight.new_empty((x.numel() // x.shape[-1], weight.shape[0])) if keep else out.new_empty(0)
+    return out, *statistics_fake(x, eps), preact
+
+
+def _backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    mean: Tensor,
+    rstd: Tensor,
+    preact: Tensor,
+    activation: str | None,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    from fastvit.triton.activations import activation_gradient
+    from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient
+
+    needs_x, needs_weight = needs
+    weight, dout = weight.contiguous(), as_rows(dout)
+    dx = dweight = dbias = dgamma = dnorm_weight = dnorm_bias = None
+    if activation is not None:
+        dout, _ = activation_gradient(dout, preact, activation)
+    if needs_weight:
+        rows, _, _ = normalise(x, norm_weight, norm_bias, eps, weight.dtype)
+        dweight, dbias, dgamma = linear_weight_gradient(
+            dout, rows, weight=weight, bias=bias, gamma=gamma, row_scale=row_scale, need_bias=bias is not None
+        )
+    if needs_x:
+        dx, _ = linear_input_gradient(dout, weight, gamma=gamma, row_scale=row_scale)
+        if eps is not None:
+            dx, dnorm_weight, dnorm_bias = normalise_gradient(dx, None, x, norm_weight, norm_bias, mean, rstd)
+        dx = dx.view(x.shape)
+    return tuple(or_empty(g, dout) for g in (dx, dweight, dbias, dnorm_weight, dnorm_bias, dgamma))
+
+
+def _backward_fake(
+    dout, x, weight, bias, norm_weight, norm_bias, eps, mean, rstd, preact, activation, gamma, row_scale, needs
+):
+    needs_x, needs_weight = needs
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        vector_fake(x, weight.shape[0], needs_weight and bias is not None),
+        vector_fake(x, x.shape[-1], needs_x and norm_weight is not None),
+        vector_fake(x, x.shape[-1], needs_x and norm_bias is not None),
+        vector_fake(x, weight.shape[0], needs_weight and gamma is not None),
+    )
+
+
+def vector_fake(x, length, present):
+    """Fake float32 gradient (length,), or (0,) where it is absent."""
+    return x.new_empty(length if present else 0, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, norm_weight, norm_bias, eps, activation, residual, gamma, row_scale, _ = inputs
+    _, mean, rstd, preact = output
+    ctx.mark_non_differentiable(mean, rstd, preact)
+    ctx.set_materialize_grads(False)
+    ctx.eps, ctx.activation, ctx.merged = eps, activation, residual is not None
+    ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, mean, rstd, preact, gamma, row_scale)
+
+
+def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 11
+    x, weight, bias, norm_weight, norm_bias, mean, rstd, preact, gamma, row_scale = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    needs = [wanted[0] or wanted[3] or wanted[4], wanted[1] or wanted[2] or wanted[8]]
+    dx, dweight, dbias, dnorm_weight, dnorm_bias, dgamma = map(
+        none_if_empty,
+        _linear_backward(
+            dout,
+            x,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            ctx.eps,
+            mean,
+            rstd,
+            preact,
+            ctx.activation,
+            gamma,
+            row_scale,
+            needs,
+        ),
+    )
+    dbias, dnorm_weight, dnorm_bias, dgamma = cast_gradients(
+        (dbias, bias), (dnorm_weight, norm_weight), (dnorm_bias, norm_bias), (dgamma, gamma)
+    )
+    dresidual = dout if ctx.merged else None
+    return dx, dweight, dbias, dnorm_weight, dnorm_bias, None, None, dresidual, dgamma, None, None
+
+
+_linear_backward = register(
+    "linear_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "float? eps, Tensor mean, Tensor rstd, Tensor preact, str? activation, Tensor? gamma, Tensor? row_scale, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_linear = register(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float? eps, "
+    "str? activation, Tensor? residual, Tensor? gamma, Tensor? row_scale, bool save) "
+    "-> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)",
+    _forward,
+    _fake,
+    backward=_gradient,
+    setup_context=_setup_context,
+)

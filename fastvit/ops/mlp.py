@@ -1,0 +1,311 @@
+"""The feed-forward half of a transformer block: two linears, their norm, activation and residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastvit import reference
+from fastvit.ops import backends, checks, onednn
+from fastvit.ops.library import as_rows, cast_gradients, needs_grad, none_if_empty, or_empty, register
+from fastvit.ops.linear import (
+    ACTIVATIONS,
+    check,
+    normalise,
+    normalise_gradient,
+    operands,
+    statistics_fake,
+    vector_fake,
+)
+from fastvit.reference import Norm
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    norm: Norm | None = None,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """y = act(LN(x) W1^T + b1) W2^T + b2, or residual + row_scale * gamma * y (equation 3 of the ViT paper).
+
+    Args:
+        x: (..., D) in the weights' dtype; with a norm it may be float32 beside 16-bit weights.
+        fc1_weight: (F, D), fc1_bias: (F,) or None. fc2_weight: (D', F), or (D', F / 2) for "swiglu".
+        fc2_bias: (D',) or None. Biases may be float32.
+        norm: (weight (D,), bias (D,) or None, eps) of the LayerNorm before, or None.
+        activation: "gelu" (erf), "gelu_tanh", "quick_gelu" (CLIP) or "swiglu" (DINOv2-g: silu(first half) * second).
+        residual: (..., D'); may be float32, and the result then is. gamma: (D',) LayerScale.
+        row_scale: (B,) float32 with B = x.shape[0], drop-path; it gets no gradient.
+
+    Returns:
+        (..., D') in the residual's dtype, or without one in the weights'. Backward keeps x, the norm's statistics
+        and the pre-activation, and recomputes the rest.
+
+    Raises:
+        ValueError: a shape, dtype, device or activation that does not fit.
+        BackendUnavailable: the backend that is set can't run this.
+    """
+    if activation not in (*ACTIVATIONS, "swiglu"):
+        accepted = ", ".join((*ACTIVATIONS, "swiglu"))
+        raise ValueError(f"ops.mlp: unknown activation {activation!r}; accepted: {accepted}")
+    check("mlp", x, fc1_weight, fc1_bias, norm, None, None, None)
+    hidden = fc1_weight.shape[0] // (2 if activation == "swiglu" else 1)
+    if fc2_weight.ndim != 2 or fc2_weight.shape[1] != hidden or (activation == "swiglu" and fc1_weight.shape[0] % 2):
+        raise ValueError(
+            f"ops.mlp: fc1_weight has shape {tuple(fc1_weight.shape)}, fc2_weight {tuple(fc2_weight.shape)}; "
+            f"with {activation} the second must be (D, {hidden}) and fc1's rows even"
+        )
+    checks.shape("mlp", "fc2_bias", fc2_bias, (fc2_weight.shape[0],))
+    checks.merging("mlp", x.shape[:-1], fc2_weight.shape[0], residual, gamma, row_scale)
+    checks.same_device(
+        "mlp",
+        x,
+        fc2_weight=fc2_weight,
+        fc2_bias=fc2_bias,
+        residual=residual,
+        gamma=gamma,
+        row_scale=row_scale,
+    )
+    checks.same_dtype("mlp", fc1_weight=fc1_weight, fc2_weight=fc2_weight)
+    norm_weight, norm_bias, eps = norm or (None, None, None)
+    grad = needs_grad(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual, gamma)
+    chosen = backends.choose("mlp", x, needs_grad=grad)
+    if chosen == "triton":
+        same = residual is x  # then backward adds its gradient in the norm's own kernel
+        x, fc1_weight, fc2_weight = operands("mlp", x, fc1_weight, fc2_weight, normed=norm is not None)
+        if residual is not None and same and x.dtype == residual.dtype:
+            residual = None
+        else:
+            same = False
+        out, _, _, _ = _mlp(
+            x,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            norm_weight,
+            norm_bias,
+            eps,
+            activation,
+            residual,
+            same,
+            gamma,
+            row_scale,
+            grad,
+        )
+        return out
+    run = onednn.mlp if chosen == "onednn" else reference.mlp
+    return run(
+        x,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
+        norm=norm,
+        activation=activation,
+        residual=residual,
+        gamma=gamma,
+        row_scale=row_scale,
+    )
+
+
+def _forward(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    activation: str,
+    residual: Tensor | None,
+    add_x: bool,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastvit.triton.linear import linear_forward
+
+    rows, mean, rstd = normalise(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
+    hidden, preact = linear_forward(
+        rows, fc1_weight.contiguous(), fc1_bias, activation=activation, save_preact=save
+    )
+    residual = x if add_x else residual
+    out, _ = linear_forward(
+        hidden,
+        fc2_weight.contiguous(),
+        fc2_bias,
+        residual=None if residual is None else as_rows(residual),
+        gamma=gamma,
+        row_scale=row_scale,
+    )
+    return out.view(*x.shape[:-1], out.shape[-1]), *(or_empty(t, out) for t in (mean, rstd, preact))
+
+
+def _fake(
+    x,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    norm_weight,
+    norm_bias,
+    eps,
+    activation,
+    residual,
+    add_x,
+    gamma,
+    row_scale,
+    save,
+):
+    like = x if add_x else fc2_weight if residual is None else residual
+    out = like.new_empty((*x.shape[:-1], fc2_weight.shape[0]))
+    preact = fc1_weight.new_empty((x.numel() // x.shape[-1], fc1_weight.shape[0])) if save else out.new_empty(0)
+    return out, *statistics_fake(x, eps), preact
+
+
+def _backward(
+    dout: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    mean: Tensor,
+    rstd: Tensor,
+    preact: Tensor,
+    activation: str,
+    add_x: bool,
+    gamma: Tensor | None,
+    row_scale: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient
+
+    needs_x, needs_fc1, needs_fc2 = needs
+    fc1_weight, fc2_weight, dout = fc1_weight.contiguous(), fc2_weight.contiguous(), as_rows(dout)
+    dx = dfc1 = dfc1_bias = dfc2 = dfc2_bias = dnorm_weight = dnorm_bias = dgamma = None
+    dpreact, hidden = linear_input_gradient(
+        dout, fc2_weight, gamma=gamma, row_scale=row_scale, preact=preact, activation=activation
+    )
+    if needs_fc2:
+        dfc2, dfc2_bias, dgamma = linear_weight_gradient(
+            dout,
+            hidden,
+            weight=fc2_weight,
+            bias=fc2_bias,
+            gamma=gamma,
+            row_scale=row_scale,
+            need_bias=fc2_bias is not None,
+        )
+    del hidden
+    if needs_fc1:
+        rows, _, _ = normalise(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
+        dfc1, dfc1_bias, _ = linear_weight_gradient(dpreact, rows, need_bias=fc1_bias is not None)
+    if needs_x:
+        dx, _ = linear_input_gradient(dpreact, fc1_weight)
+        stream = dout if add_x else None
+        if eps is not None:
+            dx, dnorm_weight, dnorm_bias = normalise_gradient(dx, stream, x, norm_weight, norm_bias, mean, rstd)
+        elif stream is not None:
+            dx = dx + stream
+        dx = dx.view(x.shape)
+    gradients = (dx, dfc1, dfc1_bias, dfc2, dfc2_bias, dnorm_weight, dnorm_bias, dgamma)
+    return tuple(or_empty(g, dout) for g in gradients)
+
+
+def _backward_fake(
+    dout,
+    x,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    norm_weight,
+    norm_bias,
+    eps,
+    mean,
+    rstd,
+    preact,
+    activation,
+    add_x,
+    gamma,
+    row_scale,
+    needs,
+):
+    needs_x, needs_fc1, needs_fc2 = needs
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        fc1_weight.new_empty(fc1_weight.shape if needs_fc1 else 0),
+        vector_fake(x, fc1_weight.shape[0], needs_fc1 and fc1_bias is not None),
+        fc2_weight.new_empty(fc2_weight.shape if needs_fc2 else 0),
+        vector_fake(x, fc2_weight.shape[0], needs_fc2 and fc2_bias is not None),
+        vector_fake(x, x.shape[-1], needs_x and norm_weight is not None),
+        vector_fake(x, x.shape[-1], needs_x and norm_bias is not None),
+        vector_fake(x, fc2_weight.shape[0], needs_fc2 and gamma is not None),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, eps, activation, residual, add_x, gamma, row_scale, _ = inputs
+    _, mean, rstd, preact = output
+    ctx.mark_non_differentiable(mean, rstd, preact)
+    ctx.set_materialize_grads(False)
+    ctx.eps, ctx.activation, ctx.merged, ctx.add_x = eps, activation, residual is not None, add_x
+    ctx.save_for_backward(*tensors, mean, rstd, preact, gamma, row_scale)
+
+
+def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 14
+    *tensors, mean, rstd, preact, gamma, row_scale = ctx.saved_tensors
+    _, _, fc1_bias, _, fc2_bias, norm_weight, norm_bias = tensors
+    wanted = ctx.needs_input_grad
+    needs = [wanted[0] or wanted[5] or wanted[6], wanted[1] or wanted[2], wanted[3] or wanted[4] or wanted[11]]
+    dx, dfc1, dfc1_bias, dfc2, dfc2_bias, dnorm_weight, dnorm_bias, dgamma = map(
+        none_if_empty,
+        _mlp_backward(
+            dout, *tensors, ctx.eps, mean, rstd, preact, ctx.activation, ctx.add_x, gamma, row_scale, needs
+        ),
+    )
+    dfc1_bias, dfc2_bias, dnorm_weight, dnorm_bias, dgamma = cast_gradients(
+        (dfc1_bias, fc1_bias),
+        (dfc2_bias, fc2_bias),
+        (dnorm_weight, norm_weight),
+        (dnorm_bias, norm_bias),
+        (dgamma, gamma),
+    )
+    dresidual = dout if ctx.merged else None
+    parameters = (dfc1, dfc1_bias, dfc2, dfc2_bias, dnorm_weight, dnorm_bias)
+    return dx, *parameters, None, None, dresidual, None, dgamma, None, None
+
+
+_mlp_backward = register(
+    "mlp_backward(Tensor dout, Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+    "Tensor? norm_weight, Tensor? norm_bias, float? eps, Tensor mean, Tensor rstd, Tensor preact, str activation, "
+    "bool add_x, Tensor? gamma, Tensor? row_scale, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_mlp = register(
+    "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "
+    "Tensor? norm_bias, float? eps, str activation, Tensor? residual, bool add_x, Tensor? gamma, Tensor? row_scale, "
+    "bool save) -> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)",
+    _forward,
+    _fake,
+    backward=_gradient,
+    setup_context=_setup_context,
+)

@@ -1,0 +1,160 @@
+"""What can be known about the kernels without a GPU: launches, saved bytes, and the compiler's own report.
+
+Models run here on meta tensors: every op's launcher is called and its launches are collected instead of run,
+for any architecture. Each launch can then be compiled for that architecture, exactly as a GPU would get it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvit.ops import backends
+from fastvit.ops.library import KERNELS
+
+# Shared memory that one program may use, in KiB (CUDA programming guide, compute capabilities).
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
+@dataclass
+class Trace:
+    """What ran inside :func:`trace`: kernel launches, and the ATen ops that are neither views nor allocations."""
+
+    launches: list[Any] = field(default_factory=list)
+    aten: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Launches plus ATen ops, as ``launches_per_block`` counts them."""
+        return len(self.launches) + len(self.aten)
+
+
+_ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh")
+
+
+class _Tracer(TorchDispatchMode):
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastvit":
+            return KERNELS[func](*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket.__name__ not in (*_ALLOCATIONS, "_unsafe_view"):
+            self.trace.aten.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def trace(arch: int) -> Iterator[Trace]:
+    """Run models on meta tensors inside, as on a GPU of compute capability ``arch`` (90 for Hopper)."""
+    from fastvit.triton import launch
+
+    result = Trace()
+    with backends.backend("triton"), launch.record(arch) as result.launches, _Tracer(result):
+        yield result
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Bytes that ``run`` keeps for its backward: unique storages, without those of ``model``'s parameters."""
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # a storage must not be freed and its address reused while we count
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(storage)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(kept.values())
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The compiler's report on one launch."""
+
+    name: str
+    arch: int
+    constants: str
+    hot: bool
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    ptx: str = field(repr=False)
+    cubin: bytes = field(repr=False)
+
+    def instructions(self) -> set[str]:
+        """The SASS mnemonics in the binary (HMMA, HGMMA...), without modifiers."""
+        text = _cuobjdump("-sass", self.cubin)
+        return set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text, re.MULTILINE))
+
+
+def _cuobjdump(flag: str, cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _specialise(launch: Any, arch: int) -> tuple[Any, ...]:
+    """(target, options, signature, constants, attributes) of a launch: what Triton's JIT would compile."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    options = dict(launch.options, debug=False)
+    bound, specialization, options = binder(**launch.args, **options)
+    return target, *launch.kernel._pack_args(backend, options, bound, specialization, options)
+
+
+def distinct(launches: Iterable[Any], arch: int) -> list[Any]:
+    """The launches that compile to different code, in order of first appearance."""
+    seen: dict[str, Any] = {}
+    for one in launches:
+        _, options, signature, constants, attributes = _specialise(one, arch)
+        seen.setdefault(repr((one.kernel.fn.__name__, options, signature, constants, attributes)), one)
+    return list(seen.values())
+
+
+def compile_launch(launch: Any, arch: int) -> Compiled:
+    """Compile one recorded launch for ``arch`` and read its resources from the binary. Needs no GPU."""
+    import triton
+    from triton.compiler import ASTSource
+
+    target, options, signature, constants, attributes = _specialise(launch, arch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=options.__dict__)
+    cubin = compiled.asm["cubin"]
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", cubin)))
+    names = launch.kernel.arg_names
+    return Compiled(
+        name=launch.kernel.fn.__name__,
+        arch=arch,
+        constants=", ".join(f"{names[k[0]]}={v}" for k, v in constants.items() if len(k) == 1) + f" {launch.options}",
+        hot=launch.hot,
+        registers=int(usage["REG"]),
+        spill_bytes=max(int(usage["STACK"]), int(usage["LOCAL"])),
+        shared_bytes=compiled.metadata.shared,
+        ptx=compiled.asm["ptx"],
+        cubin=cubin,
+    )
