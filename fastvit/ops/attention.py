@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import reference
 from fastvit.ops import backends, checks
-from fastvit.ops.library import cast_for_autocast, needs_grad, register
+from fastvit.ops.library import autocasting, cast_for_autocast, needs_grad, register
 
 
 def attention(
@@ -37,11 +39,12 @@ def attention(
             "expected (B, Tq, H, d), (B, Tk, H, d), (B, Tk, H, d)"
         )
     checks.same_device("attention", q, k=k, v=v)
-    if not torch.is_autocast_enabled(q.device.type):
+    if not autocasting(q):
         checks.same_dtype("attention", q=q, k=k, v=v)
     if backends.choose("attention", q, needs_grad=needs_grad(q, k, v)) != "triton":
-        return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
-    q, k, v = cast_for_autocast(q.device.type, q, k, v)  # type: ignore[assignment]
+        with _differentiable_twice(q, k, v):
+            return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
+    q, k, v = cast_for_autocast(q, q, k, v)  # type: ignore[assignment]
     out, lse = _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
     return (out, lse) if return_lse else out
 
@@ -65,10 +68,18 @@ def attention_qkvpacked(
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"ops.attention_qkvpacked: qkv has shape {tuple(qkv.shape)}, expected (B, T, 3, H, d)")
     if backends.choose("attention_qkvpacked", qkv, needs_grad=needs_grad(qkv)) != "triton":
-        return reference.attention_qkvpacked(qkv, scale=scale, return_lse=return_lse)
-    (qkv,) = cast_for_autocast(qkv.device.type, qkv)  # type: ignore[assignment]
+        with _differentiable_twice(qkv):
+            return reference.attention_qkvpacked(qkv, scale=scale, return_lse=return_lse)
+    (qkv,) = cast_for_autocast(qkv, qkv)  # type: ignore[assignment]
     out, lse = _attention_qkvpacked(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)
     return (out, lse) if return_lse else out
+
+
+def _differentiable_twice(*tensors: Tensor) -> AbstractContextManager[None]:
+    """PyTorch's fused attention has no second derivatives; who names the reference for training gets them."""
+    if backends.setting() == "reference" and needs_grad(*tensors):
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _unit_stride(t: Tensor) -> Tensor:

@@ -93,14 +93,14 @@ def note_fallback(message: str) -> None:
 
 
 def _refuse_onednn(x: Tensor, needs_grad: bool) -> str | None:
+    if torch.compiler.is_compiling():
+        return "it is for eager mode; torch.compile fuses the reference itself"
     if not torch.backends.mkldnn.is_available():
         return "this build of PyTorch has no oneDNN"
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}; onednn takes CPU tensors"
     if needs_grad:
         return "a gradient is needed; onednn is for inference (torch.no_grad)"
-    if torch.compiler.is_compiling():
-        return "it is for eager mode; torch.compile fuses the reference itself"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on; onednn takes weights as they are"
     if x.dtype not in (torch.float32, torch.bfloat16):

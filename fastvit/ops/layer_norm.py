@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvit import reference
 from fastvit.ops import backends, checks
-from fastvit.ops.library import as_rows, cast_gradients, needs_grad, none_if_empty, or_empty, register
+from fastvit.ops.library import as_rows, autocasting, cast_gradients, needs_grad, none_if_empty, or_empty, register
 
 
 def layer_norm(
@@ -54,7 +54,7 @@ def layer_norm(
         return reference.layer_norm(
             x, weight, bias, eps, residual=residual, gamma=gamma, row_scale=row_scale, out_dtype=out_dtype
         )
-    if out_dtype is None and torch.is_autocast_enabled(x.device.type):
+    if out_dtype is None and autocasting(x):
         out_dtype = torch.float32  # as autocast does for F.layer_norm
     y, stream, _, _ = _layer_norm(x, weight, bias, eps, residual, gamma, row_scale, out_dtype)
     return y if residual is None else (y, stream)

@@ -64,11 +64,16 @@ def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if t is None else t
 
 
-def cast_for_autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Matmul operands in the autocast dtype, as autocast treats the ops that these replace."""
-    if not torch.is_autocast_enabled(device):
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def cast_for_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Matmul operands in the autocast dtype of x's device, as autocast treats the ops that these replace."""
+    if not autocasting(x):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )

@@ -11,6 +11,7 @@ from fastvit import reference
 from fastvit.ops import backends, checks, onednn
 from fastvit.ops.library import (
     as_rows,
+    autocasting,
     cast_for_autocast,
     cast_gradients,
     needs_grad,
@@ -100,15 +101,15 @@ def check(
         gamma=gamma,
         row_scale=row_scale,
     )
-    if norm is None and not torch.is_autocast_enabled(x.device.type):
+    if norm is None and not autocasting(x):
         checks.same_dtype(op, x=x, weight=weight)
 
 
 def operands(op: str, x: Tensor, *weights: Tensor, normed: bool) -> tuple[Any, ...]:
     """The product's operands in one dtype; a normed x keeps its own, the norm writes the weight's."""
-    weights = cast_for_autocast(x.device.type, *weights)
+    weights = cast_for_autocast(x, *weights)
     if not normed:
-        (x,) = cast_for_autocast(x.device.type, x)
+        (x,) = cast_for_autocast(x, x)
     if weights[0].dtype not in backends.KERNEL_DTYPES:
         raise ValueError(f"ops.{op}: weight dtype {weights[0].dtype} is not supported by the kernels")
     return x, *weights

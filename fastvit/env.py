@@ -1,0 +1,122 @@
+"""What ``fastvit env`` reports: the device, the versions, and which backend can run each op here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastvit
+from fastvit.ops import backends
+
+LIBRARIES = ("torch", "triton", "numpy", "safetensors")
+PEERS = ("timm", "torchvision", "transformers", "xformers")
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Python, fastvit, the libraries it needs and the optional peers; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "fastvit": fastvit.__version__}
+    found |= {name: version(name) for name in LIBRARIES + PEERS}
+    found["torch"] = torch.__version__  # with the build, +cu130 say
+    found["cuda"] = torch.version.cuda
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def device(kind: str | None = None) -> dict[str, Any]:
+    """The device of a kind ("cpu" or "cuda"; default: CUDA where there is one) and what bears on its speed."""
+    if (kind or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
+        return {"type": "cpu", "name": cpu_name(), "threads": torch.get_num_threads()}
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "type": "cuda",
+        "name": gpu.name,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "multiprocessors": gpu.multi_processor_count,
+        "memory_bytes": gpu.total_memory,
+        "driver": _nvidia_smi("driver_version"),
+        "power_limit": _nvidia_smi("power.limit"),
+        "sm_clock": _nvidia_smi("clocks.sm"),
+        "sm_clock_max": _nvidia_smi("clocks.max.sm"),
+    }
+
+
+def _nvidia_smi(query: str) -> str | None:
+    """One property of the current device as nvidia-smi prints it; None where that tool is not installed."""
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except FileNotFoundError:
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def report() -> dict[str, Any]:
+    """Everything ``fastvit env`` prints, ready for JSON.
+
+    Returns:
+        ``device``, ``versions`` (None: not installed), ``installed_from``, ``backend`` (the setting),
+        ``ops`` (for every op and backend None where it can run, else the reason) and ``fallbacks``.
+    """
+    return {
+        "device": device(),
+        "versions": versions(),
+        "installed_from": str(Path(fastvit.__file__).parent),
+        "backend": backends.setting(),
+        "ops": backends.availability(),
+        "fallbacks": backends.fallbacks(),
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """:func:`report` for people."""
+    about = {key: value for key, value in found["device"].items() if value is not None and key not in ("type", "name")}
+    lines = [
+        f"device      {found['device']['type']}: {found['device']['name']}",
+        *[f"            {key.replace('_', ' ')} {value}" for key, value in about.items()],
+        "versions    " + ", ".join(f"{name} {v}" for name, v in found["versions"].items() if v is not None),
+    ]
+    absent = [name for name, v in found["versions"].items() if v is None]
+    if absent:
+        lines.append(f"            not installed: {', '.join(absent)}")
+    lines += [
+        f"fastvit     {found['installed_from']}",
+        f"backend     {found['backend']} (FASTVIT_BACKEND or fastvit.backend() sets it)",
+        "",
+        "op                    available",
+    ]
+    refusals: dict[tuple[str, str], list[str]] = {}
+    for op, reasons in found["ops"].items():
+        lines.append(f"{op:<21} {', '.join(name for name, reason in reasons.items() if reason is None)}")
+        for name, reason in reasons.items():
+            if reason is not None:
+                refusals.setdefault((name, reason), []).append(op)
+    if refusals:
+        lines += ["", "not available"]
+    for (name, reason), ops in refusals.items():
+        which = "every op" if len(ops) == len(found["ops"]) else ", ".join(ops)
+        lines.append(f"{name:<11} {which}: {reason}")
+    lines += [f"fallback    {message}" for message in found["fallbacks"]]
+    return "\n".join(lines)

@@ -1,0 +1,25 @@
+"""The layers of a Vision Transformer, with timm's arguments and state_dict keys, on :mod:`fastvit.ops`."""
+
+from fastvit.layers.attention import Attention, AttentionPoolLatent, AttentionPoolPrr
+from fastvit.layers.block import Block
+from fastvit.layers.fuse import GELUTanh, QuickGELU
+from fastvit.layers.misc import DropPath, LayerScale, PatchDropout
+from fastvit.layers.mlp import Mlp, SwiGLU
+from fastvit.layers.norm import LayerNorm
+from fastvit.layers.patch_embed import PatchEmbed
+
+__all__ = [
+    "Attention",
+    "AttentionPoolLatent",
+    "AttentionPoolPrr",
+    "Block",
+    "DropPath",
+    "GELUTanh",
+    "LayerNorm",
+    "LayerScale",
+    "Mlp",
+    "PatchDropout",
+    "PatchEmbed",
+    "QuickGELU",
+    "SwiGLU",
+]

@@ -1,0 +1,228 @@
+"""Multi-head self-attention and the attention pools, on :mod:`fastvit.ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.layers import fuse
+from fastvit.layers.fuse import Merge
+from fastvit.layers.mlp import Mlp
+
+
+def head_dim_of(width: int, num_heads: int) -> int:
+    """Width of one head, or a ValueError where the heads do not divide the width."""
+    if num_heads < 1 or width % num_heads:
+        fits = [n for n in range(1, min(width, 64) + 1) if width % n == 0]
+        raise ValueError(
+            f"num_heads={num_heads} does not divide embed_dim={width}; accepted for this width: "
+            f"{', '.join(map(str, fits))}"
+        )
+    return width // num_heads
+
+
+def head_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Norm each head of x (B, T, H, d) -> (B, T, H, d)."""
+    if fuse.nothing(norm):
+        return x
+    given = fuse.norm_arguments(norm)
+    # A module that is not ours sees timm's layout, (B, H, T, d).
+    return ops.layer_norm(x, *given) if given else norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al., 2017; appendix A of the ViT paper); timm's arguments and keys.
+
+    Args:
+        dim: width D of the tokens.
+        num_heads: heads H.
+        attn_head_dim: width of a head; by default D / H.
+        dim_out: width of the result; by default D.
+        qkv_bias, proj_bias: whether the matrices have a bias.
+        qk_norm: norm the queries and keys of each head.
+        scale_norm: norm the heads' result before the projection.
+        attn_drop, proj_drop: dropout rates on the attention weights and on the result.
+        norm_layer: norm class for qk_norm and scale_norm.
+
+    Attributes:
+        fused_attn: False computes the attention weights explicitly and passes them through ``attn_drop``, where a
+            hook can read them; so does a hook on ``attn_drop``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if (qk_norm or scale_norm) and norm_layer is None:
+            raise ValueError("qk_norm and scale_norm need a norm_layer")
+        self.num_heads = num_heads
+        self.head_dim = head_dim_of(dim, num_heads) if attn_head_dim is None else attn_head_dim
+        self.attn_dim = num_heads * self.head_dim
+        self.scale = self.head_dim**-0.5
+        self.fused_attn = True
+
+        def norm(wanted: bool, width: int) -> nn.Module:
+            return norm_layer(width, **dd) if wanted and norm_layer is not None else nn.Identity()
+
+        self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **dd)
+        self.q_norm = norm(qk_norm, self.head_dim)
+        self.k_norm = norm(qk_norm, self.head_dim)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = norm(scale_norm, self.attn_dim)
+        self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (B, T, D) -> (B, T, D); attn_mask as in F.scaled_dot_product_attention, broadcast to (B, H, T, T)."""
+        return self.branch(x, attn_mask=attn_mask, is_causal=is_causal)
+
+    def branch(
+        self,
+        x: Tensor,
+        norm: nn.Module | None = None,
+        merge: Merge | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        tokens: int | None = None,
+    ) -> Tensor:
+        """merge(attention(norm(x))): the whole branch of a block, with the norm and the residual in the ops.
+
+        Args:
+            tokens: only the first so many tokens of the result are computed. They read the keys and values of all.
+        """
+        heads = (self.num_heads, self.head_dim)
+        if tokens is not None and fuse.intact(self.qkv, nn.Linear):
+            # Queries for the first tokens only: the first third of the rows of the matrix is theirs.
+            weight, bias, rows = self.qkv.weight, self.qkv.bias, self.attn_dim
+            q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
+            q = fuse.folded(ops.linear, x[:, :tokens], weight[:rows], q_bias, norm=norm)
+            kv = fuse.folded(ops.linear, x, weight[rows:], kv_bias, norm=norm)
+            q, kv = q.unflatten(-1, heads), kv.unflatten(-1, (2, *heads))
+            k, v = kv.unbind(2)
+        else:
+            qkv = fuse.linear(self.qkv, x, norm=norm).unflatten(-1, (3, *heads))
+            if self._flash(attn_mask, is_causal) and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm):
+                out = ops.attention_qkvpacked(qkv, scale=self.scale)
+                return self._project(out if tokens is None else out[:, :tokens], merge)
+            q, k, v = qkv.unbind(2)
+            q = q if tokens is None else q[:, :tokens]
+        q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
+        if self._flash(attn_mask, is_causal):
+            return self._project(ops.attention(q, k, v, scale=self.scale), merge)
+        return self._project(self._attend(q, k, v, attn_mask, is_causal), merge)
+
+    def _flash(self, attn_mask: Tensor | None, is_causal: bool) -> bool:
+        """Whether plain attention is wanted, with nothing done to its weights."""
+        return attn_mask is None and not is_causal and self.fused_attn and fuse.idle(self.attn_drop)
+
+    def _project(self, out: Tensor, merge: Merge | None) -> Tensor:
+        """out (B, T, H, d) -> (B, T, D)."""
+        norm = None if fuse.nothing(self.norm) else self.norm
+        return fuse.linear(self.proj, out.flatten(2), norm=norm, dropout=self.proj_drop, merge=merge)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Attention with a mask, with dropout, or with its weights open to hooks. All (B, T, H, d)."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if self.fused_attn and fuse.intact(self.attn_drop, nn.Dropout):
+            dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+            )
+            return out.transpose(1, 2)
+        weights = (q * self.scale) @ k.transpose(-2, -1)
+        if is_causal:
+            attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if attn_mask is not None:
+            masked = attn_mask.dtype == torch.bool
+            weights = weights.masked_fill(~attn_mask, float("-inf")) if masked else weights + attn_mask
+        return (self.attn_drop(weights.softmax(dim=-1)) @ v).transpose(1, 2)
+
+
+class AttentionPoolLatent(nn.Module):
+    """Pool the tokens by attention from a learned query, "MAP" (Zhai et al., "Scaling Vision Transformers", 2022).
+
+    Args:
+        in_features: width D.
+        num_heads: heads H.
+        mlp_ratio: hidden width of the MLP that follows, in units of D.
+        norm_layer, act_layer: classes for that MLP.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.head_dim = head_dim_of(in_features, num_heads)
+        self.out_features = in_features
+        self.latent = nn.Parameter(torch.zeros(1, 1, in_features, **dd))
+        self.q = nn.Linear(in_features, in_features, **dd)
+        self.kv = nn.Linear(in_features, 2 * in_features, **dd)
+        self.proj = nn.Linear(in_features, in_features, **dd)
+        self.proj_drop = nn.Dropout(0.0)
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(in_features, **dd)
+        self.mlp = Mlp(in_features, int(in_features * mlp_ratio), act_layer=act_layer, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the query from a normal of variance 1 / D, cut at two deviations."""
+        std = self.out_features**-0.5
+        nn.init.trunc_normal_(self.latent, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, D)."""
+        heads = (self.num_heads, self.head_dim)
+        q = fuse.linear(self.q, self.latent).unflatten(-1, heads).expand(x.shape[0], -1, -1, -1)
+        k, v = fuse.linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(2)
+        x = fuse.linear(self.proj, ops.attention(q, k, v).flatten(2), dropout=self.proj_drop)
+        y = self.mlp.branch(x, self.norm) if fuse.intact(self.mlp, Mlp) else self.mlp(self.norm(x))
+        return (x + y)[:, 0]
+
+
+class AttentionPoolPrr(nn.Module):
+    """Let the tokens attend to each other once more, without parameters, then pool them; timm's "prr".
+
+    Args:
+        dim: width D.
+        num_heads: heads H.
+        pool_type: "token" (the first) or "avg".
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, pool_type: str = "token") -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim_of(dim, num_heads)
+        self.pool = pool_type
+        self.out_features = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, D)."""
+        tokens = x.unflatten(-1, (self.num_heads, self.head_dim))
+        queries = tokens[:, :1] if self.pool == "token" else tokens
+        return ops.attention(queries, tokens, tokens).flatten(2).mean(dim=1)

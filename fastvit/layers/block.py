@@ -1,0 +1,111 @@
+"""The pre-norm Transformer block: four ops."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvit.layers import fuse
+from fastvit.layers.attention import Attention
+from fastvit.layers.fuse import Merge
+from fastvit.layers.misc import DropPath, LayerScale
+from fastvit.layers.mlp import Mlp, SwiGLU
+from fastvit.layers.norm import LayerNorm
+
+
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)) (the ViT paper's equations 2 and 3); timm's arguments and keys.
+
+    Args:
+        dim: width D.
+        num_heads: heads H.
+        mlp_ratio: hidden width of the MLP in units of D.
+        qkv_bias, proj_bias: whether qkv, and the projection and the MLP, have a bias.
+        qk_norm, scale_attn_norm, scale_mlp_norm: extra norms (on queries and keys, before the projection, in the MLP).
+        proj_drop, attn_drop, drop_path: dropout rates.
+        init_values: start of LayerScale; None leaves it out.
+        act_layer, norm_layer, mlp_layer, attn_layer: classes of the pieces. What is not ours runs as a module.
+        depth: index of the block, for an ``attn_layer`` that asks for it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
+        mlp_layer: Callable[..., nn.Module] = Mlp,
+        attn_layer: Callable[..., nn.Module] = Attention,
+        depth: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        takes_depth = "depth" in inspect.signature(attn_layer).parameters
+
+        def scale() -> nn.Module:
+            return LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
+
+        def dropped() -> nn.Module:
+            return DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = attn_layer(
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            scale_norm=scale_attn_norm,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            norm_layer=norm_layer,
+            **({"depth": depth} if takes_depth else {}),
+            **dd,
+        )
+        self.ls1 = scale()
+        self.drop_path1 = dropped()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = mlp_layer(
+            in_features=dim,
+            hidden_features=int(dim * mlp_ratio),
+            act_layer=act_layer,
+            norm_layer=norm_layer if scale_mlp_norm else None,
+            bias=proj_bias,
+            drop=proj_drop,
+            **dd,
+        )
+        self.ls2 = scale()
+        self.drop_path2 = dropped()
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or with ``tokens`` only its first so many rows, (B, tokens, D)."""
+        masked = attn_mask is not None or is_causal
+        mask: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
+        merge = Merge(x if tokens is None else x[:, :tokens], self.ls1, self.drop_path1)
+        if fuse.intact(self.attn, Attention):
+            x = self.attn.branch(x, self.norm1, merge, tokens=tokens, **mask)
+        else:
+            y = self.attn(self.norm1(x), **mask)
+            x = merge.as_modules(y if tokens is None else y[:, :tokens])
+        merge = Merge(x, self.ls2, self.drop_path2)
+        if fuse.intact(self.mlp, Mlp, SwiGLU):
+            return self.mlp.branch(x, self.norm2, merge)
+        return merge.as_modules(self.mlp(self.norm2(x)))

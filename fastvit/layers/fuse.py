@@ -1,0 +1,185 @@
+"""When modules may be fused, and the calls that fuse them.
+
+A layer here is a tree of ordinary modules, so that state_dict keys, hooks, LoRA wrappers, parametrisations
+and quantised replacements work as anywhere. An op may stand in for several of these modules only where
+calling them would do nothing else: :func:`intact` is that question, and the only place that asks it.
+What is not intact runs as the module it is, and the pieces around it stay fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fastvit import ops
+from fastvit.layers.misc import DropPath, LayerScale
+from fastvit.layers.norm import LayerNorm
+from fastvit.ops.backends import note_fallback
+from fastvit.reference import Norm
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the GELU of the original CLIP."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (...) -> (...)."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class GELUTanh(nn.GELU):
+    """GELU by its tanh approximation, which the paper's own (JAX) code uses."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__(approximate="tanh")
+
+
+def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether using the module's parameters directly is the same as calling it.
+
+    It is exactly of one of ``kinds`` (a subclass, a LoRA wrapper or a parametrised class is not), its ``forward``
+    is its class's, no hook watches it, and its parameters are plain floating tensors. A no is logged once.
+    """
+    if type(module) not in kinds:
+        reason = "its class is not one that is fused"
+    elif "forward" in module.__dict__:
+        reason = "its forward was replaced"
+    elif (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
+        reason = "it has hooks"
+    elif not all(_plain(parameter) for parameter in module._parameters.values()):
+        reason = "its parameters are not plain floating tensors"
+    else:
+        return True
+    note_fallback(f"{type(module).__module__}.{type(module).__qualname__} runs as a module, not fused: {reason}")
+    return False
+
+
+def _plain(parameter: Tensor | None) -> bool:
+    return parameter is None or (type(parameter) in (nn.Parameter, Tensor) and parameter.is_floating_point())
+
+
+def nothing(module: nn.Module) -> bool:
+    """Whether the module is an Identity that nobody watches."""
+    return type(module) is nn.Identity and intact(module, nn.Identity)
+
+
+def idle(dropout: nn.Module) -> bool:
+    """Whether a dropout does nothing now: rate 0 or not training, and nobody watches it."""
+    if not intact(dropout, nn.Dropout, nn.Identity):
+        return False
+    return type(dropout) is nn.Identity or not dropout.training or dropout.p == 0.0
+
+
+def norm_arguments(norm: nn.Module) -> Norm | None:
+    """(weight, bias, eps) of a LayerNorm over the last dimension that may be fused, or None."""
+    if not intact(norm, LayerNorm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
+        return None
+    return norm.weight, norm.bias, norm.eps
+
+
+# Classes of other libraries with the same meaning, by name, so that they need not be imported.
+_ACTIVATIONS = {
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "fastvit.layers.fuse.QuickGELU": "quick_gelu",
+    "fastvit.layers.fuse.GELUTanh": "gelu_tanh",
+}
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """The name by which the ops know an activation module that may be fused, or None."""
+    kind = type(act)
+    if not intact(act, kind):
+        return None
+    if kind is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return _ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+class Merge(NamedTuple):
+    """What follows a branch of a block: residual + drop_path(scale(y))."""
+
+    residual: Tensor  # (B, T, D)
+    scale: nn.Module  # LayerScale or Identity
+    drop_path: nn.Module  # DropPath or Identity
+
+    def as_modules(self, y: Tensor) -> Tensor:
+        """y (B, T, D) -> (B, T, D), module by module."""
+        return self.residual + self.drop_path(self.scale(y))
+
+    def arguments(self) -> dict[str, Tensor | None] | None:
+        """The same as arguments of an op, or None where a module has to run."""
+        if not (intact(self.scale, LayerScale, nn.Identity) and intact(self.drop_path, DropPath, nn.Identity)):
+            return None
+        gamma = self.scale.gamma if type(self.scale) is LayerScale else None
+        row_scale = self.drop_path.row_scale(self.residual) if type(self.drop_path) is DropPath else None
+        return {"residual": self.residual, "gamma": gamma, "row_scale": row_scale}
+
+
+def folded(
+    op: Callable[..., Tensor],
+    x: Tensor,
+    *weights: Tensor | None,
+    norm: nn.Module | None = None,
+    merge: Merge | None = None,
+    **options: Any,
+) -> Tensor:
+    """op(norm(x), *weights) merged into the residual; norm and merge ride in the op where they are intact."""
+    norm_given = None
+    if norm is not None and not nothing(norm):
+        norm_given = norm_arguments(norm)
+        x = x if norm_given else norm(x)
+    epilogue = None if merge is None else merge.arguments()
+    y = op(x, *weights, norm=norm_given, **options, **(epilogue or {}))
+    return y if merge is None or epilogue is not None else merge.as_modules(y)
+
+
+def linear(
+    module: nn.Module,
+    x: Tensor,
+    *,
+    norm: nn.Module | None = None,
+    act: nn.Module | None = None,
+    dropout: nn.Module | None = None,
+    merge: Merge | None = None,
+) -> Tensor:
+    """merge(dropout(act(module(norm(x))))) with as much of it in one op as may be. x (..., K) -> (..., N)."""
+    if not intact(module, nn.Linear):
+        y = module(x if norm is None else norm(x))
+        activation = None
+        apart = True
+    else:
+        activation = None if act is None else activation_name(act)
+        apart = (act is not None and activation is None) or (dropout is not None and not idle(dropout))
+        y = folded(
+            ops.linear,
+            x,
+            module.weight,
+            module.bias,
+            norm=norm,
+            activation=activation,
+            merge=None if apart else merge,
+        )
+    if not apart:
+        return y
+    if act is not None and activation is None:
+        y = act(y)
+    if dropout is not None:
+        y = dropout(y)
+    return y if merge is None else merge.as_modules(y)

@@ -1,0 +1,114 @@
+"""Small layers without matrices: LayerScale, stochastic depth, patch dropout; and shape arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def positive(name: str, value: Any) -> int:
+    """``value`` as an int of at least 1, or a ValueError that names it."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value.__index__()
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """``value`` as (height, width): a positive int stands for both."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(values) != 2:
+        raise ValueError(f"{name} must be an integer or (height, width), got {value!r}")
+    return positive(name, values[0]), positive(name, values[1])
+
+
+def rate(name: str, value: float) -> float:
+    """``value`` as a probability in [0, 1], or a ValueError that names it."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    return float(value)
+
+
+class LayerScale(nn.Module):
+    """x * gamma, a learned scale per channel (Touvron et al., "Going deeper with Image Transformers", 2021).
+
+    Args:
+        dim: channels D.
+        init_values: what gamma (D,) starts with.
+        inplace: write the result over the input when run as a module.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        init_values: float = 1e-5,
+        inplace: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.inplace = inplace
+        self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set gamma to ``init_values``."""
+        nn.init.constant_(self.gamma, self.init_values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): in training, zero whole images of a branch and scale up the rest."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = rate("drop_prob", drop_prob)
+
+    def row_scale(self, x: Tensor) -> Tensor | None:
+        """Factor of each image of x (B, ...): (B,) of 0 or 1 / (1 - drop_prob), float32 at least; None if idle."""
+        if self.drop_prob == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.drop_prob
+        kept = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)).bernoulli_(keep)
+        return kept.div_(keep) if keep > 0.0 else kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, ...) -> (B, ...)."""
+        scale = self.row_scale(x)
+        return x if scale is None else x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+    def extra_repr(self) -> str:
+        """The rate, for print(model)."""
+        return f"drop_prob={self.drop_prob:0.3f}"
+
+
+class PatchDropout(nn.Module):
+    """In training, keep a random subset of the patch tokens of each image (Liu et al., "PatchDropout", 2022).
+
+    Args:
+        prob: share of the patches dropped, in [0, 1).
+        num_prefix_tokens: leading tokens that always stay.
+    """
+
+    def __init__(self, prob: float = 0.5, num_prefix_tokens: int = 1) -> None:
+        super().__init__()
+        if not 0.0 <= prob < 1.0:
+            raise ValueError(f"patch_drop_rate must be in [0, 1), got {prob!r}")
+        self.prob = prob
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, T', D)."""
+        if not self.training or self.prob == 0.0:
+            return x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        count = patches.shape[1]
+        keep = max(1, int(count * (1.0 - self.prob)))
+        kept = torch.randn(x.shape[0], count, device=x.device).argsort(dim=-1)[:, :keep]
+        patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return torch.cat([prefix, patches], dim=1)

@@ -1,0 +1,124 @@
+"""The feed-forward branch of a block on :func:`fastvit.ops.mlp`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.layers import fuse
+from fastvit.layers.fuse import Merge
+
+
+def _two(value: Any) -> tuple[Any, Any]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+class Mlp(nn.Module):
+    """fc2(norm(act(fc1(x)))), the paper's equation 3; timm's arguments and keys.
+
+    Args:
+        in_features, hidden_features, out_features: widths; the last two default to the first.
+        act_layer: activation class.
+        norm_layer: norm class between the two matrices, or None.
+        bias, drop: one for both matrices or a pair.
+    """
+
+    #: hidden features that fc1 makes for each one that fc2 reads
+    gating = 1
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        bias: bool | tuple[bool, bool] = True,
+        drop: float | tuple[float, float] = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = hidden_features or in_features
+        if hidden % self.gating:
+            raise ValueError(f"hidden_features must be even for a gated MLP, got {hidden}")
+        (bias1, bias2), (drop1, drop2) = _two(bias), _two(drop)
+        inner = hidden // self.gating
+        self.fc1 = nn.Linear(in_features, hidden, bias=bias1, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop1)
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(inner, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(inner, out_features or in_features, bias=bias2, device=device, dtype=dtype)
+        self.drop2 = nn.Dropout(drop2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        return self.branch(x)
+
+    def branch(self, x: Tensor, norm: nn.Module | None = None, merge: Merge | None = None) -> Tensor:
+        """merge(mlp(norm(x))): the whole branch of a block, in one op where nothing stands in the way."""
+        fc1, fc2 = self.fc1, self.fc2
+        if (
+            (activation := self._activation())
+            and fuse.intact(fc1, nn.Linear)
+            and fuse.intact(fc2, nn.Linear)
+            and fuse.idle(self.drop1)
+            and fuse.idle(self.drop2)
+            and fuse.nothing(self.norm)
+        ):
+            weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+            return fuse.folded(ops.mlp, x, *weights, norm=norm, merge=merge, activation=activation)
+        x = self.drop1(self._hidden(x, norm))
+        between = self.norm if not fuse.nothing(self.norm) else None
+        return fuse.linear(fc2, x, norm=between, dropout=self.drop2, merge=merge)
+
+    def _activation(self) -> str | None:
+        """The name of what happens between the matrices, if ops.mlp knows it."""
+        return fuse.activation_name(self.act)
+
+    def _hidden(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        return fuse.linear(self.fc1, x, norm=norm, act=self.act)
+
+
+class SwiGLU(Mlp):
+    """fc2(act(g) * v) with g, v the halves of fc1(x) (Shazeer, 2020; DINOv2's giant), timm's ``SwiGLUPacked``.
+
+    ``hidden_features`` counts both halves. A ViT given this class uses SiLU unless it gets an ``act_layer``; only
+    SiLU is fused.
+    """
+
+    gating = 2
+    default_act = nn.SiLU
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] = nn.SiLU,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        bias: bool | tuple[bool, bool] = True,
+        drop: float | tuple[float, float] = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, hidden_features, out_features, act_layer, norm_layer, bias, drop, device, dtype)
+
+    def init_weights(self) -> None:
+        """Start the second half of fc1 near zero with a bias of one, as timm does."""
+        half = self.fc1.out_features // 2
+        with torch.no_grad():
+            self.fc1.weight[half:].normal_(std=1e-6)
+            if self.fc1.bias is not None:
+                self.fc1.bias[half:].fill_(1.0)
+
+    def _activation(self) -> str | None:
+        return "swiglu" if type(self.act) is nn.SiLU and fuse.intact(self.act, nn.SiLU) else None
+
+    def _hidden(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        gate, value = fuse.linear(self.fc1, x, norm=norm).chunk(2, dim=-1)
+        return self.act(gate) * value

@@ -1,0 +1,240 @@
+"""Images to patch tokens on :func:`fastvit.ops.patch_embed`, and what it takes to accept an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.checkpoints import resample_patch_embed
+from fastvit.layers import fuse
+from fastvit.layers.misc import pair, positive
+
+Size = int | tuple[int, int]
+
+
+def fits(name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
+    """Raise a ValueError where patches of ``patch`` don't tile ``size``."""
+    if size[0] % patch[0] or size[1] % patch[1]:
+        low = tuple(max(s // p, 1) * p for s, p in zip(size, patch, strict=True))
+        high = tuple(math.ceil(s / p) * p for s, p in zip(size, patch, strict=True))
+        raise ValueError(
+            f"{name} {size[0]}x{size[1]} is not divisible by the patch {patch[0]}x{patch[1]}. Either pad images to "
+            "whole patches, with dynamic_img_size=True and dynamic_img_pad=True, or resize them and call "
+            f"set_input_size(({low[0]}, {low[1]})) or set_input_size(({high[0]}, {high[1]}))"
+        )
+
+
+@torch.fx.wrap
+def image_size(images: Tensor, channels: int) -> tuple[int, int]:
+    """(height, width) of images (B, C, H, W), or uint8 (B, H, W, C)."""
+    channels_last = images.dtype == torch.uint8 and images.shape[1] != channels
+    return (images.shape[1], images.shape[2]) if channels_last else (images.shape[2], images.shape[3])
+
+
+@torch.fx.wrap
+def pixel_statistics(
+    images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """(mean, std) for uint8 images; (None, None) for floating ones, which are normalised already."""
+    return (mean, std) if images.dtype == torch.uint8 else (None, None)
+
+
+@torch.fx.wrap
+def normalised(
+    images: Tensor,
+    channels: int,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    keep: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Floating images as they are; uint8 ones as (image / 255 - mean) / std in ``dtype``, unless they are to be kept.
+
+    Args:
+        images: (B, C, H, W), or uint8 (B, H, W, C).
+        channels: C.
+        mean, std: C values in 0..1 units, or None where the model was given none.
+        keep: leave uint8 images to the op, which normalises them without a float copy.
+        dtype: of the result.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        return images
+    if mean is None or std is None:
+        raise ValueError(
+            "uint8 images need the model's mean= and std= (in 0..1 units); floating images are taken as "
+            "normalised already"
+        )
+    if keep:
+        return images
+    if images.shape[1] != channels:
+        images = images.permute(0, 3, 1, 2)
+    low, high = (torch.tensor(t, device=images.device).view(-1, 1, 1) for t in (mean, std))
+    return ((images / 255 - low) / high).to(dtype)
+
+
+@torch.fx.wrap
+def accept(
+    images: Tensor, channels: int, patch: tuple[int, int], size: tuple[int, int] | None, strict: bool, pad: bool
+) -> Tensor:
+    """Return the images, padded where that was asked for, or raise a ValueError that says what would be accepted.
+
+    Args:
+        images: (B, C, H, W) floating, or uint8 (B, C, H, W) / (B, H, W, C).
+        channels: C.
+        patch: (height, width) of a patch.
+        size: the model's (height, width), or None for any.
+        strict: whether only ``size`` is accepted.
+        pad: fill up to whole patches at the bottom and on the right with zeros.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, {channels}, H, W)")
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(f"images have dtype {images.dtype}; accepted: floating point (normalised), or uint8")
+    if images.shape[1] != channels and not (images.dtype == torch.uint8 and images.shape[3] == channels):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}: {images.shape[1]} channels; the model takes in_chans={channels}"
+        )
+    height, width = image_size(images, channels)
+    if size is not None and strict and (height, width) != size:
+        if not pad:
+            fits("the image's size", (height, width), patch)
+        raise ValueError(
+            f"the image is {height}x{width} and the model takes {size[0]}x{size[1]}; call "
+            f"set_input_size(({height}, {width})), or build the model with dynamic_img_size=True to take any size"
+        )
+    if height < 1 or width < 1:
+        raise ValueError(f"the image is {height}x{width}: it is empty")
+    if not pad:
+        fits("the image's size", (height, width), patch)
+        return images
+    down, right = -height % patch[0], -width % patch[1]
+    return F.pad(images, (0, right, 0, down)) if down or right else images  # uint8 was converted before
+
+
+class PatchEmbed(nn.Module):
+    """Cut images into patches and project each to a token, the ViT paper's equation 1; timm's arguments and keys.
+
+    Args:
+        img_size: (height, width) or one int; None takes any.
+        patch_size: (height, width) or one int.
+        in_chans: channels C of the image.
+        embed_dim: width D of the tokens.
+        norm_layer: norm class for the tokens, or None.
+        flatten: False returns (B, D, h, w).
+        output_fmt: "NLC", "NHWC" or "NCHW" instead of ``flatten``.
+        bias: whether the projection has a bias.
+        strict_img_size: whether only ``img_size`` is accepted.
+        dynamic_img_pad: pad images with zeros to whole patches.
+    """
+
+    def __init__(
+        self,
+        img_size: Size | None = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        flatten: bool = True,
+        output_fmt: str | None = None,
+        bias: bool = True,
+        strict_img_size: bool = True,
+        dynamic_img_pad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if output_fmt not in (None, "NLC", "NHWC", "NCHW"):
+            raise ValueError(f"unknown output_fmt {output_fmt!r}; accepted: NLC, NHWC, NCHW")
+        self.patch_size = pair("patch_size", patch_size)
+        self.in_chans = positive("in_chans", in_chans)
+        self.output_fmt = output_fmt or ("NLC" if flatten else "NCHW")
+        self.flatten = self.output_fmt == "NLC"
+        self.strict_img_size = strict_img_size
+        self.dynamic_img_pad = dynamic_img_pad
+        self._resize(None if img_size is None else pair("img_size", img_size), self.patch_size)
+        self.proj = nn.Conv2d(
+            in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias, device=device, dtype=dtype
+        )
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim, device=device, dtype=dtype)
+
+    def _resize(self, size: tuple[int, int] | None, patch: tuple[int, int]) -> None:
+        """Set the patch, the size and the grid; a size that is refused leaves all as they were."""
+        grid = None
+        if size is not None:
+            if size[0] < patch[0] or size[1] < patch[1]:
+                raise ValueError(f"img_size {size[0]}x{size[1]} is smaller than one patch of {patch[0]}x{patch[1]}")
+            if self.strict_img_size or not self.dynamic_img_pad:
+                fits("img_size", size, patch)
+            grid = (size[0] // patch[0], size[1] // patch[1])
+        self.patch_size, self.img_size, self.grid_size = patch, size, grid
+        self.num_patches = None if grid is None else grid[0] * grid[1]
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Take images of ``img_size`` from now on; a new ``patch_size`` resamples the projection (FlexiViT)."""
+        before = self.patch_size
+        new_patch = before if patch_size is None else pair("patch_size", patch_size)
+        self._resize(self.img_size if img_size is None else pair("img_size", img_size), new_patch)
+        if new_patch != before:
+            old = self.proj
+            self.proj = nn.Conv2d(
+                old.in_channels,
+                old.out_channels,
+                new_patch,
+                new_patch,
+                bias=old.bias is not None,
+                device="meta",
+            ).train(old.training)
+            weight = resample_patch_embed(old.weight.detach(), new_patch)
+            self.proj.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
+            self.proj.bias = old.bias
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels per token: the larger side of a patch, or (height, width)."""
+        return max(self.patch_size) if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of patches of an image of ``img_size``."""
+        if self.dynamic_img_pad:
+            return -(-img_size[0] // self.patch_size[0]), -(-img_size[1] // self.patch_size[1])
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+
+    def accept(self, images: Tensor) -> Tensor:
+        """The images, checked, and padded where that was asked for; see :func:`accept`."""
+        return accept(images, self.in_chans, self.patch_size, self.img_size, self.strict_img_size, self.dynamic_img_pad)
+
+    def fusable(self) -> bool:
+        """Whether the projection is the plain strided convolution that the op computes, with nothing after it."""
+        return self._plain() and fuse.nothing(self.norm)
+
+    def _plain(self) -> bool:
+        proj = self.proj
+        return (
+            fuse.intact(proj, nn.Conv2d)
+            and proj.stride == proj.kernel_size == self.patch_size
+            and proj.padding == (0, 0)
+            and proj.groups == 1
+            and proj.dilation == (1, 1)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) floating -> (B, N, D), or (B, h, w, D) / (B, D, h, w) as ``output_fmt`` says.
+
+        Raises:
+            ValueError: a number of channels or a size that is not accepted.
+        """
+        images = self.accept(images)
+        if self._plain():
+            x = ops.patch_embed(images, self.proj.weight, self.proj.bias)  # (B, N, D)
+            if not self.flatten:
+                x = x.unflatten(1, (images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]))
+        else:
+            x = self.proj(images).permute(0, 2, 3, 1)
+            x = x.flatten(1, 2) if self.flatten else x
+        if self.output_fmt == "NCHW":
+            x = x.permute(0, 3, 1, 2)
+        return self.norm(x)

@@ -1,0 +1,84 @@
+"""From what a constructor is given (a name, a class, a partial) to the layer class that is built.
+
+timm's own classes become ours where ours has the same arguments, keys and results, so that code which passes
+``mlp_layer=timm.layers.SwiGLUPacked`` gets the fused layer. Any other class is built as it was given.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fastvit.layers.attention import Attention
+from fastvit.layers.block import Block
+from fastvit.layers.fuse import GELUTanh, QuickGELU
+from fastvit.layers.mlp import Mlp, SwiGLU
+from fastvit.layers.norm import LayerNorm
+from fastvit.layers.patch_embed import PatchEmbed
+
+Layer = Callable[..., nn.Module]
+
+ACTIVATIONS: dict[str, Layer] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": GELUTanh,
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+}
+NORMS: dict[str, Layer] = {"layernorm": LayerNorm, "rmsnorm": functools.partial(nn.RMSNorm, eps=1e-6)}
+ATTENTIONS: dict[str, Layer] = {"": Attention, "attn": Attention}
+
+_TWINS: dict[str, Layer] = {
+    "timm.layers.attention.Attention": Attention,
+    "timm.layers.mlp.Mlp": Mlp,
+    "timm.layers.norm.LayerNorm": LayerNorm,
+    "timm.layers.patch_embed.PatchEmbed": PatchEmbed,
+    "timm.models.vision_transformer.Block": Block,
+}
+
+
+def _name(layer: Any) -> str:
+    return f"{getattr(layer, '__module__', '')}.{getattr(layer, '__qualname__', '')}"
+
+
+def _twin(layer: Layer) -> Layer:
+    """Our class for one of timm's, plain or in a partial; any other layer as it is."""
+    if not isinstance(layer, functools.partial):
+        return _TWINS.get(_name(layer), layer)
+    if _name(layer.func) == "timm.layers.mlp.GluMlp":  # the gate in the first half is SwiGLUPacked
+        options = {key: value for key, value in layer.keywords.items() if key != "gate_last"}
+        return functools.partial(SwiGLU, **options) if layer.keywords.get("gate_last") is False else layer
+    if _name(layer.func) in ("timm.layers.norm.LayerNorm", "timm.layers.mlp.Mlp"):
+        return functools.partial(_TWINS[_name(layer.func)], *layer.args, **layer.keywords)
+    return layer
+
+
+def resolve(kind: str, layer: Layer | str | None, table: dict[str, Layer], default: Layer) -> Layer:
+    """The class that ``layer`` means.
+
+    Args:
+        kind: the argument's name, for the error.
+        layer: a name in ``table``, a class or a partial of one, or None for ``default``.
+
+    Raises:
+        ValueError: an unknown name; the nearest ones are listed.
+        TypeError: neither a name nor callable.
+    """
+    if layer is None:
+        return default
+    if isinstance(layer, str):
+        found = table.get(layer.lower() if kind == "act_layer" else layer.lower().replace("_", ""))
+        if found is None:
+            near = difflib.get_close_matches(layer.lower(), table, cutoff=0.0)
+            raise ValueError(f"unknown {kind} {layer!r}; accepted: a class, or {', '.join(map(repr, near))}")
+        return found
+    if not callable(layer):
+        raise TypeError(f"{kind} must be a class or a name, got {layer!r}")
+    return _twin(layer)

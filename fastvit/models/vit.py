@@ -1,0 +1,634 @@
+"""The Vision Transformer of Dosovitskiy et al. (2021), as timm's ``VisionTransformer``, on :mod:`fastvit.ops`."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastvit import ops
+from fastvit.checkpoints import load_npz, mismatch_advice, resample_pos_embed
+from fastvit.layers import (
+    Attention,
+    AttentionPoolLatent,
+    AttentionPoolPrr,
+    Block,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    SwiGLU,
+    fuse,
+)
+from fastvit.layers.attention import head_dim_of
+from fastvit.layers.misc import DropPath, positive, rate
+from fastvit.layers.patch_embed import Size, image_size, normalised, pixel_statistics
+from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
+from fastvit.models.init import check_mode, init_vit
+from fastvit.ops import onednn
+
+# Symbolic tracing (torch.fx) sees a call of each, not its checks.
+for _name in ("image_size", "normalised", "pixel_statistics", "resample_pos_embed"):
+    torch.fx.wrap(_name)
+
+POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
+_LEARNED_POOLS = {"map": AttentionPoolLatent, "prr": AttentionPoolPrr}
+
+# Calling one of these does nothing but what its parameters say, token by token or in the block's own branch.
+_KNOWN = (
+    Attention,
+    Block,
+    DropPath,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    SwiGLU,
+    nn.Dropout,
+    nn.GELU,
+    nn.Identity,
+    nn.LayerNorm,
+    nn.Linear,
+    nn.SiLU,
+    fuse.GELUTanh,
+    fuse.QuickGELU,
+)
+
+
+def _take(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Indices of blocks from "all" (None), "the last n" (an int) or a list that may count from the end."""
+    if indices is None:
+        return list(range(count))
+    if isinstance(indices, int):
+        if not 1 <= indices <= count:
+            raise ValueError(f"the last {indices} blocks were asked for; the model has {count}")
+        return list(range(count - indices, count))
+    out_of_range = [i for i in indices if not -count <= i < count]
+    if out_of_range or not indices:
+        raise ValueError(f"block indices {out_of_range or indices} are not in {-count}..{count - 1}")
+    return [i % count for i in indices]
+
+
+class ViT(nn.Module):
+    """Vision Transformer with timm's constructor, methods, attributes and state_dict keys.
+
+    ``ViT(...).load_state_dict(timm_model.state_dict())`` gives timm's logits. What is not listed is as in timm.
+
+    Args:
+        img_size: (height, width) of the images, or one int.
+        patch_size: (height, width) of a patch, or one int.
+        in_chans: channels of the images.
+        num_classes: rows of the classifier; 0 leaves it out.
+        global_pool: "token" (the class token), "avg", "max", "avgmax", "map" (attention from a learned query), "prr"
+            (attention without parameters) or "" (no pooling).
+        embed_dim, depth, num_heads, mlp_ratio: width D, blocks, heads, and the MLP's hidden width in units of D.
+        qkv_bias, proj_bias: whether qkv, and the projection and the MLP, have biases.
+        qk_norm, scale_attn_norm, scale_mlp_norm: extra norms: queries and keys, before the projection, in the MLP.
+        init_values: start of LayerScale; None leaves it out.
+        class_token, reg_tokens: a class token, and how many register tokens, before the patches.
+        pos_embed: "learn", or "none" or "" for no positions.
+        no_embed_class: positions for the patches only.
+        pre_norm, final_norm, fc_norm: a norm before the blocks; after them; after the pool instead (None: as it needs).
+        pool_include_prefix: let "avg" and "max" pools read the class and register tokens too.
+        dynamic_img_size: take any size, resampling the positions. dynamic_img_pad: pad to whole patches as well.
+        drop_rate, pos_drop_rate, patch_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: dropout in training.
+        weight_init: "" (timm's), "jax" (the paper's, zero head), "jax_nlhb", "moco", "reset" or "skip".
+        fix_init: scale the projections down with depth.
+        embed_layer, embed_norm_layer, norm_layer, act_layer, block_fn, mlp_layer, attn_layer: classes (or names) of the
+            pieces. timm's become ours where they mean the same; any other runs as the module it is, unfused.
+        device, dtype: of the parameters.
+        representation_size: width of the pre-training head's hidden tanh layer (section 3.1 of the paper), or None.
+        mean, std: of the pixels, in 0..1 units: with them the model takes uint8 images, (B, C, H, W) or (B, H, W, C).
+            Floating images are taken as normalised already.
+
+    Raises:
+        ValueError: a value that does not fit; the message names it and what is accepted.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        proj_bias: bool = True,
+        init_values: float | None = None,
+        class_token: bool = True,
+        pos_embed: str = "learn",
+        no_embed_class: bool = False,
+        reg_tokens: int = 0,
+        pre_norm: bool = False,
+        final_norm: bool = True,
+        fc_norm: bool | None = None,
+        pool_include_prefix: bool = False,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        weight_init: str = "",
+        fix_init: bool = False,
+        embed_layer: Layer | str | None = None,
+        embed_norm_layer: Layer | str | None = None,
+        norm_layer: Layer | str | None = None,
+        act_layer: Layer | str | None = None,
+        block_fn: Layer | None = None,
+        mlp_layer: Layer | None = None,
+        attn_layer: Layer | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        representation_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        embed_dim, depth = positive("embed_dim", embed_dim), positive("depth", depth)
+        head_dim_of(embed_dim, positive("num_heads", num_heads))
+        self._check_pool(global_pool, class_token)
+        if pos_embed not in ("", "none", "learn"):
+            raise ValueError(f"unknown pos_embed {pos_embed!r}; accepted: 'learn', 'none', ''")
+        if reg_tokens < 0 or num_classes < 0 or mlp_ratio <= 0:
+            raise ValueError(
+                f"reg_tokens={reg_tokens} and num_classes={num_classes} must not be negative, and "
+                f"mlp_ratio={mlp_ratio} must be positive"
+            )
+        self.mean, self.std = self._pixel_statistics(mean, std, in_chans)
+        norm_layer = resolve("norm_layer", norm_layer, NORMS, LayerNorm)
+        mlp_layer = resolve("mlp_layer", mlp_layer, {}, Mlp)
+        act_layer = resolve("act_layer", act_layer, ACTIVATIONS, getattr(mlp_layer, "default_act", nn.GELU))
+        norm_after_pool = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.embed_dim = embed_dim
+        self.head_hidden_size = representation_size or embed_dim
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.num_reg_tokens = reg_tokens
+        self.has_class_token = class_token
+        self.no_embed_class = no_embed_class
+        self.pool_include_prefix = pool_include_prefix or global_pool == "prr"
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+
+        embed_options: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
+        if embed_norm_layer is not None:
+            embed_options["norm_layer"] = resolve("embed_norm_layer", embed_norm_layer, NORMS, LayerNorm)
+        self.patch_embed = resolve("embed_layer", embed_layer, {}, PatchEmbed)(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            bias=not pre_norm,  # the norm would take it away again (CLIP)
+            dynamic_img_pad=dynamic_img_pad,
+            **embed_options,
+            **dd,
+        )
+        positions = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
+
+        def tokens(count: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(1, count, embed_dim, **dd)) if count else None
+
+        self.cls_token = tokens(int(class_token))
+        self.reg_token = tokens(reg_tokens)
+        self.pos_embed = tokens(positions if pos_embed == "learn" else 0)
+        self.pos_drop = nn.Dropout(rate("pos_drop_rate", pos_drop_rate))
+        self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
+        self.norm_pre = norm_layer(embed_dim, **dd) if pre_norm else nn.Identity()
+        block_layer = resolve("block_fn", block_fn, {}, Block)
+        attn_layer = resolve("attn_layer", attn_layer, ATTENTIONS, Attention)
+        drop_paths = torch.linspace(0, rate("drop_path_rate", drop_path_rate), depth, device="cpu").tolist()
+        self.blocks = nn.Sequential(
+            *[
+                block_layer(
+                    dim=embed_dim,
+                    num_heads=num_heads,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    qk_norm=qk_norm,
+                    scale_attn_norm=scale_attn_norm,
+                    scale_mlp_norm=scale_mlp_norm,
+                    proj_bias=proj_bias,
+                    init_values=init_values,
+                    proj_drop=rate("proj_drop_rate", proj_drop_rate),
+                    attn_drop=rate("attn_drop_rate", attn_drop_rate),
+                    drop_path=drop_paths[i],
+                    norm_layer=norm_layer,
+                    act_layer=act_layer,
+                    mlp_layer=mlp_layer,
+                    attn_layer=attn_layer,
+                    depth=i,
+                    **dd,
+                )
+                for i in range(depth)
+            ]
+        )
+        reduction = self.patch_embed.feat_ratio() if hasattr(self.patch_embed, "feat_ratio") else patch_size
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
+        ]
+        self.norm = norm_layer(embed_dim, **dd) if final_norm and not norm_after_pool else nn.Identity()
+        self.attn_pool: nn.Module | None = None
+        if global_pool == "map":
+            self.attn_pool = AttentionPoolLatent(embed_dim, num_heads, mlp_ratio, norm_layer, act_layer, **dd)
+        elif global_pool == "prr":
+            self.attn_pool = AttentionPoolPrr(embed_dim, num_heads, "token" if class_token else "avg")
+        self.fc_norm = norm_layer(embed_dim, **dd) if final_norm and norm_after_pool else nn.Identity()
+        self.head_drop = nn.Dropout(rate("drop_rate", drop_rate))
+        self.pre_logits: nn.Module = nn.Identity()
+        if representation_size is not None:
+            hidden = nn.Linear(embed_dim, positive("representation_size", representation_size), **dd)
+            self.pre_logits = nn.Sequential(OrderedDict(fc=hidden, act=nn.Tanh()))
+        self.head = self._classifier()
+
+        self.weight_init_mode = "reset" if check_mode(weight_init) == "skip" else weight_init
+        self.fix_init = fix_init
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    @staticmethod
+    def _check_pool(pool: str, class_token: bool) -> None:
+        if pool not in POOLS:
+            raise ValueError(f"unknown global_pool {pool!r}; accepted: {', '.join(map(repr, POOLS))}")
+        if pool == "token" and not class_token:
+            raise ValueError("global_pool='token' reads the class token; give class_token=True or another pool")
+
+    @staticmethod
+    def _pixel_statistics(
+        mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+    ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+        """mean and std as tuples: the ops take them so, and no .half() or .to() can round or move them."""
+        if mean is None and std is None:
+            return None, None
+        values = [tuple(float(v) for v in t) if t is not None else () for t in (mean, std)]
+        if any(len(t) != channels for t in values) or min(values[1]) <= 0:
+            raise ValueError(f"mean={mean} and std={std} must be given together, {channels} values each, std positive")
+        return values[0], values[1]
+
+    def _classifier(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        like = self.patch_embed.proj.weight if hasattr(self.patch_embed, "proj") else next(self.parameters())
+        return nn.Linear(self.head_hidden_size, self.num_classes, device=like.device, dtype=like.dtype)
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Start all weights; see :func:`fastvit.models.init.init_vit` for the modes."""
+        mode = check_mode(mode or self.weight_init_mode)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+        init_vit(self, mode, num_classes=self.num_classes, reset=needs_reset)
+        if self.fix_init:
+            for i, block in enumerate(self.blocks):
+                scale = (2.0 * (i + 1)) ** 0.5
+                block.attn.proj.weight.div_(scale)
+                block.mlp.fc2.weight.div_(scale)
+
+    def load_pretrained(self, checkpoint_path: str | Path, prefix: str = "") -> None:
+        """Load the paper's own .npz weights, resampled to this size; see :func:`fastvit.checkpoints.load_npz`."""
+        load_npz(self, checkpoint_path, prefix)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``: nothing is resampled, and an error says what to do about each shape."""
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            advice = mismatch_advice(self, state_dict)
+            raise RuntimeError(f"{error}\n{advice}" if advice else str(error)) from error
+
+    def train(self, mode: bool = True) -> ViT:
+        """As ``nn.Module.train``; going to training drops the copies of weights that CPU inference keeps packed."""
+        if mode:
+            onednn.drop(self.parameters())
+        return super().train(mode)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave out."""
+        return {"pos_embed", "cls_token", "reg_token", "dist_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    # -- changes to the model -----------------------------------------------------------------------------------
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in backward instead of keeping its activations."""
+        self.grad_checkpointing = enable
+        if hasattr(self.patch_embed, "set_grad_checkpointing"):
+            self.patch_embed.set_grad_checkpointing(enable)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer: a Linear, or an Identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the pre-training head by one zero-initialised linear layer (section 3.2 of the paper).
+
+        Raises:
+            ValueError: an unknown pool, or one with weights that this model lacks.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        if global_pool is not None:
+            self._check_pool(global_pool, self.has_class_token)
+            if global_pool in _LEARNED_POOLS and type(self.attn_pool) is not _LEARNED_POOLS[global_pool]:
+                raise ValueError(f"global_pool={global_pool!r} has layers of its own; build the model with it")
+            if global_pool not in _LEARNED_POOLS:
+                self.attn_pool = None
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.pre_logits = nn.Identity()
+        self.head_hidden_size = self.embed_dim
+        head = self._classifier().train(self.training)
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
+        self.head = head
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Take images (and patches) of another size from now on; positions and projection are resampled.
+
+        Raises:
+            ValueError: a size that patches don't tile; the model stays as it was.
+        """
+        before = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        if self.pos_embed is None or self.patch_embed.grid_size == before:
+            return
+        positions = resample_pos_embed(
+            self.pos_embed.detach(), self.patch_embed.grid_size, before, self._prefix_positions()
+        )
+        self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last of ``indices``, and the norm and the head if asked; returns the indices."""
+        kept = _take(len(self.blocks), indices)
+        self.blocks = self.blocks[: max(kept) + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return kept
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def _prefix_positions(self) -> int:
+        """How many rows of pos_embed belong to class and register tokens."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    def _prefix_tokens(self) -> Tensor | None:
+        """Class and register tokens, (1, P, D)."""
+        if self.cls_token is None or self.reg_token is None:
+            return self.reg_token if self.cls_token is None else self.cls_token
+        return torch.cat([self.cls_token, self.reg_token], dim=1)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """Position embeddings for a grid of patches, (1, N or P + N, D)."""
+        if self.pos_embed is None or not self.dynamic_img_size:
+            return self.pos_embed
+        return resample_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, self._prefix_positions())
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Add positions and prefix tokens to patch tokens: (B, N, D) or (B, h, w, D) -> (B, P + N, D)."""
+        positions = self.pos_embed
+        if self.dynamic_img_size:
+            positions = self._positions((x.shape[1], x.shape[2]))
+            x = x.flatten(1, 2)
+        if positions is not None and self.no_embed_class:
+            x = x + positions
+        prefix = self._prefix_tokens()
+        if prefix is not None:
+            x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
+        if positions is not None and not self.no_embed_class:
+            x = x + positions
+        return self.pos_drop(x)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """images -> the tokens that enter the blocks, (B, T, D)."""
+        embed = self.patch_embed
+        ours = fuse.intact(embed, PatchEmbed)
+        fused = ours and embed.fusable() and self._unchanged("_pos_embed", "_positions", "_prefix_tokens")
+        dtype = next(embed.parameters()).dtype
+        keep = fused and not embed.dynamic_img_pad
+        images = normalised(images, self.in_chans, self.mean, self.std, keep, dtype)
+        if fused:
+            images = embed.accept(images)
+            mean, std = pixel_statistics(images, self.mean, self.std)
+            height, width = image_size(images, self.in_chans)
+            x = ops.patch_embed(
+                images,
+                embed.proj.weight,
+                embed.proj.bias,
+                pos_embed=self._positions(embed.dynamic_feat_size((height, width))),
+                prefix_tokens=self._prefix_tokens(),
+                mean=mean,
+                std=std,
+            )
+            x = self.pos_drop(x)
+        else:
+            x = self._pos_embed(embed(images))
+        return self.norm_pre(self.patch_drop(x))
+
+    def _unchanged(self, *methods: str) -> bool:
+        """Whether these methods are the ones below, neither overridden nor replaced."""
+        return all(getattr(type(self), name) is _METHODS[name] and name not in self.__dict__ for name in methods)
+
+    def _reads_class_token_only(self) -> bool:
+        """Whether the last block may work for the class token alone, with nobody to notice but the clock.
+
+        Not where a hook, a replaced module or an overridden method could see the other tokens, and not with dropout
+        in the block, whose random numbers would be others.
+        """
+        if self.global_pool != "token" or self.attn_pool is not None or not len(self.blocks):
+            return False
+        if not self._unchanged("forward_features", "forward_head", "pool"):
+            return False
+        last = self.blocks[-1]
+        return (
+            type(last) is Block
+            and type(last.attn) is Attention
+            and type(last.mlp) in (Mlp, SwiGLU)
+            and fuse.intact(self.blocks, nn.Sequential)
+            and fuse.intact(self.norm, LayerNorm, nn.LayerNorm, nn.Identity)
+            and all(fuse.intact(m, *_KNOWN) for m in last.modules())
+            and all(fuse.idle(d) for d in (last.attn.attn_drop, last.attn.proj_drop, last.mlp.drop1, last.mlp.drop2))
+        )
+
+    def _encode(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None
+    ) -> Tensor:
+        """images -> normed tokens (B, T, D), or only the first ``tokens`` of them."""
+        x = self._embed(x)
+        if attn_mask is None and not is_causal and tokens is None and not self.grad_checkpointing:
+            return self.norm(self.blocks(x))
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x, attn_mask, is_causal, tokens if i == last else None)
+        return self.norm(x)
+
+    def _run(
+        self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool, tokens: int | None = None
+    ) -> Tensor:
+        """One block, checkpointed if that is on and no mask is given (as in timm)."""
+        if attn_mask is not None or is_causal:
+            return block(x, attn_mask=attn_mask, is_causal=is_causal)
+        options = {} if tokens is None else {"tokens": tokens}
+        if self.grad_checkpointing:
+            return checkpoint(block, x, use_reentrant=False, **options)
+        return block(x, **options)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """images (B, C, H, W) -> all tokens after the last norm, (B, T, D)."""
+        return self._encode(x, attn_mask, is_causal)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """tokens (B, T, D) -> (B, D), or all of them where the pool is ""."""
+        patches = x if self.pool_include_prefix else x[:, self.num_prefix_tokens :]
+        if self.attn_pool is not None:
+            return self.attn_pool(patches)
+        match self.global_pool if pool_type is None else pool_type:
+            case "":
+                return x
+            case "token":
+                return x[:, 0]
+            case "avg":
+                return patches.mean(dim=1)
+            case "max":
+                return patches.amax(dim=1)
+            case "avgmax":
+                return 0.5 * (patches.amax(dim=1) + patches.mean(dim=1))
+            case unknown:
+                raise ValueError(f"unknown pool_type {unknown!r}; accepted: '', avg, avgmax, max, token")
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """tokens (B, T, D) -> logits (B, num_classes), or with ``pre_logits`` what the classifier reads."""
+        x = self.pre_logits(self.head_drop(self.fc_norm(self.pool(x))))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images to logits.
+
+        Args:
+            x: (B, C, H, W) floating and normalised, or uint8 (B, C, H, W) / (B, H, W, C) if the model has mean and std.
+            attn_mask, is_causal: as in F.scaled_dot_product_attention, for every block.
+
+        Returns:
+            (B, num_classes).
+
+        Raises:
+            ValueError: images of another shape, size or dtype than accepted.
+        """
+        if attn_mask is None and not is_causal and self._reads_class_token_only():
+            return self.forward_head(self._encode(x, tokens=1))
+        return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """The tokens after some blocks, and the final ones.
+
+        Args:
+            x: images (B, C, H, W).
+            indices: blocks to take: all (None), the last n (an int), or a list.
+            return_prefix_tokens: return pairs (patch tokens, prefix tokens).
+            norm: put the final norm on each.
+            stop_early: don't run the blocks after the last one taken.
+            output_fmt: "NCHW" (B, D, h, w) or "NLC" (B, N, D).
+            intermediates_only: leave out the final tokens.
+            output_dict: return a dict with "image_intermediates", "image_intermediates_prefix", "image_features".
+
+        Returns:
+            (final tokens (B, T, D), list), the list alone, or the dict.
+
+        Raises:
+            ValueError: indices or a format that don't exist.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"unknown output_fmt {output_fmt!r}; accepted: NCHW, NLC")
+        taken = _take(len(self.blocks), indices)
+        grid = self.patch_embed.dynamic_feat_size(image_size(x, self.in_chans)) if output_fmt == "NCHW" else None
+        x = self._embed(x)
+        outputs = []
+        for i, block in enumerate(self.blocks[: max(taken) + 1] if stop_early else self.blocks):
+            x = self._run(block, x, attn_mask, is_causal)
+            if i in taken:
+                outputs.append(self.norm(x) if norm else x)
+        prefix = [y[:, : self.num_prefix_tokens] for y in outputs] if self.num_prefix_tokens else None
+        outputs = [y[:, self.num_prefix_tokens :] for y in outputs]
+        if grid is not None:
+            outputs = [y.reshape(y.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous() for y in outputs]
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": outputs}
+            if prefix is not None and return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefix
+            if not intermediates_only:
+                result["image_features"] = self.norm(x)
+            return result
+        found = list(zip(outputs, prefix, strict=True)) if prefix is not None and return_prefix_tokens else outputs
+        return found if intermediates_only else (self.norm(x), found)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> list[Any]:
+        """DINO's name for :meth:`forward_intermediates`: the last n blocks or those listed, NLC (NCHW: reshape)."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+            attn_mask=attn_mask,
+        )
+
+
+_METHODS = {
+    name: getattr(ViT, name)
+    for name in ("_pos_embed", "_positions", "_prefix_tokens", "forward_features", "forward_head", "pool")
+}

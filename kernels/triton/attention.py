@@ -1,0 +1,273 @@
+"""Attention, forward: softmax(q k^T * scale) v for every head, with no T x T matrix in memory.
+
+One program owns a block of query rows of one head. It takes the keys that do not fill a block first, as
+pieces that fit them (``Tk`` = 197: 128 + 64 + 16), with all their scores in registers: one maximum, one
+exp2, one sum. Then come the full blocks of keys, if there are any, each rescaling what was summed before
+it (Milakov and Gimelshein 2018; Dao 2023, algorithm 1). Where registers allow, the table asks for no blocks:
+every key is in the first pieces and nothing is ever rescaled.
+
+A head dim is cut into power-of-two pieces too (72 = 64 + 8 of 16), so it is never padded to the next power of two.
+q, k and v are read through their own strides: views of a packed (B, T, 3, H, d) tensor need no copy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit.triton import tiles
+from fastvit.triton.launch import INTERPRETING, architecture, before, dot, launch, pieces, precision
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 x in ``dtype``, rounded to nearest even. The interpreter cuts bf16 off: it is given rounded bits."""
+    if _INTERPRETING and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.constexpr_function
+def last(pieces, i):
+    """Whether piece ``i`` is the last one."""
+    return i + 1 == len(pieces)
+
+
+@triton.jit
+def head_rows(pointer, strides, image, head, UNIT: tl.constexpr):
+    """(where one head of one image starts, the step from token to token); strides are (image, token, head) / UNIT."""
+    step = tl.full((), UNIT, tl.int64)
+    return pointer + image * (strides[0] * step) + head * (strides[2] * step), strides[1] * step
+
+
+@triton.jit
+def load_rows(x, start, limit, ROWS: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr):
+    """Rows start .. start + ROWS, a (ROWS, piece) tile for each piece of DIM. With EDGE, row ``limit`` and later are 0."""
+    rows = start + tl.arange(0, ROWS)
+    tiles = ()
+    for i in tl.static_range(len(PIECES)):
+        columns = before(PIECES, i) + tl.arange(0, PIECES[i])
+        pointers = x[0] + rows[:, None] * x[1] + columns[None, :]
+        if EDGE or before(PIECES, i + 1) > DIM:
+            inside = (rows[:, None] < limit) & (columns[None, :] < DIM)
+            tiles += (tl.load(pointers, mask=inside, other=0.0),)
+        else:
+            tiles += (tl.load(pointers),)
+    return tiles
+
+
+@triton.jit
+def store_rows(x, start, limit, tiles, ROWS: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr):
+    """The inverse of :func:`load_rows`, in the dtype of x; nothing is written from row ``limit`` on."""
+    rows = start + tl.arange(0, ROWS)
+    for i in tl.static_range(len(PIECES)):
+        columns = before(PIECES, i) + tl.arange(0, PIECES[i])
+        inside = (rows[:, None] < limit) & (columns[None, :] < DIM)
+        pointers = x[0] + rows[:, None] * x[1] + columns[None, :]
+        tl.store(pointers, narrow(tiles[i], x[0].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, PIECES: tl.constexpr):
+    """A float32 accumulator (ROWS, piece) for each piece of the head dim."""
+    tiles = ()
+    for i in tl.static_range(len(PIECES)):
+        tiles += (tl.full((ROWS, PIECES[i]), 0.0, tl.float32),)
+    return tiles
+
+
+@triton.jit
+def scaled(tiles, factor):
+    """Every tile times a float32 factor, in the tile's dtype."""
+    out = ()
+    for i in tl.static_range(len(tiles)):
+        out += ((tiles[i].to(tl.float32) * factor).to(tiles[i].dtype),)
+    return out
+
+
+@triton.jit
+def products(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T (ROWS, COLUMNS) in float32, contracted over every piece of the head dim."""
+    out = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+    for i in tl.static_range(len(a)):
+        out = dot(a[i], b[i].T, out, PRECISION)
+    return out
+
+
+@triton.jit
+def add_products(acc, p, tiles, PRECISION: tl.constexpr):
+    """acc + p @ tile, piece by piece of the head dim; p is rounded to the tiles' dtype."""
+    out = ()
+    for i in tl.static_range(len(tiles)):
+        out += (dot(narrow(p, tiles[i].dtype), tiles[i], acc[i], PRECISION),)
+    return out
+
+
+@triton.jit
+def _attend(
+    state,  # (highest score (ROWS,), sum (ROWS,), accumulators (ROWS, piece)) of the keys before
+    q,
+    k,
+    v,
+    start,
+    keys,
+    scale_log2,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,  # pieces of the keys to add, which begin at ``start``
+    DIM: tl.constexpr,
+    PIECES: tl.constexpr,
+    EDGE: tl.constexpr,  # the last of these keys is the last key; no keys came before
+    PRECISION: tl.constexpr,
+):
+    """One step of the online softmax."""
+    highest, total, acc = state
+    top = highest
+    scores, values = (), ()
+    for j in tl.static_range(len(KEYS)):
+        at = start + before(KEYS, j)
+        s = products(q, load_rows(k, at, keys, KEYS[j], DIM, PIECES, EDGE and last(KEYS, j)), ROWS, KEYS[j], PRECISION)
+        if EDGE and last(KEYS, j):
+            s = tl.where((at + tl.arange(0, KEYS[j]) < keys)[None, :], s, float("-inf"))
+        values += (load_rows(v, at, keys, KEYS[j], DIM, PIECES, EDGE and last(KEYS, j)),)
+        top = tl.maximum(top, tl.max(s, 1))
+        scores += (s,)
+    if not EDGE:
+        shrink = tl.math.exp2((highest - top) * scale_log2)
+        total *= shrink
+        acc = scaled(acc, shrink[:, None])
+    for j in tl.static_range(len(KEYS)):
+        p = tl.math.exp2(scores[j] * scale_log2 - (top * scale_log2)[:, None])
+        total += tl.sum(p, 1)
+        acc = add_products(acc, p, values[j], PRECISION)
+    return top, total, acc
+
+
+@triton.jit
+def _forward(
+    q_ptr,  # (B, Tq, H, d)
+    k_ptr,  # (B, Tk, H, d)
+    v_ptr,  # (B, Tk, H, d)
+    out_ptr,  # (B, Tq, H, d)
+    lse_ptr,  # (B, H, Tq) float32
+    q_strides,  # (image, token, head) / UNIT, as all the strides
+    k_strides,
+    v_strides,
+    out_strides,
+    heads,  # H
+    queries,  # Tq
+    keys,  # Tk
+    scale,
+    UNIT: tl.constexpr,
+    DIM: tl.constexpr,  # d
+    PIECES: tl.constexpr,  # d cut into powers of two
+    ROWS: tl.constexpr,  # query rows of a program
+    REST: tl.constexpr,  # pieces of the keys that do not fill a block
+    BLOCK: tl.constexpr,  # keys in a full block; 0: they are all in REST
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(queries, ROWS)
+    row = tl.program_id(0) // blocks  # image * H + head
+    first = tl.program_id(0) % blocks * ROWS
+    image, head = row // heads, row % heads
+    q = head_rows(q_ptr, q_strides, image, head, UNIT)
+    k = head_rows(k_ptr, k_strides, image, head, UNIT)
+    v = head_rows(v_ptr, v_strides, image, head, UNIT)
+    out = head_rows(out_ptr, out_strides, image, head, UNIT)
+
+    # The highest score must also be the highest scaled score: q takes the scale's sign, which is exact.
+    q = scaled(load_rows(q, first, queries, ROWS, DIM, PIECES, True), tl.where(scale < 0, -1.0, 1.0))
+    scale_log2 = tl.abs(scale) * LOG2_E
+
+    state = tl.full((ROWS,), float("-inf"), tl.float32), tl.full((ROWS,), 0.0, tl.float32), zero_rows(ROWS, PIECES)
+    full = (keys - 1) // BLOCK * BLOCK if BLOCK else 0
+    state = _attend(state, q, k, v, full, keys, scale_log2, ROWS, REST, DIM, PIECES, True, PRECISION)
+    if BLOCK:
+        for start in range(0, full, BLOCK):
+            state = _attend(state, q, k, v, start, keys, scale_log2, ROWS, (BLOCK,), DIM, PIECES, False, PRECISION)
+    highest, total, acc = state
+
+    store_rows(out, first, queries, scaled(acc, 1 / total[:, None]), ROWS, DIM, PIECES)
+    rows = first + tl.arange(0, ROWS)
+    lse = (highest * scale_log2 + tl.math.log2(total)) / LOG2_E
+    tl.store(lse_ptr + row.to(tl.int64) * queries + rows, lse, mask=rows < queries)
+
+
+def choose(kernel: str, tensor: Tensor, head_dim: int, length: int) -> dict[str, int]:
+    """The table's first row for ``kernel`` that takes this head dim and this many keys (or queries) to go through."""
+    for row in tiles.rows("attention", architecture(tensor), tensor.dtype):
+        if row["kernel"] == kernel and head_dim <= row["max_head_dim"] and length <= row.get("max_length", length):
+            return row
+    raise ValueError(f"attention kernels take a head dim of 1 to 128, got {head_dim}")
+
+
+def cut(row: dict[str, int], head_dim: int, owned: int, length: int) -> dict[str, Any]:
+    """Constants of a kernel whose programs own a block of ``owned`` rows each and go through ``length`` others."""
+    block = row["block"]
+    return {
+        "DIM": head_dim,
+        "PIECES": pieces(head_dim, 16, row["head_piece"]),
+        "ROWS": min(row["rows"], max(triton.next_power_of_2(owned), 16)),
+        "REST": pieces(length - (length - 1) // block * block if block else length, 16, row["piece"]),
+        "BLOCK": block,
+    }
+
+
+def in_units(**tensors: Tensor) -> dict[str, Any]:
+    """Strides of (image, token, head) for every (B, T, H, d) tensor, divided by their common UNIT of at most 8.
+
+    Multiplied by a constant again in the kernel, they tell the compiler that rows are 16-byte aligned, which
+    Triton finds out by itself only for strides of 16 elements: those of d = 72 or 88 are not.
+    """
+    unit = math.gcd(8, *(s for x in tensors.values() for s in x.stride()[:3]))
+    strides = {f"{name}_strides": tuple(s // unit for s in x.stride()[:3]) for name, x in tensors.items()}
+    return {**{f"{name}_ptr": x for name, x in tensors.items()}, **strides, "UNIT": unit}
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v and the logarithm of the softmax's denominator.
+
+    Args:
+        q: (B, Tq, H, d) float16, bfloat16 or float32, d from 1 to 128.
+        k, v: (B, Tk, H, d) in q's dtype. The last dimension of all three is contiguous, other strides are free.
+        scale: factor of the scores, of any sign.
+
+    Returns:
+        out (B, Tq, H, d) contiguous, in q's dtype, and lse (B, H, Tq) float32, the natural logarithm of
+        sum(exp(q k^T * scale)). With no key (Tk = 0), out is 0 and lse is -inf.
+
+    Raises:
+        ValueError: the head dim is above 128.
+
+    Source: FlashAttention-2 (Dao 2023, algorithm 1); scores in units of log2, so that exp is one instruction.
+    """
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    out = torch.empty((batch, queries, heads, head_dim), device=q.device, dtype=q.dtype)
+    lse = torch.empty((batch, heads, queries), device=q.device, dtype=torch.float32)
+    if keys == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    row = choose("forward", q, head_dim, keys)
+    constants = cut(row, head_dim, queries, keys)
+    args = {
+        **in_units(q=q, k=k, v=v, out=out),
+        "lse_ptr": lse,
+        "heads": heads,
+        "queries": queries,
+        "keys": keys,
+        "scale": float(scale),
+        **constants,
+        "PRECISION": precision(q.dtype),
+    }
+    grid = (triton.cdiv(queries, constants["ROWS"]) * batch * heads,)
+    hot = q.dtype != torch.float32
+    launch(_forward, grid, args, num_warps=row["warps"], num_stages=row["stages"], hot=hot)
+    return out, lse

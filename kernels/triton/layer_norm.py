@@ -1,0 +1,294 @@
+"""LayerNorm, with the residual add, LayerScale and drop-path before it: one pass over memory.
+
+A program holds its rows whole in registers, so that the variance is the mean of squared deviations
+(no cancellation, unlike the mean of squares minus the squared mean) and nothing is read twice. The
+backward pass is persistent: each program walks over its share of the rows, keeps its sums for the
+parameters in registers and writes them once; :func:`sum_groups` adds them up in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit.triton.launch import launch, multiprocessors
+from fastvit.triton.reduce import sum_groups
+from fastvit.triton.rounding import narrow
+
+MAX_WIDTH = 8192
+_PROGRAMS_PER_SM = 4  # of the backward pass: 16 warps hide the loads, and the partial rows stay few
+
+
+@triton.jit
+def _scales(ROW_SCALE, rows, row_mask, rows_per_image):
+    """row_scale (B,) spread over the rows of its images: (ROWS, 1)."""
+    return tl.load(ROW_SCALE + rows // rows_per_image, row_mask, other=0.0)[:, None]
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
+def _forward(
+    X,  # (M, D), row stride x_stride
+    RESIDUAL,  # (M, D) or None, row stride residual_stride
+    GAMMA,  # (D,) or None
+    ROW_SCALE,  # (B,) float32 or None
+    WEIGHT,  # (D,) or None
+    BIAS,  # (D,) or None
+    Y,  # (M, D)
+    STREAM,  # (M, D) in the residual's dtype, or None without one
+    MEAN,  # (M,) float32
+    RSTD,  # (M,) float32
+    M,
+    D,
+    rows_per_image,
+    x_stride,
+    residual_stride,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    row_mask, column_mask = rows < M, columns < D
+    mask = row_mask[:, None] & column_mask[None, :]
+    at = rows[:, None] * D + columns[None, :]
+
+    x = tl.load(X + rows[:, None] * x_stride + columns[None, :], mask, other=0.0).to(tl.float32)
+    if RESIDUAL is not None:
+        residual = tl.load(RESIDUAL + rows[:, None] * residual_stride + columns[None, :], mask, other=0.0)
+        if GAMMA is not None:
+            x *= tl.load(GAMMA + columns, column_mask, other=0.0).to(tl.float32)[None, :]
+        if ROW_SCALE is not None:
+            x *= _scales(ROW_SCALE, rows, row_mask, rows_per_image)
+        stream = narrow(residual.to(tl.float32) + x, STREAM.dtype.element_ty)
+        tl.store(STREAM + at, stream, mask)
+        x = stream.to(tl.float32)  # the statistics are those of what backward will read
+
+    mean = tl.sum(x, 1) / D
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+    tl.store(MEAN + rows, mean, row_mask)
+    tl.store(RSTD + rows, rstd, row_mask)
+
+    y = centred * rstd[:, None]
+    if WEIGHT is not None:
+        y *= tl.load(WEIGHT + columns, column_mask, other=0.0).to(tl.float32)[None, :]
+    if BIAS is not None:
+        y += tl.load(BIAS + columns, column_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(Y + at, narrow(y, Y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
+def _backward(
+    DY,  # (M, D), row stride dy_stride
+    DSTREAM,  # (M, D) or None, row stride dstream_stride
+    NORMALISED,  # (M, D), row stride normalised_stride
+    BRANCH,  # (M, D), row stride branch_stride, or None: read for dgamma only
+    GAMMA,  # (D,) or None
+    ROW_SCALE,  # (B,) float32 or None
+    WEIGHT,  # (D,) or None
+    MEAN,  # (M,) float32
+    RSTD,  # (M,) float32
+    DX,  # (M, D)
+    DRESIDUAL,  # (M, D), or None without a branch
+    PARTIALS,  # (programs, 3 or 2, D) float32: dweight, dbias and, with gamma, dgamma; or None
+    M,
+    D,
+    rows_per_image,
+    dy_stride,
+    dstream_stride,
+    normalised_stride,
+    branch_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)
+    column_mask = columns < D
+    if PARTIALS is not None:
+        dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+        dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+        dgamma = tl.zeros((ROWS, BLOCK), tl.float32)
+
+    for tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        row_mask = rows < M
+        mask = row_mask[:, None] & column_mask[None, :]
+        at = rows[:, None] * D + columns[None, :]
+        x = tl.load(NORMALISED + rows[:, None] * normalised_stride + columns[None, :], mask, other=0.0)
+        dy = tl.load(DY + rows[:, None] * dy_stride + columns[None, :], mask, other=0.0).to(tl.float32)
+        mean = tl.load(MEAN + rows, row_mask, other=0.0)[:, None]
+        rstd = tl.load(RSTD + rows, row_mask, other=0.0)[:, None]
+        xhat = (x.to(tl.float32) - mean) * rstd  # past the edge it only meets dy = 0
+        if PARTIALS is not None:
+            dweight += dy * xhat
+            dbias += dy
+
+        if WEIGHT is not None:
+            dy *= tl.load(WEIGHT + columns, column_mask, other=0.0).to(tl.float32)[None, :]
+        along_one = tl.sum(dy, 1) / D
+        along_xhat = tl.sum(dy * xhat, 1) / D
+        total = (dy - along_one[:, None] - xhat * along_xhat[:, None]) * rstd
+        if DSTREAM is not None:
+            dstream = tl.load(DSTREAM + rows[:, None] * dstream_stride + columns[None, :], mask, other=0.0)
+            total += dstream.to(tl.float32)
+
+        if DRESIDUAL is not None:
+            tl.store(DRESIDUAL + at, narrow(total, DRESIDUAL.dtype.element_ty), mask)
+            if ROW_SCALE is not None:
+                total *= _scales(ROW_SCALE, rows, row_mask, rows_per_image)
+            if GAMMA is not None:
+                if PARTIALS is not None:
+                    branch = tl.load(BRANCH + rows[:, None] * branch_stride + columns[None, :], mask, other=0.0)
+                    dgamma += total * branch.to(tl.float32)
+                total *= tl.load(GAMMA + columns, column_mask, other=0.0).to(tl.float32)[None, :]
+        tl.store(DX + at, narrow(total, DX.dtype.element_ty), mask)
+
+    if PARTIALS is not None:
+        sums = 2 if GAMMA is None else 3
+        partial = PARTIALS + tl.program_id(0).to(tl.int64) * sums * D + columns
+        tl.store(partial, tl.sum(dweight, 0), column_mask)
+        tl.store(partial + D, tl.sum(dbias, 0), column_mask)
+        if GAMMA is not None:
+            tl.store(partial + 2 * D, tl.sum(dgamma, 0), column_mask)
+
+
+def _shape(width: int, values_per_lane: int) -> tuple[int, int, int]:
+    """(rows, block, warps) of a program: whole rows, ``values_per_lane`` values in every lane, four warps or more.
+
+    The warps lie along D, so the rows of a program share one load of the weights and one barrier.
+    """
+    block = triton.next_power_of_2(width)
+    warps = max(block // (32 * values_per_lane), 4)
+    return max(32 * values_per_lane * warps // block, 1), block, warps
+
+
+def _readable(x: Tensor | None) -> Tensor | None:
+    """``x`` (M, D) or (D,) with neighbours in memory along D; the row stride is free."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _rows_per_image(rows: int, row_scale: Tensor | None) -> int:
+    return 1 if row_scale is None or rows == 0 else rows // row_scale.shape[0]
+
+
+def layer_norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """y = (s - mean) * rstd * weight + bias with s = x, or s = residual + row_scale * gamma * x.
+
+    x, residual (M, D), D <= 8192, row strides free (any other layout is copied once); weight, bias,
+    gamma (D,); row_scale (B,) float32 where row m takes row_scale[m // (M // B)]. All floating, dtypes
+    may differ. Ba et al. 2016, equations 3 and 4; LayerScale: Touvron et al. 2021, equation 7.
+
+    Returns y (M, D) in ``out_dtype`` (default: that of s), s in the residual's dtype or None without
+    a residual, and s's mean and rstd (M,) float32, taken of s as rounded to its dtype.
+    """
+    rows, width = x.shape
+    if width > MAX_WIDTH:
+        raise ValueError(f"layer_norm: the Triton kernels hold a row in registers, so D <= {MAX_WIDTH}; got {width}")
+    x, residual, gamma, row_scale, weight, bias = map(_readable, (x, residual, gamma, row_scale, weight, bias))
+    stream = None if residual is None else torch.empty((rows, width), dtype=residual.dtype, device=x.device)
+    y = torch.empty((rows, width), dtype=out_dtype or (x if stream is None else stream).dtype, device=x.device)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    tile_rows, block, warps = _shape(width, values_per_lane=32)
+    args = {
+        "X": x,
+        "RESIDUAL": residual,
+        "GAMMA": gamma,
+        "ROW_SCALE": row_scale,
+        "WEIGHT": weight,
+        "BIAS": bias,
+        "Y": y,
+        "STREAM": stream,
+        "MEAN": mean,
+        "RSTD": rstd,
+        "M": rows,
+        "D": width,
+        "rows_per_image": _rows_per_image(rows, row_scale),
+        "x_stride": _row_stride(x),
+        "residual_stride": _row_stride(residual),
+        "eps": float(eps),
+        "ROWS": tile_rows,
+        "BLOCK": block,
+    }
+    launch(_forward, (triton.cdiv(rows, tile_rows),), args, num_warps=warps)
+    return y, stream, mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    dstream: Tensor | None,
+    normalised: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    need_params: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of :func:`layer_norm_forward`: (dx, dresidual, dweight, dbias, dgamma).
+
+    normalised (M, D) is what the norm read (x, or the stream); dstream (M, D) is any further gradient
+    that arrives there; branch (M, D) is the x that was merged into the stream. With
+    xhat = (normalised - mean) * rstd and g = dy * weight,
+
+        total = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dstream
+
+    Without a branch dx = total and dresidual is None; with one dresidual = total in normalised's
+    dtype and dx = row_scale * gamma * total in the branch's. dweight = sum dy * xhat, dbias = sum dy
+    and dgamma = sum row_scale * branch * total are (D,) float32, bit-equal from run to run; dgamma is
+    None without a gamma, and all three are with ``need_params=False``.
+    """
+    rows, width = normalised.shape
+    dy, dstream, normalised, branch = map(_readable, (dy, dstream, normalised, branch))
+    weight, gamma, row_scale = map(_readable, (weight, gamma, row_scale))
+    dx = torch.empty((rows, width), dtype=(normalised if branch is None else branch).dtype, device=dy.device)
+    dresidual = None if branch is None else torch.empty_like(dx, dtype=normalised.dtype)
+    tile_rows, block, warps = _shape(width, values_per_lane=16)
+    programs = min(triton.cdiv(rows, tile_rows), _PROGRAMS_PER_SM * multiprocessors(dy))
+    sums = 2 if gamma is None else 3
+    partials = torch.empty((programs, sums, width), dtype=torch.float32, device=dy.device) if need_params else None
+    args = {
+        "DY": dy,
+        "DSTREAM": dstream,
+        "NORMALISED": normalised,
+        "BRANCH": branch,
+        "GAMMA": gamma,
+        "ROW_SCALE": row_scale,
+        "WEIGHT": weight,
+        "MEAN": mean,
+        "RSTD": rstd,
+        "DX": dx,
+        "DRESIDUAL": dresidual,
+        "PARTIALS": partials,
+        "M": rows,
+        "D": width,
+        "rows_per_image": _rows_per_image(rows, row_scale),
+        "dy_stride": _row_stride(dy),
+        "dstream_stride": _row_stride(dstream),
+        "normalised_stride": _row_stride(normalised),
+        "branch_stride": _row_stride(branch),
+        "ROWS": tile_rows,
+        "BLOCK": block,
+    }
+    # Five float32 values a column stay in registers; at 8192 columns a few bytes of them spill.
+    launch(_backward, (programs,), args, num_warps=warps, hot=block <= 4096)
+    if partials is None:
+        return dx, dresidual, None, None, None
+    dweight, dbias, *dgamma = sum_groups(partials)
+    return dx, dresidual, dweight, dbias, dgamma[0] if dgamma else None

@@ -1,0 +1,274 @@
+"""Gradients of ``linear_forward``: to its input (the forward's own GEMM, W read the other way) and its parameters.
+
+With y = x W^T + b and out = row_scale * gamma * y (plus the residual, whose gradient is dout itself):
+
+    dx     = (row_scale * gamma * dout) @ W
+    G      = (row_scale * dout)^T @ x                    (N, K), summed over the M rows in float32
+    dW     = gamma * G
+    dbias  = gamma * colsum(row_scale * dout)
+    dgamma = rowsum(W * G) + bias * colsum(row_scale * dout)
+
+so nothing has to be kept for gamma: y itself never appears. G has few tiles and a long sum, so the rows are
+split over programs when that fills the device better; the partial sums go through memory and are added in
+one order, always the same (no atomics). The column sums ride in the same kernel, as one more product with ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activation_gradient, narrow, store
+from fastvit.triton.launch import architecture, dot, launch, multiprocessors, precision
+from fastvit.triton.linear import choose, matmul, rows_contiguous, rows_per_image, tile_origin
+
+_MAX_SPLITS = 16
+
+
+@triton.jit
+def weight_gradient_kernel(
+    dout_ptr,  # (M, N), rows contiguous
+    x_ptr,  # (M, K), rows contiguous
+    row_scale_ptr,  # (B,) float32 or None: row m is scaled by entry m // rows_per_image
+    out_ptr,  # (splits, N, K): G of each split
+    sums_ptr,  # (splits, N) float32 or None: the column sums of row_scale * dout
+    M,
+    N,
+    K,
+    stride_dout,
+    stride_x,
+    rows_per_image,
+    rows_per_split,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # rows summed in one step
+    PRECISION: tl.constexpr,
+):
+    n, k = tile_origin(tl.program_id(0), N, K, BLOCK_N, BLOCK_K)
+    split = tl.program_id(1)
+    start = split * rows_per_split
+    stop = tl.minimum(start + rows_per_split, M)
+    ms, ns, ks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    in_n, in_k = n + ns < N, k + ks < K
+    rows = (start + ms).to(tl.int64)[:, None]
+    dout_ptrs = dout_ptr + rows * stride_dout + (n + ns)[None, :]
+    x_ptrs = x_ptr + rows * stride_x + (k + ks)[None, :]
+    ones = tl.full((BLOCK_M, 16), 1, tl.float32).to(x_ptr.dtype.element_ty)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    sums = tl.zeros((BLOCK_N, 16), tl.float32)
+    for m in range(start, stop, BLOCK_M):
+        in_m = m + ms < stop
+        dout = tl.load(dout_ptrs, mask=in_m[:, None] & in_n[None, :], other=0)
+        x = tl.load(x_ptrs, mask=in_m[:, None] & in_k[None, :], other=0)
+        if row_scale_ptr is not None:
+            scale = tl.load(row_scale_ptr + (m + ms) // rows_per_image, mask=in_m, other=0)
+            dout = dout.to(tl.float32) * scale[:, None]
+        dout = narrow(dout, x.dtype).T
+        acc = dot(dout, x, acc, PRECISION)
+        if sums_ptr is not None:
+            if k == 0:  # every program of a row of tiles would find the same sums
+                sums = dot(dout, ones, sums, PRECISION)
+        dout_ptrs += BLOCK_M * stride_dout
+        x_ptrs += BLOCK_M * stride_x
+    corner = (split * N + n).to(tl.int64) * K + k
+    offsets = corner + (ns[:, None] * K + ks[None, :])
+    store(out_ptr + offsets, acc, in_n[:, None] & in_k[None, :])
+    if sums_ptr is not None:
+        if k == 0:
+            tl.store(sums_ptr + split * N + n + ns, tl.max(sums, 1), mask=in_n)
+
+
+@triton.jit
+def weight_reduction_kernel(
+    partial_ptr,  # (splits, N, K) float32
+    partial_sums_ptr,  # (splits, N) float32 or None
+    weight_ptr,  # (N, K) or None: wanted for dgamma
+    bias_ptr,  # (N,) or None
+    gamma_ptr,  # (N,) or None
+    dweight_ptr,  # (N, K)
+    dbias_ptr,  # (N,) float32 or None
+    dgamma_ptr,  # (N,) float32 or None
+    N,
+    K,
+    stride_weight,
+    SPLITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    ks = tl.arange(0, BLOCK_K)
+    scale = 1.0
+    if gamma_ptr is not None:
+        scale = tl.load(gamma_ptr + n).to(tl.float32)
+    along = tl.zeros((BLOCK_K,), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        in_k = k + ks < K
+        total = tl.zeros((BLOCK_K,), tl.float32)
+        for split in tl.static_range(SPLITS):
+            total += tl.load(partial_ptr + (split * N + n) * K + k + ks, mask=in_k, other=0)
+        if dgamma_ptr is not None:
+            along += total * tl.load(weight_ptr + n * stride_weight + k + ks, mask=in_k, other=0).to(tl.float32)
+        store(dweight_ptr + n * K + k + ks, total * scale, in_k)
+    if partial_sums_ptr is not None:
+        column_sum = 0.0
+        for split in tl.static_range(SPLITS):
+            column_sum += tl.load(partial_sums_ptr + split * N + n)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + n, column_sum * scale)
+        if bias_ptr is not None and dgamma_ptr is not None:
+            along += tl.where(ks == 0, column_sum * tl.load(bias_ptr + n).to(tl.float32), 0.0)
+    if dgamma_ptr is not None:
+        tl.store(dgamma_ptr + n, tl.sum(along, 0))
+
+
+def linear_input_gradient(
+    dout: Tensor,
+    weight: Tensor,
+    *,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    preact: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    tile: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(row_scale * gamma * dout) @ W, then back through the activation that made the linear's input, in one GEMM.
+
+    Args:
+        dout: (M, N), float32, float16 or bfloat16; rounded to ``weight``'s dtype for the product, after gamma.
+        weight: (N, K), float32, float16 or bfloat16.
+        gamma: (N,), float32 or ``weight``'s dtype.
+        row_scale: (B,) float32; row m takes entry m // (M // B).
+        preact: (M, K), or (M, 2K) for "swiglu"; what ``activation`` was applied to. Both or neither are given.
+        activation: "gelu", "gelu_tanh", "quick_gelu" or "swiglu" (one launch more).
+        out_dtype: the gradient's dtype, ``weight``'s by default; with "swiglu" it is ``preact``'s.
+        tile: in place of the table's, as for ``linear_forward``.
+
+    Returns:
+        dx, with the shape (M, K), or (M, 2K) with "swiglu"; and act(preact) (M, K) in ``preact``'s dtype, or None.
+
+    Raises:
+        ValueError: unknown activation, preact without activation or the reverse, or B does not divide M.
+    """
+    if (preact is None) != (activation is None):
+        raise ValueError("preact and activation go together")
+    if activation not in (None, "swiglu", *EPILOGUE_ACTIVATIONS):
+        raise ValueError(f"unknown activation {activation!r}")
+    dout, weight = rows_contiguous(dout), rows_contiguous(weight)
+    fused = activation in EPILOGUE_ACTIVATIONS
+    dx = weight.new_empty(dout.shape[0], weight.shape[1], dtype=out_dtype)
+    hidden = torch.empty_like(dx, dtype=preact.dtype) if fused and preact is not None else None
+    matmul(
+        dout, weight, dx, backward=True, a_scale=gamma, row_scale=row_scale, hidden=hidden, tile=tile,
+        preact=preact.contiguous() if fused and preact is not None else None,
+        activation=activation if fused else None,
+    )  # fmt: skip
+    if activation == "swiglu" and preact is not None:
+        return activation_gradient(dx, preact, activation)
+    return dx, hidden
+
+
+def _splits(m: int, tiles: int, tile: dict[str, Any], programs: int) -> int:
+    """How many parts to cut the M rows into: the count with the least predicted time.
+
+    A part costs its rows, in whole waves of ``programs``; every split costs a write and a read of float32 G,
+    for which a GPU of this generation could have done about 180 operations a byte.
+    """
+    block = tile["block_m"] * tile["block_n"]
+
+    def cost(splits: int) -> float:
+        waves = triton.cdiv(tiles * splits, programs)
+        product = waves * triton.cdiv(m, splits) * 2 * block
+        traffic = 0 if splits == 1 else splits * tiles * block * 8 * 180 / programs
+        return product + traffic
+
+    return min(range(1, max(1, min(_MAX_SPLITS, m // (4 * tile["block_k"]))) + 1), key=cost)
+
+
+def linear_weight_gradient(
+    dout: Tensor,
+    x: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gamma: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    need_bias: bool = True,
+    tile: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients to the weight, the bias and LayerScale: the equations at the top of this file, deterministic.
+
+    Args:
+        dout: (M, N), float32, float16 or bfloat16; rounded to x's dtype for the product, after row_scale.
+        x: (M, K), float32, float16 or bfloat16.
+        weight: (N, K), needed with gamma.
+        bias: (N,), the forward's, if it had one; needed with gamma only.
+        gamma: (N,), float32 or x's dtype.
+        row_scale: (B,) float32; row m takes entry m // (M // B).
+        need_bias: whether dbias is wanted.
+        tile: in place of the table's, as for ``linear_forward``, and ``splits``; m, n and k are those of the
+            product (N, M) @ (M, K).
+
+    Returns:
+        dweight (N, K) in x's dtype, dbias (N,) float32 or None, dgamma (N,) float32 or None.
+
+    Raises:
+        ValueError: gamma without weight, or B does not divide M.
+    """
+    if gamma is not None and weight is None:
+        raise ValueError("the gradient of gamma needs the weight")
+    dout, x = rows_contiguous(dout), rows_contiguous(x)
+    (m, n), k = dout.shape, x.shape[1]
+    tile = tile or choose("weight", architecture(x), x.dtype, n, k, m, ("pointer",))
+    tiles = triton.cdiv(n, tile["block_m"]) * triton.cdiv(k, tile["block_n"])
+    splits = tile.get("splits") or _splits(m, tiles, tile, multiprocessors(x))
+    rows = triton.cdiv(triton.cdiv(m, splits), tile["block_k"]) * tile["block_k"]
+    reduce = splits > 1 or gamma is not None
+    need_sums = need_bias or (gamma is not None and bias is not None)
+
+    dweight = x.new_empty(n, k)
+    dbias = x.new_empty(n, dtype=torch.float32) if need_bias else None
+    dgamma = x.new_empty(n, dtype=torch.float32) if gamma is not None else None
+    partial = x.new_empty(splits, n, k, dtype=torch.float32) if reduce else dweight
+    sums = x.new_empty(splits, n, dtype=torch.float32) if reduce and need_sums else dbias
+    args = {
+        "dout_ptr": dout,
+        "x_ptr": x,
+        "row_scale_ptr": row_scale,
+        "out_ptr": partial,
+        "sums_ptr": sums,
+        "M": m,
+        "N": n,
+        "K": k,
+        "stride_dout": dout.stride(0),
+        "stride_x": x.stride(0),
+        "rows_per_image": rows_per_image(m, row_scale),
+        "rows_per_split": rows,
+        "BLOCK_N": tile["block_m"],
+        "BLOCK_K": tile["block_n"],
+        "BLOCK_M": tile["block_k"],
+        "PRECISION": precision(x.dtype),
+    }
+    options = {"num_warps": tile["warps"], "num_stages": tile["stages"], "hot": x.element_size() == 2}
+    launch(weight_gradient_kernel, (tiles, splits), args, **options)
+    if reduce:
+        args = {
+            "partial_ptr": partial,
+            "partial_sums_ptr": sums,
+            "weight_ptr": None if weight is None else rows_contiguous(weight),
+            "bias_ptr": bias,
+            "gamma_ptr": gamma,
+            "dweight_ptr": dweight,
+            "dbias_ptr": dbias,
+            "dgamma_ptr": dgamma,
+            "N": n,
+            "K": k,
+            "stride_weight": k if weight is None else weight.stride(0),
+            "SPLITS": splits,
+            "BLOCK_K": min(triton.next_power_of_2(max(k, 1)), 1024),
+        }
+        launch(weight_reduction_kernel, (n,), args)
+    return dweight, dbias, dgamma

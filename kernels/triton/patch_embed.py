@@ -1,0 +1,408 @@
+"""Patch embedding as one GEMM that gathers its own patches, and its gradients.
+
+    out[b, P + n] = patch(b, n) W^T + bias + pos        out[b, t] = prefix[t] + pos for t < P
+
+with patch(b, n) the K = C * p * q pixels of patch n (equation 1 of Dosovitskiy et al. 2021), so a
+strided convolution without an im2col buffer. K runs in the weight's own order, k = (c * p + i) * q + j:
+the weight is read as it lies, and in an NCHW image each (c, i) is a run of q pixels that goes on in
+the next patch, which is the next row of the tile. In an NHWC image one line serves C values of c,
+and the later ones find it in the cache: device memory is read once either way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit.triton import tiles
+from fastvit.triton.launch import architecture, dot, launch, multiprocessors, precision
+from fastvit.triton.reduce import sum_partials
+from fastvit.triton.rounding import narrow
+
+
+@triton.jit
+def _patch_offsets(image, patch, stride_b, stride_h, stride_w, GRID_W, P: tl.constexpr, Q: tl.constexpr):
+    """Where the first pixel of each patch lies: int64, the shape of ``image`` and ``patch``."""
+    y, x = (patch // GRID_W) * P, (patch % GRID_W) * Q
+    return image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+
+
+@triton.jit
+def _pixel_offsets(k, stride_c, stride_h, stride_w, P: tl.constexpr, Q: tl.constexpr):
+    """Where pixel k = (c * P + i) * Q + j of a patch lies after its first: int32 (see ``_near``), the shape of ``k``."""
+    return k // (P * Q) * stride_c + k // Q % P * stride_h + k % Q * stride_w
+
+
+@triton.jit
+def _patches(
+    IMAGES,  # (B, C, H, W), any strides; uint8 or floating
+    MEAN,  # (C,) float32 or None
+    STD,  # (C,) float32 or None
+    patch_offsets,  # (ROWS,)
+    patch_mask,  # (ROWS,)
+    k,  # (COLUMNS,)
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The (ROWS, COLUMNS) tile of patches in DTYPE: uint8 scaled to 0..1, then (value - mean) / std in float32."""
+    k_mask = k < C * P * Q
+    pixels = IMAGES + patch_offsets[:, None] + _pixel_offsets(k, stride_c, stride_h, stride_w, P, Q)[None, :]
+    values = tl.load(pixels, patch_mask[:, None] & k_mask[None, :], other=0)
+    if IMAGES.dtype.element_ty == tl.uint8 or MEAN is not None or STD is not None:
+        # One multiply-add a pixel: the divisions are done once a column.
+        scale = tl.full(k.shape, 1 / 255 if IMAGES.dtype.element_ty == tl.uint8 else 1.0, tl.float32)
+        shift = tl.zeros(k.shape, tl.float32)
+        if MEAN is not None:
+            shift -= tl.load(MEAN + k // (P * Q), k_mask, other=0.0)
+        if STD is not None:
+            std = tl.load(STD + k // (P * Q), k_mask, other=1.0)
+            scale, shift = scale / std, shift / std
+        values = values.to(tl.float32) * scale[None, :] + shift[None, :]
+    return values if values.dtype == DTYPE else narrow(values.to(tl.float32), DTYPE)
+
+
+@triton.jit(do_not_specialize=["M", "TOKENS", "POS_ROWS", "GRID_W"])
+def _forward(
+    IMAGES,  # (B, C, H, W), any strides; uint8 or floating
+    WEIGHT,  # (D, C * P * Q)
+    BIAS,  # (D,) or None
+    POS,  # (POS_ROWS, D) or None: for the last POS_ROWS tokens of an image
+    PREFIX,  # (PREFIX_ROWS, D) or None
+    MEAN,  # (C,) float32 or None
+    STD,  # (C,) float32 or None
+    OUT,  # (M, D), M = B * TOKENS
+    M,
+    D,
+    TOKENS,
+    PREFIX_ROWS,
+    POS_ROWS,
+    GRID_W,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    K: tl.constexpr = C * P * Q
+    # The programs of one row of tiles run together: they gather the same patches, once from device memory.
+    tiles_n = tl.cdiv(D, BLOCK_N)
+    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, n_mask = rows < M, n < D
+    image, token = rows // TOKENS, rows % TOKENS
+    patch = token - PREFIX_ROWS
+    patch_mask = row_mask & (patch >= 0)
+    patch_offsets = _patch_offsets(image, patch, stride_b, stride_h, stride_w, GRID_W, P, Q)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        dtype: tl.constexpr = WEIGHT.dtype.element_ty
+        a = _patches(IMAGES, MEAN, STD, patch_offsets, patch_mask, k, stride_c, stride_h, stride_w, C, P, Q, dtype)
+        w = tl.load(WEIGHT + n[None, :] * K + k[:, None], n_mask[None, :] & (k < K)[:, None], other=0.0)
+        acc = dot(a, w, acc, PRECISION)
+
+    if BIAS is not None:
+        acc += tl.load(BIAS + n, n_mask, other=0.0).to(tl.float32)[None, :]
+    if PREFIX is not None:
+        if tl.min(patch, 0) < 0:
+            prefix_mask = (row_mask & (patch < 0))[:, None] & n_mask[None, :]
+            prefix = tl.load(PREFIX + token[:, None] * D + n[None, :], prefix_mask, other=0.0)
+            acc = tl.where((patch < 0)[:, None], prefix.to(tl.float32), acc)
+    if POS is not None:
+        position = token - (TOKENS - POS_ROWS)
+        pos_mask = (row_mask & (position >= 0))[:, None] & n_mask[None, :]
+        acc += tl.load(POS + position[:, None] * D + n[None, :], pos_mask, other=0.0).to(tl.float32)
+    out = OUT + rows.to(tl.int64)[:, None] * D + n[None, :]
+    tl.store(out, narrow(acc, OUT.dtype.element_ty), row_mask[:, None] & n_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["PATCHES", "PER_IMAGE", "GRID_W"])
+def _weight_gradient(
+    DOUT,  # (B, PREFIX_ROWS + PER_IMAGE, D)
+    IMAGES,  # (B, C, H, W), any strides; uint8 or floating
+    MEAN,  # (C,) float32 or None
+    STD,  # (C,) float32 or None
+    PARTIALS,  # (splits, D, C * P * Q) float32
+    PATCHES,  # B * PER_IMAGE
+    PER_IMAGE,
+    PATCHES_PER_SPLIT,
+    D,
+    PREFIX_ROWS,
+    GRID_W,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    K: tl.constexpr = C * P * Q
+    split = tl.program_id(1)
+    tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    d = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    d_mask = d < D
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = split * PATCHES_PER_SPLIT
+    end = tl.minimum(first + PATCHES_PER_SPLIT, PATCHES)
+    for start in range(first, end, BLOCK_K):
+        rows = start + tl.arange(0, BLOCK_K)
+        mask = rows < end
+        image, patch = rows // PER_IMAGE, rows % PER_IMAGE
+        dout_rows = rows + (image + 1) * PREFIX_ROWS  # past the prefix rows of this image and those before
+        dout = tl.load(
+            DOUT + dout_rows.to(tl.int64)[:, None] * D + d[None, :], mask[:, None] & d_mask[None, :], other=0.0
+        )
+        offsets = _patch_offsets(image, patch, stride_b, stride_h, stride_w, GRID_W, P, Q)
+        a = _patches(IMAGES, MEAN, STD, offsets, mask, k, stride_c, stride_h, stride_w, C, P, Q, dout.dtype)
+        acc = dot(tl.trans(dout), a, acc, PRECISION)
+
+    partial = PARTIALS + split.to(tl.int64) * D * K + d[:, None] * K + k[None, :]
+    tl.store(partial, acc, d_mask[:, None] & (k < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["PATCHES", "PER_IMAGE", "GRID_W"])
+def _image_gradient(
+    DOUT,  # (B, PREFIX_ROWS + PER_IMAGE, D)
+    WEIGHT,  # (D, C * P * Q)
+    STD,  # (C,) float32 or None
+    DIMAGES,  # (B, C, H, W), strides below
+    PATCHES,  # B * PER_IMAGE
+    PER_IMAGE,
+    D,
+    PREFIX_ROWS,
+    GRID_W,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    K: tl.constexpr = C * P * Q
+    tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, k_mask = rows < PATCHES, k < K
+    image, patch = rows // PER_IMAGE, rows % PER_IMAGE
+    dout_rows = (rows + (image + 1) * PREFIX_ROWS).to(tl.int64)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        d = start + tl.arange(0, BLOCK_K)
+        d_mask = d < D
+        dout = tl.load(DOUT + dout_rows[:, None] * D + d[None, :], row_mask[:, None] & d_mask[None, :], other=0.0)
+        w = tl.load(WEIGHT + d[:, None] * K + k[None, :], d_mask[:, None] & k_mask[None, :], other=0.0)
+        acc = dot(dout, w, acc, PRECISION)
+
+    if STD is not None:
+        acc /= tl.load(STD + k // (P * Q), k_mask, other=1.0)[None, :]
+    offsets = _patch_offsets(image, patch, stride_b, stride_h, stride_w, GRID_W, P, Q)
+    pixels = DIMAGES + offsets[:, None] + _pixel_offsets(k, stride_c, stride_h, stride_w, P, Q)[None, :]
+    tl.store(pixels, narrow(acc, DIMAGES.dtype.element_ty), row_mask[:, None] & k_mask[None, :])
+
+
+def _tile(tile: dict[str, Any] | None, kernel: str, size: int, like: Tensor) -> dict[str, Any]:
+    """The given tile, or the table's: the first row for ``kernel`` that ``size`` output rows are enough for."""
+    if tile is not None:
+        return tile
+    rows = tiles.rows("patch_embed", architecture(like), like.dtype)
+    return next(row for row in rows if row["kernel"] == kernel and size >= row["min_size"])
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tile: dict[str, Any], dtype: torch.dtype, args: dict[str, Any]) -> None:
+    blocks = {name.upper(): tile[name] for name in ("block_m", "block_n", "block_k")}
+    launch(
+        kernel,
+        grid,
+        {**args, **blocks, "PRECISION": precision(dtype)},
+        num_warps=tile["warps"],
+        num_stages=tile["stages"],
+        hot=dtype != torch.float32,
+    )
+
+
+def _near(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """``images``, copied if one patch spans 2^31 values or more: within a patch the kernels count in int32."""
+    last = (0, images.shape[1] - 1, patch[0] - 1, patch[1] - 1)
+    span = sum(i * stride for i, stride in zip(last, images.stride(), strict=True))
+    return images if span < 2**31 else images.contiguous()
+
+
+def _strides(images: Tensor) -> dict[str, int]:
+    return dict(zip(("stride_b", "stride_c", "stride_h", "stride_w"), images.stride(), strict=True))
+
+
+def patch_embed_forward(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix_tokens: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    tile: dict[str, Any] | None = None,
+) -> Tensor:
+    """Embed the patches of ``images`` and lay the prefix tokens before them: (B, P + N, D) in weight's dtype.
+
+    images (B, C, H, W), uint8 or floating, any strides (NHWC memory is a permuted view); weight
+    (D, C, p, q) with H % p == 0 and W % q == 0; bias (D,); pos_embed (1, N, D) for the patches or
+    (1, P + N, D) for every row; prefix_tokens (1, P, D); mean, std (C,) float32 in units of the values
+    after uint8 was scaled to 0..1. bias, pos_embed and prefix_tokens may have another floating dtype.
+    ``tile`` replaces the table's choice. As fastvit.reference.patch_embed, rounded once at the end.
+    """
+    batch, channels, height, width = images.shape
+    dim, _, p, q = weight.shape
+    images = _near(images, (p, q))
+    prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
+    tokens = prefix + (height // p) * (width // q)
+    out = torch.empty((batch, tokens, dim), dtype=weight.dtype, device=images.device)
+    tile = _tile(tile, "forward", batch * tokens, weight)
+    args = {
+        "IMAGES": images,
+        "WEIGHT": weight.contiguous(),
+        "BIAS": None if bias is None else bias.contiguous(),
+        "POS": None if pos_embed is None else pos_embed.contiguous(),
+        "PREFIX": prefix_tokens.contiguous() if prefix else None,
+        "MEAN": mean,
+        "STD": std,
+        "OUT": out,
+        "M": batch * tokens,
+        "D": dim,
+        "TOKENS": tokens,
+        "PREFIX_ROWS": prefix,
+        "POS_ROWS": 0 if pos_embed is None else pos_embed.shape[1],
+        "GRID_W": width // q,
+        **_strides(images),
+        "C": channels,
+        "P": p,
+        "Q": q,
+    }
+    grid = triton.cdiv(batch * tokens, tile["block_m"]) * triton.cdiv(dim, tile["block_n"])
+    _launch(_forward, (grid,), tile, weight.dtype, args)
+    return out
+
+
+def patch_embed_weight_gradient(
+    dout: Tensor,
+    images: Tensor,
+    weight_shape: tuple[int, int, int, int] | torch.Size,
+    *,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    prefix: int,
+    tile: dict[str, Any] | None = None,
+) -> Tensor:
+    """dweight (D, C, p, q) float32 from dout (B, P + N, D), with P = ``prefix``, and the images of the forward.
+
+    The patches are gathered again. The B * N rows are split over programs whose float32 partial sums
+    are added in a fixed order: bit-equal from run to run on one device.
+    """
+    batch, channels, height, width = images.shape
+    dim, _, p, q = weight_shape
+    images = _near(images, (p, q))
+    per_image, size = (height // p) * (width // q), channels * p * q
+    patches = batch * per_image
+    tile = _tile(tile, "weight_gradient", dim, dout)
+    grid = triton.cdiv(dim, tile["block_m"]) * triton.cdiv(size, tile["block_n"])
+    # Enough splits for two programs on every multiprocessor, none shorter than eight steps.
+    steps = triton.cdiv(patches, tile["block_k"])
+    splits = max(min(triton.cdiv(2 * multiprocessors(dout), grid), steps // 8), 1)
+    per_split = triton.cdiv(steps, splits) * tile["block_k"]
+    splits = max(triton.cdiv(patches, max(per_split, 1)), 1)
+    partials = torch.empty((splits, *weight_shape), dtype=torch.float32, device=dout.device)
+    args = {
+        "DOUT": dout.contiguous(),
+        "IMAGES": images,
+        "MEAN": mean,
+        "STD": std,
+        "PARTIALS": partials,
+        "PATCHES": patches,
+        "PER_IMAGE": per_image,
+        "PATCHES_PER_SPLIT": per_split,
+        "D": dim,
+        "PREFIX_ROWS": prefix,
+        "GRID_W": width // q,
+        **_strides(images),
+        "C": channels,
+        "P": p,
+        "Q": q,
+    }
+    _launch(_weight_gradient, (grid, splits), tile, dout.dtype, args)
+    return sum_partials(partials)
+
+
+def patch_embed_row_gradients(dout: Tensor) -> Tensor:
+    """dout (B, T, D) summed over the batch: (T, D) float32, bit-equal from run to run.
+
+    Its rows are the gradients of the position embeddings and of the prefix tokens; the sum of its
+    patch rows is that of the bias.
+    """
+    return sum_partials(dout)
+
+
+def patch_embed_image_gradient(
+    dout: Tensor,
+    weight: Tensor,
+    image_shape: tuple[int, int, int, int] | torch.Size,
+    *,
+    std: Tensor | None = None,
+    prefix: int,
+    dtype: torch.dtype,
+    tile: dict[str, Any] | None = None,
+) -> Tensor:
+    """dimages (B, C, H, W), contiguous, in ``dtype``, from dout (B, P + N, D), P = ``prefix``, and weight (D, C, p, q).
+
+    A GEMM whose epilogue scatters: every pixel belongs to exactly one patch, so it is written once.
+    """
+    batch, channels, height, width = image_shape
+    dim, _, p, q = weight.shape
+    per_image, size = (height // p) * (width // q), channels * p * q
+    dimages = torch.empty(image_shape, dtype=dtype, device=dout.device)
+    tile = _tile(tile, "image_gradient", batch * per_image, dout)
+    args = {
+        "DOUT": dout.contiguous(),
+        "WEIGHT": weight.contiguous(),
+        "STD": std,
+        "DIMAGES": dimages,
+        "PATCHES": batch * per_image,
+        "PER_IMAGE": per_image,
+        "D": dim,
+        "PREFIX_ROWS": prefix,
+        "GRID_W": width // q,
+        **_strides(dimages),
+        "C": channels,
+        "P": p,
+        "Q": q,
+    }
+    grid = triton.cdiv(batch * per_image, tile["block_m"]) * triton.cdiv(size, tile["block_n"])
+    _launch(_image_gradient, (grid,), tile, dout.dtype, args)
+    return dimages

@@ -1,0 +1,58 @@
+"""The second half of every deterministic reduction: partial results, summed in a fixed order."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit.triton.launch import launch
+
+
+@triton.jit(do_not_specialize=["S"])
+def _sum_partials(
+    PARTIALS,  # (S, len(OUTS), N), any float dtype
+    OUTS,  # tuple of (N,) float32
+    S,
+    N,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
+    for start in range(0, S, BLOCK_S):
+        rows = start + tl.arange(0, BLOCK_S)
+        mask = (rows < S)[:, None] & (columns < N)[None, :]
+        at = (rows.to(tl.int64) * len(OUTS) + tl.program_id(1))[:, None] * N + columns[None, :]
+        acc += tl.load(PARTIALS + at, mask, other=0.0).to(tl.float32)
+    total = tl.sum(acc, 0)
+    for i in tl.static_range(len(OUTS)):
+        if tl.program_id(1) == i:
+            tl.store(OUTS[i] + columns, total, columns < N)
+
+
+def _reduce(partials: Tensor, groups: int, shape: torch.Size) -> tuple[Tensor, ...]:
+    partials = partials.contiguous()
+    count, size = partials.shape[0], math.prod(shape)
+    outs = tuple(torch.empty(shape, dtype=torch.float32, device=partials.device) for _ in range(groups))
+    block_s = min(triton.next_power_of_2(max(count, 1)), 32)
+    block_n = 2048 // block_s  # 16 values a lane; at least 64 neighbours, so that a row of the tile is whole sectors
+    args = {"PARTIALS": partials, "OUTS": outs, "S": count, "N": size, "BLOCK_S": block_s, "BLOCK_N": block_n}
+    launch(_sum_partials, (triton.cdiv(size, block_n), groups), args)
+    return outs
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """Sum ``partials`` (S, ...) of any float dtype over the first dimension, in float32: (...).
+
+    Two calls give the same bits. S = 0 gives zeros.
+    """
+    return _reduce(partials, 1, partials.shape[1:])[0]
+
+
+def sum_groups(partials: Tensor) -> tuple[Tensor, ...]:
+    """The same for ``partials`` (S, G, ...), in one launch: G tensors (...) that share no memory, as op results must."""
+    return _reduce(partials, partials.shape[1], partials.shape[2:])

@@ -1,0 +1,187 @@
+"""Every op's cases, shared: the interpreter runs them on the CPU, a GPU runs them natively.
+
+A case builds the op's arguments for a dtype and a device; tensors that want a gradient require it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit import ops, reference
+
+Make = Callable[..., Tensor]  # make(*shape, dtype=None) -> a leaf that requires a gradient
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op."""
+
+    op: str
+    name: str
+    build: Callable[[Make], dict[str, Any]]
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    @property
+    def kernel(self) -> Callable[..., Any]:
+        return getattr(ops, self.op)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return getattr(reference, self.op)
+
+    def args(self, dtype: torch.dtype, device: str) -> dict[str, Any]:
+        """Fresh random arguments, parameters scaled as in a network, seeded by the caller."""
+
+        def make(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0, grad: bool = True) -> Tensor:
+            return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(grad)
+
+        return self.build(make)
+
+
+F32 = torch.float32
+_LSE = {"return_lse": True}
+
+
+def _norm(make: Make, width: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, float]:
+    kw = {} if dtype is None else {"dtype": dtype}
+    return make(width, **kw), make(width, **kw), 1e-6
+
+
+def _row_scale(make: Make, batch: int) -> Tensor:
+    """Drop-path at rate 0.5: images kept twice as strong, or dropped."""
+    kept = torch.arange(batch, device=make(1).device) % 2
+    return kept.to(F32) * 2
+
+
+def _patch(make: Make, b: int, c: int, hw: tuple[int, int], d: int, pq: tuple[int, int], **kw: Any) -> dict[str, Any]:
+    n = (hw[0] // pq[0]) * (hw[1] // pq[1])
+    prefix = kw.get("prefix", 1)
+    args: dict[str, Any] = {"images": make(b, c, *hw), "weight": make(d, c, *pq, scale=0.1)}
+    if kw.get("bias", True):
+        args["bias"] = make(d)
+    if kw.get("pos", True):
+        args["pos_embed"] = make(1, n + (prefix if kw.get("pos_prefix", True) else 0), d, dtype=kw.get("params", F32))
+    if prefix:
+        args["prefix_tokens"] = make(1, prefix, d, dtype=kw.get("params", F32))
+    return args
+
+
+def _uint8(make: Make, shape: tuple[int, ...], d: int, p: int, c: int) -> dict[str, Any]:
+    device = make(1).device
+    return {
+        "images": torch.randint(0, 256, shape, dtype=torch.uint8, device=device),
+        "weight": make(d, c, p, p, scale=0.1),
+        "bias": make(d),
+        "mean": torch.rand(c, device=device),
+        "std": torch.rand(c, device=device) + 0.2,
+    }
+
+
+CASES = [
+    Case("patch_embed", "square", lambda m: _patch(m, 2, 3, (12, 12), 20, (4, 4))),
+    Case("patch_embed", "oblong", lambda m: _patch(m, 1, 5, (8, 18), 17, (4, 6), prefix=5, pos_prefix=False)),
+    Case("patch_embed", "bare", lambda m: _patch(m, 3, 1, (14, 28), 8, (14, 14), prefix=0, pos=False, bias=False)),
+    Case("patch_embed", "uint8-nchw", lambda m: _uint8(m, (2, 3, 8, 8), 12, 4, 3)),
+    Case("patch_embed", "uint8-nhwc", lambda m: _uint8(m, (2, 8, 12, 3), 12, 4, 3)),
+    Case("layer_norm", "odd", lambda m: dict(zip(("x", "weight", "bias"), (m(3, 5, 17), m(17), m(17)), strict=True))),
+    Case("layer_norm", "plain", lambda m: {"x": m(7, 96), "weight": None, "bias": None, "eps": 1e-5}),
+    Case(
+        "layer_norm",
+        "merge",
+        lambda m: {
+            "x": m(4, 3, 48),
+            "weight": m(48, dtype=F32),
+            "bias": m(48, dtype=F32),
+            "residual": m(4, 3, 48, dtype=F32),
+            "gamma": m(48, dtype=F32),
+            "row_scale": _row_scale(m, 4),
+        },
+    ),
+    Case(
+        "layer_norm", "merge-bare", lambda m: {"x": m(2, 5, 40), "weight": m(40), "bias": m(40), "residual": m(2, 5, 40)}
+    ),
+    Case("linear", "plain", lambda m: {"x": m(3, 5, 40), "weight": m(24, 40, scale=0.2), "bias": m(24)}),
+    Case(
+        "linear",
+        "norm-gelu",
+        lambda m: {
+            "x": m(17, 48),
+            "weight": m(72, 48, scale=0.2),
+            "bias": m(72),
+            "norm": _norm(m, 48),
+            "activation": "gelu",
+        },
+    ),
+    Case(
+        "linear",
+        "merge",
+        lambda m: {
+            "x": m(4, 5, 32),
+            "weight": m(48, 32, scale=0.2),
+            "bias": m(48, dtype=F32),
+            "residual": m(4, 5, 48, dtype=F32),
+            "gamma": m(48, dtype=F32),
+            "row_scale": _row_scale(m, 4),
+        },
+    ),
+    Case(
+        "linear",
+        "norm-float32-stream",
+        lambda m: {"x": m(2, 7, 48, dtype=F32), "weight": m(40, 48, scale=0.2), "norm": _norm(m, 48, F32)},
+    ),
+    *(
+        Case(
+            "mlp",
+            activation,
+            lambda m, activation=activation: {
+                "x": m(2, 9, 32),
+                "fc1_weight": m(64, 32, scale=0.2),
+                "fc1_bias": m(64),
+                "fc2_weight": m(32, 32 if activation == "swiglu" else 64, scale=0.2),
+                "fc2_bias": m(32),
+                "norm": _norm(m, 32),
+                "activation": activation,
+                "residual": m(2, 9, 32),
+                "gamma": m(32),
+                "row_scale": _row_scale(m, 2),
+            },
+        )
+        for activation in ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
+    ),
+    Case(
+        "mlp",
+        "bare",
+        lambda m: {
+            "x": m(19, 24),
+            "fc1_weight": m(40, 24, scale=0.2),
+            "fc1_bias": None,
+            "fc2_weight": m(16, 40, scale=0.2),
+            "fc2_bias": None,
+        },
+    ),
+    *(
+        Case(
+            "attention",
+            f"{tq}x{tk}x{d}",
+            lambda m, tq=tq, tk=tk, d=d: {"q": m(2, tq, 2, d), "k": m(2, tk, 2, d), "v": m(2, tk, 2, d)},
+        )
+        for tq, tk, d in ((5, 9, 32), (1, 50, 64), (33, 1, 80))
+    ),
+    Case("attention", "lse", lambda m: {"q": m(1, 7, 3, 16), "k": m(1, 21, 3, 16), "v": m(1, 21, 3, 16)} | _LSE),
+    *(
+        Case("attention_qkvpacked", f"{t}x{d}", lambda m, t=t, d=d: {"qkv": m(1, t, 3, 2, d)} | _LSE)
+        for t, d in ((17, 64), (65, 72), (197, 32))
+    ),
+    Case("attention_qkvpacked", "scale", lambda m: {"qkv": m(2, 5, 3, 2, 24), "scale": 0.4}),
+]
+
+def with_shared_residual(op: Callable[..., Any]) -> Callable[..., Any]:
+    """op with the residual being x itself, as every block calls ``mlp``."""
+    return lambda x, **kw: op(x, residual=x, **kw)

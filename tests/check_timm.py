@@ -1,0 +1,55 @@
+"""``make test-peers``: timm's own tests/test_models.py, unchanged, on fastvit's models in timm's registry.
+
+The file is in timm's source distribution, which is fetched for it. Arguments are passed on to pytest.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import timm
+
+MODELS = ("vit_tiny_patch16_224", "vit_small_patch32_224", "vit_base_patch16_224")
+# No TorchScript: it is deprecated in PyTorch, and cannot express the choice of a backend.
+TESTS = f"({' or '.join(MODELS)}) and _fastvit and not torchscript"
+
+CONFTEST = """
+from timm.models import _registry
+
+from fastvit.timm_registry import register
+
+# timm's feature tests pick models by the module that registered them: ours are tested with its ViTs.
+_registry._module_to_models["vision_transformer"].update(register())
+"""
+
+
+def fetch(folder: Path) -> Path:
+    """timm's source distribution, of the version that is installed, unpacked into ``folder``."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-binary", ":all:", f"timm=={timm.__version__}", "--dest", str(folder)]
+    subprocess.run(command, check=True)
+    (archive,) = folder.glob("timm-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz") / "tests"
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        tests = fetch(Path(scratch))
+        # A folder that holds this file alone: beside timm's sources they would be imported, not the installed ones.
+        alone = Path(scratch) / "alone"
+        alone.mkdir()
+        (tests / "test_models.py").rename(alone / "test_models.py")
+        (alone / "conftest.py").write_text(CONFTEST)
+        (alone / "pytest.ini").write_text("[pytest]\n")
+        command = [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "8", "-q", "-W", "ignore"]
+        return subprocess.run([*command, "-k", TESTS, "test_models.py", *sys.argv[1:]], cwd=alone).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

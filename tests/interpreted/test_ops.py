@@ -1,0 +1,49 @@
+"""Every op through ``fastvit.ops`` on the Triton backend, in the interpreter: forward and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, Case, with_shared_residual
+from numerics import check_op, tensors
+
+import fastvit
+from fastvit import ops, reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with fastvit.backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_op_is_as_right_as_eager(case: Case, dtype: torch.dtype) -> None:
+    check_op(case.kernel, case.reference, case.args(dtype, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [True, False])
+def test_mlp_on_its_own_residual(dtype: torch.dtype, normed: bool) -> None:
+    args = next(c for c in CASES if str(c) == "mlp-gelu").args(dtype, "cpu")
+    del args["residual"]
+    if not normed:
+        args["norm"] = None
+    check_op(with_shared_residual(ops.mlp), with_shared_residual(reference.mlp), args)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_are_deterministic(case: Case) -> None:
+    args = case.args(torch.float16, "cpu")
+    leaves = [v for value in args.values() for v in (value if isinstance(value, tuple) else [value])]
+    leaves = [v for v in leaves if isinstance(v, torch.Tensor) and v.requires_grad]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        outputs = tensors(case.kernel(**args))
+        return torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+
+    for a, b in zip(gradients(), gradients(), strict=True):
+        assert torch.equal(a, b)

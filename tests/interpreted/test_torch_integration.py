@@ -1,0 +1,127 @@
+"""The kernel ops inside PyTorch: opcheck, compile, autocast, second derivatives. In the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, Case
+from numerics import tensors
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastvit
+from fastvit import ops
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with fastvit.backend("triton"):
+        yield
+
+
+class _Calls(TorchDispatchMode):
+    """Collects the calls of the kernel ops with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastvit":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case) -> None:
+    """Schema, autograd registration, fake tensors and AOT dispatch, for the op and for its backward op."""
+    args = case.args(torch.float32, "cpu")
+    with _Calls() as seen:
+        outputs = [o for o in tensors(case.kernel(**args)) if o.requires_grad]
+        torch.autograd.backward(outputs, [torch.randn_like(o) for o in outputs])
+    assert len(seen.calls) == 2
+    for op, call in seen.calls:
+        fresh = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in call]
+        torch.library.opcheck(op, tuple(fresh), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiles_forward_and_backward_without_a_graph_break(case: Case) -> None:
+    torch._dynamo.reset()
+    args = case.args(torch.float32, "cpu")
+    leaves = {k: v for k, v in args.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+
+    def step(op):
+        outputs = tensors(op(**args))
+        return outputs, torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs])
+
+    compiled = torch.compile(lambda **kw: case.kernel(**kw), fullgraph=True, backend="aot_eager")
+    for a, b in zip(step(compiled), step(case.kernel), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_batch_and_tokens_are_dynamic_without_recompiling() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    weight, norm = torch.randn(3 * 32, 32), (torch.ones(32), torch.zeros(32), 1e-6)
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=True)
+    def half_block(x):
+        qkv = ops.linear(x, weight, norm=norm).view(x.shape[0], x.shape[1], 3, 2, 16)
+        return ops.linear(ops.attention_qkvpacked(qkv).flatten(2), weight[:32], residual=x)
+
+    for batch, tokens in ((2, 5), (3, 7), (4, 9)):
+        x = torch.randn(batch, tokens, 32)
+        assert half_block(x).shape == x.shape
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "uint8" not in str(c)], ids=str)
+def test_second_derivatives_are_refused(case: Case) -> None:
+    args = case.args(torch.float32, "cpu")
+    leaves = [v for v in args.values() if isinstance(v, torch.Tensor) and v.requires_grad][:2]
+    out = tensors(case.kernel(**args))[0]
+    first = torch.autograd.grad((out**2).sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'no second derivatives.*backend\("reference"\)'):
+        torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
+
+
+def test_autocast_keeps_the_residual_stream_in_float32() -> None:
+    x, w = torch.randn(2, 5, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)
+    norm = (torch.ones(16), torch.zeros(16), 1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear(x, w, norm=norm).dtype == torch.bfloat16
+        stream = ops.linear(ops.linear(x, w, norm=norm), w, residual=x)
+        assert stream.dtype == torch.float32
+        out = ops.mlp(stream, w, None, w, None, norm=norm, residual=stream)
+        assert out.dtype == torch.float32
+        assert ops.layer_norm(out.bfloat16(), *norm).dtype == torch.float32
+    out.sum().backward()
+    assert x.grad.dtype == torch.float32 and w.grad.dtype == torch.float32
+
+
+def test_float64_is_refused_by_name() -> None:
+    with pytest.raises(fastvit.BackendUnavailable, match="float64.*accepted: float32, float16, bfloat16"):
+        ops.linear(torch.randn(3, 4).double(), torch.randn(5, 4).double())
+
+
+def test_wide_heads_are_refused_by_name() -> None:
+    qkv = torch.randn(1, 2, 3, 1, 160)
+    with pytest.raises(fastvit.BackendUnavailable, match="head dim 160.*1 to 128"):
+        ops.attention_qkvpacked(qkv)
+
+
+@pytest.mark.parametrize("op", ["linear", "attention", "layer_norm", "mlp", "patch_embed"])
+def test_empty_batches(op: str) -> None:
+    if op == "patch_embed":
+        assert ops.patch_embed(torch.randn(0, 3, 8, 8), torch.randn(6, 3, 4, 4)).shape == (0, 4, 6)
+        return
+    x, w = torch.randn(0, 5, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)
+    out = {
+        "linear": lambda: ops.linear(x, w, torch.randn(16, requires_grad=True), residual=x),
+        "attention": lambda: ops.attention(*[x.view(0, 5, 2, 8)] * 3),
+        "layer_norm": lambda: ops.layer_norm(x, torch.ones(16, requires_grad=True), torch.zeros(16)),
+        "mlp": lambda: ops.mlp(x, w, None, w, None, residual=x),
+    }[op]()
+    out.sum().backward()
+    assert x.grad.shape == (0, 5, 16)
+    assert w.grad is None or (w.grad == 0).all()

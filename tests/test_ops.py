@@ -1,0 +1,233 @@
+"""The ops layer on a CPU: who is chosen, what is refused, oneDNN, and living inside PyTorch."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from cases import CASES, Case
+from numerics import assert_as_right_as_eager, check_op, leaves_of, tensors
+from torch import nn
+
+import fastvit
+from fastvit import ops, reference
+from fastvit.ops import backends, onednn
+
+FLOATING = [c for c in CASES if "uint8" not in str(c)]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_default_backend_is_as_right_as_eager(case: Case, dtype: torch.dtype) -> None:
+    check_op(case.kernel, case.reference, case.args(dtype, "cpu"))
+
+
+@pytest.mark.parametrize("case", FLOATING, ids=str)
+def test_reference_has_second_derivatives(case: Case) -> None:
+    args = leaves_of(case.args(torch.float64, "cpu"), torch.float64)
+    inputs = {k: v for k, v in args.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+
+    def run(*values: torch.Tensor) -> torch.Tensor:
+        return tensors(case.kernel(**(args | dict(zip(inputs, values, strict=True)))))[0]
+
+    with fastvit.backend("reference"):
+        assert torch.autograd.gradgradcheck(run, tuple(inputs.values()), fast_mode=True)
+
+
+# --- oneDNN ---------------------------------------------------------------------------------------------------
+
+
+def _parameters(dtype: torch.dtype, **shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter((torch.randn(shape) * 0.2).to(dtype)) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "quick_gelu", "swiglu"))
+@pytest.mark.parametrize("gamma", (True, False))
+def test_onednn_is_as_right_as_eager(dtype: torch.dtype, activation: str, gamma: bool) -> None:
+    p = _parameters(dtype, fc1_weight=(128, 48), fc1_bias=(128,), fc2_bias=(48,))
+    p |= _parameters(dtype, fc2_weight=(48, 64 if activation == "swiglu" else 128))
+    x = torch.randn(2, 17, 48, dtype=dtype)
+    args = p | {"x": x, "residual": x, "activation": activation, "norm": (p["fc2_bias"], p["fc2_bias"], 1e-6)}
+    if gamma:
+        args["gamma"] = torch.randn(48, dtype=dtype)
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+    exact["norm"] = (exact["fc2_bias"], exact["fc2_bias"], 1e-6)
+    with torch.no_grad(), fastvit.backend("onednn"):
+        out = ops.mlp(**args)
+    assert len(onednn._packed) >= 2, "the weights were not packed: this test would prove nothing"
+    assert_as_right_as_eager(out, reference.mlp(**args), reference.mlp(**exact))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.mul_(2),
+        lambda p: p.data.mul_(2),
+        lambda p: p.data.__setitem__((3, 5), 7.0),
+        lambda p: setattr(p, "data", torch.randn_like(p)),
+        lambda p: p.detach().numpy().__setitem__((0, 0), 5.0),
+    ],
+    ids=["in place", "through .data", "one element", "new storage", "through numpy"],
+)
+def test_onednn_sees_every_change_of_a_weight(change) -> None:
+    x, weight = torch.randn(9, 32), nn.Parameter(torch.randn(24, 32))
+    with torch.no_grad():
+        before = ops.linear(x, weight)
+        change(weight)
+        after = ops.linear(x, weight)
+        torch.testing.assert_close(after, x @ weight.T)
+    assert not torch.equal(before, after)
+
+
+def test_onednn_copies_go_with_their_parameter_and_on_request() -> None:
+    onednn._packed.clear()
+    weight = nn.Parameter(torch.randn(24, 32))
+    with torch.no_grad():
+        ops.linear(torch.randn(9, 32), weight)
+    assert len(onednn._packed) == 1
+    onednn.drop([weight])
+    assert len(onednn._packed) == 0
+    with torch.no_grad():
+        ops.linear(torch.randn(9, 32), weight)
+    del weight
+    assert len(onednn._packed) == 0
+
+
+def test_onednn_leaves_inference_tensors_alone() -> None:
+    with torch.inference_mode():
+        weight = nn.Parameter(torch.randn(24, 32))
+        x = torch.randn(9, 32)
+        torch.testing.assert_close(ops.linear(x, weight), x @ weight.T)
+        weight.data.mul_(2)
+        torch.testing.assert_close(ops.linear(x, weight), x @ weight.T)
+
+
+# --- who is chosen --------------------------------------------------------------------------------------------
+
+
+def test_backend_is_a_setting_and_a_context() -> None:
+    assert backends.setting() == "auto"
+    with fastvit.backend("reference"):
+        assert backends.setting() == "reference"
+        with fastvit.backend("onednn"):
+            assert backends.setting() == "onednn"
+        assert backends.setting() == "reference"
+    assert backends.setting() == "auto"
+
+
+def test_unknown_backend_is_named() -> None:
+    with pytest.raises(ValueError, match="'tritn'.*accepted: auto, reference, onednn, triton"):
+        fastvit.backend("tritn")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_triton_without_a_gpu_says_why() -> None:
+    with fastvit.backend("triton"), pytest.raises(fastvit.BackendUnavailable, match="ops.linear.*cpu.*CUDA"):
+        ops.linear(torch.randn(3, 4), torch.randn(5, 4))
+
+
+def test_onednn_with_a_gradient_says_why() -> None:
+    with fastvit.backend("onednn"), pytest.raises(fastvit.BackendUnavailable, match="gradient"):
+        ops.linear(torch.randn(3, 4, requires_grad=True), torch.randn(5, 4))
+
+
+def test_fallbacks_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="fastvit"):
+        backends.note_fallback("ops.x runs on the reference: a test")
+        backends.note_fallback("ops.x runs on the reference: a test")
+    assert [r.message for r in caplog.records] == ["ops.x runs on the reference: a test"]
+    assert "ops.x runs on the reference: a test" in backends.fallbacks()
+
+
+def test_availability_covers_every_op_and_backend() -> None:
+    table = backends.availability()
+    assert set(table) == set(backends.OPS)
+    for row in table.values():
+        assert set(row) == set(backends.BACKENDS) - {"auto"}
+        assert row["reference"] is None
+
+
+# --- inside PyTorch -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FLOATING, ids=str)
+def test_reference_compiles_without_a_graph_break(case: Case) -> None:
+    torch._dynamo.reset()
+    args = case.args(torch.float32, "cpu")
+    compiled = torch.compile(lambda **kw: case.kernel(**kw), fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(tensors(compiled(**args)), tensors(case.kernel(**args)), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_autocast_keeps_the_residual_stream_in_float32() -> None:
+    x, w = torch.randn(2, 5, 16), torch.randn(16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear(x, w, norm=(torch.ones(16), torch.zeros(16), 1e-6)).dtype == torch.bfloat16
+        assert ops.linear(x, w, residual=x).dtype == torch.float32
+        assert ops.mlp(x, w, None, w, None, residual=x).dtype == torch.float32
+
+
+def test_torch_func_works_under_auto() -> None:
+    x, w = torch.randn(4, 6, 8), torch.randn(3, 8)
+    per_sample = torch.func.vmap(torch.func.grad(lambda x: ops.linear(x, w, activation="gelu").sum()))(x)
+    leaf = x.clone().requires_grad_()
+    ops.linear(leaf, w, activation="gelu").sum().backward()
+    torch.testing.assert_close(per_sample, leaf.grad)
+
+
+def test_symbolic_trace_sees_one_node_per_op() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ops.linear(x, self.weight, activation="gelu")
+
+    net = Net()
+    graph = torch.fx.symbolic_trace(net)
+    assert sum(node.op == "call_function" for node in graph.graph.nodes) == 1
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(graph(x), net(x))
+
+
+# --- bad input ------------------------------------------------------------------------------------------------
+
+W = torch.randn(8, 4)
+X = torch.randn(2, 3, 4)
+BAD = {
+    "width": (lambda: ops.linear(torch.randn(2, 5), W), r"\(2, 5\).*\(8, 4\)"),
+    "bias": (lambda: ops.linear(X, W, torch.randn(7)), r"bias has shape \(7,\), expected \(8,\)"),
+    "dtypes": (lambda: ops.linear(X.double(), W), r"dtypes differ: x torch.float64, weight torch.float32"),
+    "integers": (lambda: ops.linear(X.long(), W.long()), r"torch.int64; accepted"),
+    "activation": (lambda: ops.linear(X, W, activation="relu"), r"'relu'; accepted: None, gelu"),
+    "gamma alone": (lambda: ops.linear(X, W, gamma=torch.ones(8)), r"residual"),
+    "residual": (lambda: ops.linear(X, W, residual=X), r"residual has shape \(2, 3, 4\), expected \(2, 3, 8\)"),
+    "norm": (lambda: ops.linear(X, W, norm=(torch.ones(5), None, 1e-6)), r"norm weight has shape \(5,\)"),
+    "norm tuple": (lambda: ops.linear(X, W, norm=torch.ones(4)), r"\(weight, bias, eps\)"),
+    "mlp": (lambda: ops.mlp(X, W, None, W, None), r"fc2_weight \(8, 4\).*\(D, 8\)"),
+    "mlp activation": (lambda: ops.mlp(X, W, None, W, None, activation="silu"), r"swiglu"),
+    "row_scale": (
+        lambda: ops.layer_norm(X, None, None, residual=X, row_scale=torch.ones(3)),
+        r"row_scale has shape \(3,\), expected \(2,\)",
+    ),
+    "device": (lambda: ops.linear(X, W.to("meta")), r"weight is on meta, x is on cpu"),
+    "attention": (lambda: ops.attention(X, X, X), r"\(B, Tq, H, d\)"),
+    "packed": (lambda: ops.attention_qkvpacked(torch.randn(1, 2, 4, 1, 8)), r"\(1, 2, 4, 1, 8\), expected"),
+    "channels": (lambda: ops.patch_embed(torch.randn(1, 4, 8, 8), torch.randn(6, 3, 4, 4)), r"3 channels"),
+    "patches": (lambda: ops.patch_embed(torch.randn(1, 3, 9, 8), torch.randn(6, 3, 4, 4)), r"9x8.*4x4"),
+    "positions": (
+        lambda: ops.patch_embed(torch.randn(1, 3, 8, 8), torch.randn(6, 3, 4, 4), pos_embed=torch.randn(1, 3, 6)),
+        r"\(1, 3, 6\), expected \(1, 4, 6\)",
+    ),
+    "mean": (lambda: ops.patch_embed(torch.randn(1, 3, 8, 8), torch.randn(6, 3, 4, 4), mean=[0.5]), r"mean.*\(3,\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name: str) -> None:
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()

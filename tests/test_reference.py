@@ -1,0 +1,79 @@
+"""The reference itself, against definitions written out in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastvit import reference
+
+
+def test_attention_is_softmax_of_scores() -> None:
+    q, k, v = torch.randn(2, 5, 3, 8).double(), torch.randn(2, 7, 3, 8).double(), torch.randn(2, 7, 3, 8).double()
+    out, lse = reference.attention(q, k, v, scale=0.3, return_lse=True)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.3
+    torch.testing.assert_close(out, torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v))
+    torch.testing.assert_close(lse, scores.exp().sum(-1).log())
+
+
+def test_attention_without_keys_is_zero() -> None:
+    q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 0, 3, 8)
+    out, lse = reference.attention(q, k, k, return_lse=True)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+def test_packed_attention_is_attention() -> None:
+    qkv = torch.randn(2, 5, 3, 4, 8)
+    assert torch.equal(reference.attention_qkvpacked(qkv), reference.attention(*qkv.unbind(2)))
+
+
+@pytest.mark.parametrize("prefix_position", [True, False])
+def test_patch_embed_is_a_projection_of_flattened_patches(prefix_position: bool) -> None:
+    images, weight, bias = torch.randn(2, 3, 8, 12).double(), torch.randn(6, 3, 4, 2).double(), torch.randn(6).double()
+    prefix = torch.randn(1, 2, 6).double()
+    pos = torch.randn(1, 12 + 2 * prefix_position, 6).double()
+    out = reference.patch_embed(images, weight, bias, pos_embed=pos, prefix_tokens=prefix)
+    patches = images.unfold(2, 4, 4).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(2, 12, 24)
+    rows = patches @ weight.flatten(1).T + bias
+    if prefix_position:
+        expected = torch.cat([prefix.expand(2, -1, -1), rows], 1) + pos
+    else:
+        expected = torch.cat([prefix.expand(2, -1, -1), rows + pos], 1)
+    torch.testing.assert_close(out, expected)
+
+
+def test_uint8_images_are_normalised_in_either_layout() -> None:
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    weight, mean, std = torch.randn(4, 3, 4, 4), torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
+    expected = F.conv2d((images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1), weight, stride=4)
+    expected = expected.flatten(2).transpose(1, 2)
+    for layout in (images, images.permute(0, 2, 3, 1).contiguous()):
+        torch.testing.assert_close(reference.patch_embed(layout, weight, mean=mean, std=std), expected)
+
+
+def test_mlp_with_everything() -> None:
+    x, gamma, scale = torch.randn(2, 5, 8).double(), torch.randn(8).double(), torch.tensor([0.0, 2.0])
+    w1, b1, w2, b2 = torch.randn(12, 8), torch.randn(12), torch.randn(8, 12), torch.randn(8)
+    w1, b1, w2, b2 = (t.double() for t in (w1, b1, w2, b2))
+    norm = (torch.randn(8).double(), torch.randn(8).double(), 1e-6)
+    out = reference.mlp(x, w1, b1, w2, b2, norm=norm, residual=x, gamma=gamma, row_scale=scale)
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm[0] + norm[1]
+    pre = normed @ w1.T + b1
+    hidden = pre * 0.5 * (1 + torch.erf(pre / math.sqrt(2)))
+    torch.testing.assert_close(out, x + scale.view(2, 1, 1) * gamma * (hidden @ w2.T + b2))
+
+
+def test_swiglu_gates_the_second_half() -> None:
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(reference.activate(x, "swiglu"), F.silu(x[:, :4]) * x[:, 4:])
+
+
+def test_results_keep_the_residuals_dtype() -> None:
+    x, weight = torch.randn(2, 4, dtype=torch.bfloat16), torch.randn(4, 4, dtype=torch.bfloat16)
+    for residual in (torch.randn(2, 4), torch.randn(2, 4, dtype=torch.bfloat16)):
+        out = reference.linear(x, weight, residual=residual, gamma=torch.randn(4), row_scale=torch.ones(2))
+        assert out.dtype == residual.dtype
