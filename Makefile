@@ -16,7 +16,7 @@ install: $(STAMP) ## the virtual environment: torch, the peers and this package,
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
 	  "fastvit is tested on Python 3.11 to 3.13, and %s is %d.%d. Choose another: make PYTHON=python3.11 ..." \
-	  % (sys.executable, *v))'
+	  % ((sys.executable,) + tuple(v)))'
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -50,9 +50,11 @@ gpu: $(STAMP) ## on a CUDA device: its tests, the benchmark, and the tables in R
 	$(PY) -m benchmarks tables
 
 lint: $(STAMP) ## ruff and mypy
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	@status=0; set -x; \
+	$(VENV)/bin/ruff check . || status=1; \
+	$(VENV)/bin/ruff format --check . || status=1; \
+	$(VENV)/bin/mypy || status=1; \
+	exit $$status
 
 format: $(STAMP) ## put the code in order as ruff has it
 	$(VENV)/bin/ruff check --fix-only --quiet .

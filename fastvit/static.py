@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,49 @@ class Trace:
     def count(self) -> int:
         """Launches plus ATen ops, as ``launches_per_block`` counts them."""
         return len(self.launches) + len(self.aten)
+
+
+class Workload(NamedTuple):
+    """A model at a batch and dtype, whose kernels ship."""
+
+    model: str
+    batch: int
+    dtype: torch.dtype
+    options: dict[str, Any] = {}
+
+    def __str__(self) -> str:
+        options = "".join(f"-{k}" for k in self.options)
+        return f"{self.model}-{self.batch}-{str(self.dtype).removeprefix('torch.')}{options}"
+
+
+# Each adds kernels that those before it don't have: tiles by batch and width, attention by head dim and tokens.
+WORKLOADS = (
+    Workload("vit_base_patch16_224", 256, torch.bfloat16),
+    Workload("vit_base_patch16_224", 1, torch.bfloat16),
+    Workload("vit_base_patch16_224", 32, torch.float16),
+    Workload("vit_base_patch16_224", 8, torch.float32),
+    Workload("vit_base_patch16_384", 32, torch.bfloat16, {"init_values": 1e-5, "drop_path_rate": 0.1}),
+    Workload("vit_tiny_patch16_224", 256, torch.bfloat16),
+    Workload("vit_small_patch32_224", 256, torch.bfloat16),
+    Workload("vit_large_patch16_224", 64, torch.bfloat16),
+    Workload("vit_huge_patch14_224", 64, torch.bfloat16),
+    Workload("vit_so400m_patch14_224", 64, torch.bfloat16),
+    Workload("vit_giant_patch14_224", 32, torch.bfloat16),
+    Workload("vit_gigantic_patch14_224", 32, torch.bfloat16),
+)
+
+
+def launches(workload: Workload, arch: int) -> Trace:
+    """One training step of the workload at depth 2: every launch of the whole model (its blocks are alike)."""
+    from fastvit.models import create_model
+
+    model = create_model(workload.model, depth=2, device="meta", dtype=workload.dtype, **workload.options)
+    size = model.patch_embed.img_size
+    images = torch.empty(workload.batch, 3, *size, device="meta", dtype=workload.dtype, requires_grad=True)
+    with trace(arch) as result:
+        logits = model(images)
+        logits.backward(torch.empty_like(logits))
+    return result
 
 
 _ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh")
@@ -94,6 +137,7 @@ class Compiled:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    has_dot: bool
     ptx: str = field(repr=False)
     cubin: bytes = field(repr=False)
 
@@ -127,6 +171,20 @@ def _specialise(launch: Any, arch: int) -> tuple[Any, ...]:
     return target, *launch.kernel._pack_args(backend, options, bound, specialization, options)
 
 
+def configuration(launch: Any) -> tuple[Any, ...]:
+    """What a table chooses: the kernel, its numeric compile-time constants, the element size, warps and stages.
+
+    Launches of one configuration differ by their epilogue and by the divisibility of their sizes only.
+    """
+    sizes = {
+        name: value
+        for name, value in launch.args.items()
+        if launch.kernel.params[launch.kernel.arg_names.index(name)].is_constexpr and not isinstance(value, str)
+    }
+    element = next(a.dtype.itemsize for a in launch.args.values() if isinstance(a, Tensor) and a.is_floating_point())
+    return launch.kernel.fn.__name__, element, repr(sizes), repr(launch.options)
+
+
 def distinct(launches: Iterable[Any], arch: int) -> list[Any]:
     """The launches that compile to different code, in order of first appearance."""
     seen: dict[str, Any] = {}
@@ -155,6 +213,7 @@ def compile_launch(launch: Any, arch: int) -> Compiled:
         registers=int(usage["REG"]),
         spill_bytes=max(int(usage["STACK"]), int(usage["LOCAL"])),
         shared_bytes=compiled.metadata.shared,
+        has_dot="tt.dot" in compiled.asm["ttir"],
         ptx=compiled.asm["ptx"],
         cubin=cubin,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 
-PROOF = """
+PROOF = """\
 import importlib.util, torch, fastvit
 from fastvit import ops
 q, k, v = torch.randn(3, 1, 5, 2, 32)
@@ -80,7 +80,8 @@ def main() -> None:
         python = Path(scratch) / "bin" / "python"
         quiet = ["--quiet", "--disable-pip-version-check"]
         run(python, "-m", "pip", "install", *quiet, "-c", ROOT / "constraints.txt", wheel)
-        run(python, "-c", PROOF, cwd=scratch)
+        (Path(scratch) / "proof.py").write_text(PROOF)
+        run(python, "proof.py", cwd=scratch)
         run(python, "-m", "fastvit", "env", cwd=scratch)
     print("dist: 2 passed, 0 failed")
 

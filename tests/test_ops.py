@@ -38,10 +38,16 @@ def test_reference_has_second_derivatives(case: Case) -> None:
 # --- oneDNN ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _packs_small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "_SMALLEST", 1)
+
+
 def _parameters(dtype: torch.dtype, **shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter((torch.randn(shape) * 0.2).to(dtype)) for name, shape in shapes.items()}
 
 
+@pytest.mark.usefixtures("_packs_small_products")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "quick_gelu", "swiglu"))
 @pytest.mark.parametrize("gamma", (True, False))
@@ -60,6 +66,7 @@ def test_onednn_is_as_right_as_eager(dtype: torch.dtype, activation: str, gamma:
     assert_as_right_as_eager(out, reference.mlp(**args), reference.mlp(**exact))
 
 
+@pytest.mark.usefixtures("_packs_small_products")
 @pytest.mark.parametrize(
     "change",
     [
@@ -81,6 +88,7 @@ def test_onednn_sees_every_change_of_a_weight(change) -> None:
     assert not torch.equal(before, after)
 
 
+@pytest.mark.usefixtures("_packs_small_products")
 def test_onednn_copies_go_with_their_parameter_and_on_request() -> None:
     onednn._packed.clear()
     weight = nn.Parameter(torch.randn(24, 32))
@@ -95,6 +103,7 @@ def test_onednn_copies_go_with_their_parameter_and_on_request() -> None:
     assert len(onednn._packed) == 0
 
 
+@pytest.mark.usefixtures("_packs_small_products")
 def test_onednn_leaves_inference_tensors_alone() -> None:
     with torch.inference_mode():
         weight = nn.Parameter(torch.randn(24, 32))

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import timm.layers
 import torch
-from numerics import assert_as_right_as_eager
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fastvit.layers import SwiGLU
 from fastvit.models import ViT
+from numerics import assert_as_right_as_eager
 
 Tensors = dict[str, Tensor]
 

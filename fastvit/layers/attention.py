@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ def head_norm(norm: nn.Module, x: Tensor) -> Tensor:
         return x
     given = fuse.norm_arguments(norm)
     # A module that is not ours sees timm's layout, (B, H, T, d).
-    return ops.layer_norm(x, *given) if given else norm(x.transpose(1, 2)).transpose(1, 2)
+    out: Any = ops.layer_norm(x, *given) if given else norm(x.transpose(1, 2)).transpose(1, 2)
+    return out
 
 
 class Attention(nn.Module):
@@ -70,7 +72,7 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if (qk_norm or scale_norm) and norm_layer is None:
             raise ValueError("qk_norm and scale_norm need a norm_layer")
         self.num_heads = num_heads
@@ -120,14 +122,16 @@ class Attention(nn.Module):
         else:
             qkv = fuse.linear(self.qkv, x, norm=norm).unflatten(-1, (3, *heads))
             if self._flash(attn_mask, is_causal) and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm):
-                out = ops.attention_qkvpacked(qkv, scale=self.scale)
+                out: Any = ops.attention_qkvpacked(qkv, scale=self.scale)
                 return self._project(out if tokens is None else out[:, :tokens], merge)
             q, k, v = qkv.unbind(2)
             q = q if tokens is None else q[:, :tokens]
         q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
         if self._flash(attn_mask, is_causal):
-            return self._project(ops.attention(q, k, v, scale=self.scale), merge)
-        return self._project(self._attend(q, k, v, attn_mask, is_causal), merge)
+            out = ops.attention(q, k, v, scale=self.scale)
+        else:
+            out = self._attend(q, k, v, attn_mask, is_causal)
+        return self._project(out, merge)
 
     def _flash(self, attn_mask: Tensor | None, is_causal: bool) -> bool:
         """Whether plain attention is wanted, with nothing done to its weights."""
@@ -177,7 +181,7 @@ class AttentionPoolLatent(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = head_dim_of(in_features, num_heads)
         self.out_features = in_features
@@ -200,7 +204,8 @@ class AttentionPoolLatent(nn.Module):
         heads = (self.num_heads, self.head_dim)
         q = fuse.linear(self.q, self.latent).unflatten(-1, heads).expand(x.shape[0], -1, -1, -1)
         k, v = fuse.linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(2)
-        x = fuse.linear(self.proj, ops.attention(q, k, v).flatten(2), dropout=self.proj_drop)
+        out: Any = ops.attention(q, k, v)
+        x = fuse.linear(self.proj, out.flatten(2), dropout=self.proj_drop)
         y = self.mlp.branch(x, self.norm) if fuse.intact(self.mlp, Mlp) else self.mlp(self.norm(x))
         return (x + y)[:, 0]
 
@@ -225,4 +230,5 @@ class AttentionPoolPrr(nn.Module):
         """x (B, T, D) -> (B, D)."""
         tokens = x.unflatten(-1, (self.num_heads, self.head_dim))
         queries = tokens[:, :1] if self.pool == "token" else tokens
-        return ops.attention(queries, tokens, tokens).flatten(2).mean(dim=1)
+        out: Any = ops.attention(queries, tokens, tokens)
+        return out.flatten(2).mean(dim=1)

@@ -16,6 +16,24 @@ from fastvit.layers.misc import DropPath, LayerScale
 from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
 
+# A block made of these alone treats each token by itself, but for the attention's own sum over keys.
+_OURS = (
+    Attention,
+    DropPath,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    SwiGLU,
+    fuse.GELUTanh,
+    fuse.QuickGELU,
+    nn.Dropout,
+    nn.GELU,
+    nn.Identity,
+    nn.LayerNorm,
+    nn.Linear,
+    nn.SiLU,
+)
+
 
 class Block(nn.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)) (the ViT paper's equations 2 and 3); timm's arguments and keys.
@@ -92,6 +110,19 @@ class Block(nn.Module):
         )
         self.ls2 = scale()
         self.drop_path2 = dropped()
+
+    def unwatched(self) -> bool:
+        """Whether computing only some tokens is exact and nobody in the block could tell.
+
+        Not with hooks, replaced modules or a subclass, and not with active dropout, whose random numbers would differ.
+        """
+        return (
+            fuse.intact(self, Block)
+            and type(self.attn) is Attention
+            and type(self.mlp) in (Mlp, SwiGLU)
+            and all(fuse.intact(module, *_OURS) for child in self.children() for module in child.modules())
+            and all(fuse.idle(d) for d in (self.attn.attn_drop, self.attn.proj_drop, self.mlp.drop1, self.mlp.drop2))
+        )
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None

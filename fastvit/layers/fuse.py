@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from fastvit import ops
 from fastvit.layers.misc import DropPath, LayerScale
@@ -40,6 +45,9 @@ class GELUTanh(nn.GELU):
         super().__init__(approximate="tanh")
 
 
+_PLAIN = (nn.Parameter, Tensor)
+
+
 def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether using the module's parameters directly is the same as calling it.
 
@@ -55,22 +63,21 @@ def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
     ):
         reason = "it has hooks"
-    elif not all(_plain(parameter) for parameter in module._parameters.values()):
-        reason = "its parameters are not plain floating tensors"
     else:
-        return True
+        for parameter in module._parameters.values():
+            if parameter is not None and (type(parameter) not in _PLAIN or not parameter.is_floating_point()):
+                reason = "its parameters are not plain floating tensors"
+                break
+        else:
+            return True
     note_fallback(f"{type(module).__module__}.{type(module).__qualname__} runs as a module, not fused: {reason}")
     return False
-
-
-def _plain(parameter: Tensor | None) -> bool:
-    return parameter is None or (type(parameter) in (nn.Parameter, Tensor) and parameter.is_floating_point())
 
 
 def nothing(module: nn.Module) -> bool:
@@ -78,14 +85,14 @@ def nothing(module: nn.Module) -> bool:
     return type(module) is nn.Identity and intact(module, nn.Identity)
 
 
-def idle(dropout: nn.Module) -> bool:
+def idle(dropout: Any) -> bool:
     """Whether a dropout does nothing now: rate 0 or not training, and nobody watches it."""
     if not intact(dropout, nn.Dropout, nn.Identity):
         return False
     return type(dropout) is nn.Identity or not dropout.training or dropout.p == 0.0
 
 
-def norm_arguments(norm: nn.Module) -> Norm | None:
+def norm_arguments(norm: Any) -> Norm | None:
     """(weight, bias, eps) of a LayerNorm over the last dimension that may be fused, or None."""
     if not intact(norm, LayerNorm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
         return None
@@ -151,7 +158,7 @@ def folded(
 
 
 def linear(
-    module: nn.Module,
+    module: Any,
     x: Tensor,
     *,
     norm: nn.Module | None = None,

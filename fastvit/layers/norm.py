@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,4 +32,5 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        out: Any = ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return out

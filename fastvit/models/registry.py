@@ -55,7 +55,11 @@ def _parse(name: str) -> tuple[Variant, int, int]:
     size = timm["size"] if timm else _BY_PAPER.get(paper["size"], "") if paper else ""
     if match is None or size not in VARIANTS or int(match["patch"]) not in PATCHES:
         known = [*list_models(), *(f"ViT-{v.paper}/{p}" for v in VARIANTS.values() for p in PATCHES)]
-        near = difflib.get_close_matches(name, known, n=4, cutoff=0.0)
+
+        def likeness(other: str) -> float:
+            return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
+
+        near = sorted(known, key=likeness, reverse=True)[:4]
         raise ValueError(f"unknown model {name!r}; the nearest names are {', '.join(near)} (list_models() has all)")
     return VARIANTS[size], int(match["patch"]), int(match["image"] or 224)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,13 @@ from fastvit.layers import (
     AttentionPoolPrr,
     Block,
     LayerNorm,
-    LayerScale,
     Mlp,
     PatchDropout,
     PatchEmbed,
-    SwiGLU,
     fuse,
 )
 from fastvit.layers.attention import head_dim_of
-from fastvit.layers.misc import DropPath, positive, rate
+from fastvit.layers.misc import positive, rate
 from fastvit.layers.patch_embed import Size, image_size, normalised, pixel_statistics
 from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
 from fastvit.models.init import check_mode, init_vit
@@ -39,25 +37,6 @@ for _name in ("image_size", "normalised", "pixel_statistics", "resample_pos_embe
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
 _LEARNED_POOLS = {"map": AttentionPoolLatent, "prr": AttentionPoolPrr}
-
-# Calling one of these does nothing but what its parameters say, token by token or in the block's own branch.
-_KNOWN = (
-    Attention,
-    Block,
-    DropPath,
-    LayerNorm,
-    LayerScale,
-    Mlp,
-    SwiGLU,
-    nn.Dropout,
-    nn.GELU,
-    nn.Identity,
-    nn.LayerNorm,
-    nn.Linear,
-    nn.SiLU,
-    fuse.GELUTanh,
-    fuse.QuickGELU,
-)
 
 
 def _take(count: int, indices: int | Sequence[int] | None) -> list[int]:
@@ -193,7 +172,7 @@ class ViT(nn.Module):
         embed_options: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
         if embed_norm_layer is not None:
             embed_options["norm_layer"] = resolve("embed_norm_layer", embed_norm_layer, NORMS, LayerNorm)
-        self.patch_embed = resolve("embed_layer", embed_layer, {}, PatchEmbed)(
+        self.patch_embed: Any = resolve("embed_layer", embed_layer, {}, PatchEmbed)(
             img_size=img_size,
             patch_size=patch_size,
             in_chans=in_chans,
@@ -203,7 +182,7 @@ class ViT(nn.Module):
             **embed_options,
             **dd,
         )
-        positions = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
+        positions = cast(int, self.patch_embed.num_patches) + (0 if no_embed_class else self.num_prefix_tokens)
 
         def tokens(count: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(1, count, embed_dim, **dd)) if count else None
@@ -365,7 +344,7 @@ class ViT(nn.Module):
                 self.attn_pool = None
             self.global_pool = global_pool
         self.num_classes = num_classes
-        self.pre_logits = nn.Identity()
+        self.pre_logits = nn.Identity().train(self.training)
         self.head_hidden_size = self.embed_dim
         head = self._classifier().train(self.training)
         for parameter in head.parameters():
@@ -392,7 +371,7 @@ class ViT(nn.Module):
     ) -> list[int]:
         """Drop the blocks after the last of ``indices``, and the norm and the head if asked; returns the indices."""
         kept = _take(len(self.blocks), indices)
-        self.blocks = self.blocks[: max(kept) + 1]
+        self.blocks = nn.Sequential(*list(self.blocks)[: max(kept) + 1])
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -420,7 +399,7 @@ class ViT(nn.Module):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Add positions and prefix tokens to patch tokens: (B, N, D) or (B, h, w, D) -> (B, P + N, D)."""
-        positions = self.pos_embed
+        positions: Tensor | None = self.pos_embed
         if self.dynamic_img_size:
             positions = self._positions((x.shape[1], x.shape[2]))
             x = x.flatten(1, 2)
@@ -466,8 +445,7 @@ class ViT(nn.Module):
     def _reads_class_token_only(self) -> bool:
         """Whether the last block may work for the class token alone, with nobody to notice but the clock.
 
-        Not where a hook, a replaced module or an overridden method could see the other tokens, and not with dropout
-        in the block, whose random numbers would be others.
+        Not where a hook, a replaced module or an overridden method could see the others; see ``Block.unwatched``.
         """
         if self.global_pool != "token" or self.attn_pool is not None or not len(self.blocks):
             return False
@@ -476,12 +454,9 @@ class ViT(nn.Module):
         last = self.blocks[-1]
         return (
             type(last) is Block
-            and type(last.attn) is Attention
-            and type(last.mlp) in (Mlp, SwiGLU)
+            and last.unwatched()
             and fuse.intact(self.blocks, nn.Sequential)
             and fuse.intact(self.norm, LayerNorm, nn.LayerNorm, nn.Identity)
-            and all(fuse.intact(m, *_KNOWN) for m in last.modules())
-            and all(fuse.idle(d) for d in (last.attn.attn_drop, last.attn.proj_drop, last.mlp.drop1, last.mlp.drop2))
         )
 
     def _encode(
@@ -502,7 +477,7 @@ class ViT(nn.Module):
         """One block, checkpointed if that is on and no mask is given (as in timm)."""
         if attn_mask is not None or is_causal:
             return block(x, attn_mask=attn_mask, is_causal=is_causal)
-        options = {} if tokens is None else {"tokens": tokens}
+        options: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
         if self.grad_checkpointing:
             return checkpoint(block, x, use_reentrant=False, **options)
         return block(x, **options)
@@ -586,16 +561,17 @@ class ViT(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"unknown output_fmt {output_fmt!r}; accepted: NCHW, NLC")
         taken = _take(len(self.blocks), indices)
-        grid = self.patch_embed.dynamic_feat_size(image_size(x, self.in_chans)) if output_fmt == "NCHW" else None
-        x = self._embed(x)
+        images = x
+        x = self._embed(images)
         outputs = []
-        for i, block in enumerate(self.blocks[: max(taken) + 1] if stop_early else self.blocks):
+        for i, block in enumerate(list(self.blocks)[: max(taken) + 1 if stop_early else None]):
             x = self._run(block, x, attn_mask, is_causal)
             if i in taken:
                 outputs.append(self.norm(x) if norm else x)
         prefix = [y[:, : self.num_prefix_tokens] for y in outputs] if self.num_prefix_tokens else None
         outputs = [y[:, self.num_prefix_tokens :] for y in outputs]
-        if grid is not None:
+        if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size(image_size(images, self.in_chans))
             outputs = [y.reshape(y.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous() for y in outputs]
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": outputs}

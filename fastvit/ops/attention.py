@@ -44,7 +44,7 @@ def attention(
     if backends.choose("attention", q, needs_grad=needs_grad(q, k, v)) != "triton":
         with _differentiable_twice(q, k, v):
             return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
-    q, k, v = cast_for_autocast(q, q, k, v)  # type: ignore[assignment]
+    q, k, v = cast_for_autocast(q, q, k, v)
     out, lse = _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
     return (out, lse) if return_lse else out
 
@@ -70,7 +70,7 @@ def attention_qkvpacked(
     if backends.choose("attention_qkvpacked", qkv, needs_grad=needs_grad(qkv)) != "triton":
         with _differentiable_twice(qkv):
             return reference.attention_qkvpacked(qkv, scale=scale, return_lse=return_lse)
-    (qkv,) = cast_for_autocast(qkv, qkv)  # type: ignore[assignment]
+    (qkv,) = cast_for_autocast(qkv, qkv)
     out, lse = _attention_qkvpacked(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)
     return (out, lse) if return_lse else out
 
@@ -93,7 +93,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 def _forward_packed(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _forward(*_unit_stride(qkv).unbind(2), scale)
+    q, k, v = _unit_stride(qkv).unbind(2)
+    return _forward(q, k, v, scale)
 
 
 def _fake(q, k, v, scale):
@@ -102,7 +103,8 @@ def _fake(q, k, v, scale):
 
 
 def _fake_packed(qkv, scale):
-    return _fake(*qkv.unbind(2), scale)
+    q, k, v = qkv.unbind(2)
+    return _fake(q, k, v, scale)
 
 
 def _backward(
@@ -117,7 +119,9 @@ def _backward_packed(
     dout: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _backward_into(dout, dlse, *qkv.unbind(2), out, lse, scale, *dqkv.unbind(2))
+    q, k, v = qkv.unbind(2)
+    dq, dk, dv = dqkv.unbind(2)
+    _backward_into(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv)
     return dqkv
 
 

@@ -113,7 +113,7 @@ def _refuse_onednn(x: Tensor, needs_grad: bool) -> str | None:
 def _refuse_triton(op: str, x: Tensor) -> str | None:
     if TRITON_MISSING:
         return TRITON_MISSING
-    if not x.is_cuda and not x.is_meta and not (INTERPRETING and x.device.type == "cpu"):
+    if x.device.type not in ("cuda", "meta", "cpu" if INTERPRETING else "cuda"):
         return f"the tensors are on {x.device}; triton takes CUDA tensors (CPU tensors with TRITON_INTERPRET=1)"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"

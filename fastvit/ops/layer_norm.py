@@ -138,7 +138,7 @@ def _backward_fake(dy, dstream, normalised, weight, mean, rstd, branch, gamma, r
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _, residual, gamma, row_scale, _ = inputs
     _, stream, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd, *([stream] if residual is None else []))
     ctx.set_materialize_grads(False)
     ctx.merged, ctx.branch_dtype = residual is not None, x.dtype
     branch = x if ctx.merged and gamma is not None else None
@@ -153,7 +153,7 @@ def _gradient(ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None) -> 
         none_if_empty,
         _layer_norm_backward(dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params),
     )
-    if ctx.merged and branch is None:  # no LayerScale: the branch gets the stream's gradient, scaled by image
+    if ctx.merged and branch is None and dx is not None:  # no LayerScale: the branch gets the stream's gradient, scaled by image
         dresidual = dx
         if row_scale is not None:
             dx = dx * row_scale.view(-1, *[1] * (dx.ndim - 1))

@@ -66,17 +66,15 @@ def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
 
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # meta has no autocast
 
 
-def cast_for_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_for_autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Matmul operands in the autocast dtype of x's device, as autocast treats the ops that these replace."""
     if not autocasting(x):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def cast_gradients(*pairs: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...]:

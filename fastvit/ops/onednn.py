@@ -18,6 +18,8 @@ from fastvit.reference import Norm
 
 _EPILOGUES = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
+_SMALLEST = 1 << 23  # multiply-adds; below, the packed product's own overhead (tens of us) is more than it saves
+
 
 class _Packed(NamedTuple):
     stamp: tuple[int, int, int]
@@ -66,7 +68,7 @@ def linear(
     row_scale: Tensor | None = None,
 ) -> Tensor:
     """See :func:`fastvit.ops.linear`."""
-    packed = _pack(weight) if x.numel() else None
+    packed = _pack(weight) if x.numel() * weight.shape[0] >= _SMALLEST else None
     if packed is None:
         return reference.linear(
             x, weight, bias, norm=norm, activation=activation, residual=residual, gamma=gamma, row_scale=row_scale

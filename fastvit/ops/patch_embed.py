@@ -74,7 +74,7 @@ def patch_embed(
     grad = needs_grad(images, weight, bias, pos_embed, prefix_tokens)
     chosen = backends.choose("patch_embed", images if images.dtype != torch.uint8 else weight, needs_grad=grad)
     if chosen == "triton":
-        (weight,) = cast_for_autocast(images, weight)  # type: ignore[assignment]
+        (weight,) = cast_for_autocast(images, weight)
         return _patch_embed(images, weight, bias, pos_embed, prefix_tokens, mean, std)
     return reference.patch_embed(
         images, weight, bias, pos_embed=pos_embed, prefix_tokens=prefix_tokens, mean=mean, std=std

@@ -13,19 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.triton.launch import INTERPRETING, launch
+from fastvit.triton.launch import launch
+from fastvit.triton.rounding import narrow
 
-_INTERPRETING = tl.constexpr(INTERPRETING)
 EPILOGUE_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # "swiglu" pairs distant columns: a kernel of its own
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """x in ``dtype``, rounded to nearest even. The interpreter truncates to bf16, so it is given rounded bits."""
-    if _INTERPRETING and x.dtype == tl.float32 and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)  # truncation drops the rest
-    return x.to(dtype)
 
 
 @triton.jit
@@ -110,7 +101,8 @@ def gradient_kernel(
     store(hidden_ptr + row * N + cols, hidden, mask)
 
 
-def _blocks(width: int) -> tuple[int, int]:
+def row_blocks(width: int) -> tuple[int, int]:
+    """Elements of a row that one program takes, and programs in a row, for the elementwise kernels."""
     block = min(triton.next_power_of_2(max(width, 1)), 1024)
     return block, triton.cdiv(width, block)
 
@@ -119,7 +111,7 @@ def swiglu_forward(x: Tensor) -> Tensor:
     """silu(first half) * second half of the last dimension: x (M, 2N) float32, float16 or bfloat16 -> (M, N)."""
     x = x.contiguous()
     out = x.new_empty(x.shape[0], x.shape[1] // 2)
-    block, columns = _blocks(out.shape[1])
+    block, columns = row_blocks(out.shape[1])
     args = {"x_ptr": x, "out_ptr": out, "N": out.shape[1], "BLOCK": block}
     launch(swiglu_kernel, (out.shape[0], columns), args)
     return out
@@ -146,7 +138,7 @@ def activation_gradient(dout: Tensor, preact: Tensor, activation: str) -> tuple[
         raise ValueError(f"{activation}: dout {tuple(dout.shape)} does not fit preact {tuple(preact.shape)}")
     dout, preact = dout if dout.stride(-1) == 1 else dout.contiguous(), preact.contiguous()
     dx, hidden = torch.empty_like(preact), preact.new_empty(dout.shape)
-    block, columns = _blocks(dout.shape[1])
+    block, columns = row_blocks(dout.shape[1])
     args = {
         "dout_ptr": dout,
         "x_ptr": preact,

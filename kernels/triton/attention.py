@@ -21,19 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.triton import tiles
-from fastvit.triton.launch import INTERPRETING, architecture, before, dot, launch, pieces, precision
+from fastvit.triton.launch import architecture, before, dot, launch, pieces, precision
+from fastvit.triton.rounding import narrow
 
-_INTERPRETING = tl.constexpr(INTERPRETING)
 LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """float32 x in ``dtype``, rounded to nearest even. The interpreter cuts bf16 off: it is given rounded bits."""
-    if _INTERPRETING and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.constexpr_function
@@ -51,7 +42,7 @@ def head_rows(pointer, strides, image, head, UNIT: tl.constexpr):
 
 @triton.jit
 def load_rows(x, start, limit, ROWS: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr):
-    """Rows start .. start + ROWS, a (ROWS, piece) tile for each piece of DIM. With EDGE, row ``limit`` and later are 0."""
+    """Rows start .. start + ROWS, a (ROWS, piece) tile for each piece of DIM; with EDGE, 0 from row ``limit`` on."""
     rows = start + tl.arange(0, ROWS)
     tiles = ()
     for i in tl.static_range(len(PIECES)):
@@ -185,7 +176,7 @@ def _forward(
 
     # The highest score must also be the highest scaled score: q takes the scale's sign, which is exact.
     q = scaled(load_rows(q, first, queries, ROWS, DIM, PIECES, True), tl.where(scale < 0, -1.0, 1.0))
-    scale_log2 = tl.abs(scale) * LOG2_E
+    scale_log2 = tl.maximum(tl.abs(scale) * LOG2_E, 1e-37)  # not 0: -inf, the score of an absent key, stays -inf
 
     state = tl.full((ROWS,), float("-inf"), tl.float32), tl.full((ROWS,), 0.0, tl.float32), zero_rows(ROWS, PIECES)
     full = (keys - 1) // BLOCK * BLOCK if BLOCK else 0

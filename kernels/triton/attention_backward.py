@@ -249,7 +249,7 @@ def attention_backward(
     """Write the gradients of :func:`fastvit.triton.attention.attention_forward` into dq, dk and dv.
 
     Args:
-        dout: (B, Tq, H, d), gradient of out, any strides; one whose last dimension is not contiguous is copied.
+        dout: (B, Tq, H, d), gradient of out, in its dtype; the last dimension is contiguous, other strides are free.
         dlse: (B, H, Tq) float32, gradient of lse, or None.
         q, k, v, scale: as given to the forward; out, lse: what it returned.
         dq (B, Tq, H, d), dk and dv (B, Tk, H, d): written in full; the last dimension is contiguous, other
@@ -266,8 +266,6 @@ def attention_backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
     delta = torch.empty_like(lse)
     sizes = {"heads": heads, "queries": queries, "keys": keys, "scale": float(scale), "PRECISION": precision(q.dtype)}
     hot = q.dtype != torch.float32

@@ -156,11 +156,12 @@ def _backward(
 def _shape(width: int, values_per_lane: int) -> tuple[int, int, int]:
     """(rows, block, warps) of a program: whole rows, ``values_per_lane`` values in every lane, four warps or more.
 
-    The warps lie along D, so the rows of a program share one load of the weights and one barrier.
+    The warps lie along D, so the rows of a program share one load of the weights and one barrier. At
+    most 32 rows: the addresses of more would take the registers (this leaves lanes idle below D = 64).
     """
     block = triton.next_power_of_2(width)
     warps = max(block // (32 * values_per_lane), 4)
-    return max(32 * values_per_lane * warps // block, 1), block, warps
+    return min(max(32 * values_per_lane * warps // block, 1), 32), block, warps
 
 
 def _readable(x: Tensor | None) -> Tensor | None:

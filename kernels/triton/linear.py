@@ -21,15 +21,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit.triton import tiles
-from fastvit.triton.activations import (
-    EPILOGUE_ACTIVATIONS,
-    activate,
-    activate_with_slope,
-    narrow,
-    store,
-    swiglu_forward,
-)
+from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activate, activate_with_slope, store, swiglu_forward
 from fastvit.triton.launch import architecture, dot, launch, multiprocessors, precision
+from fastvit.triton.rounding import narrow
 
 _GROUP_M = tl.constexpr(8)  # row tiles that share the columns of b while they are in L2
 
@@ -121,19 +115,23 @@ def matmul_pointer_kernel(
 ):
     row, col = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     rows, cols, ks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + (row + rows).to(tl.int64)[:, None] * stride_am + ks[None, :]
-    b_ptrs = b_ptr + col.to(tl.int64) * stride_bn + (ks[:, None] * stride_bk + cols[None, :] * stride_bn)
+    a_ptr += row.to(tl.int64) * stride_am  # 64 bits lead to a tile, 32 lead through it
+    b_ptr += col.to(tl.int64) * stride_bn
+    a_offsets = rows[:, None] * stride_am + ks[None, :]
+    b_offsets = ks[:, None] * stride_bk + cols[None, :] * stride_bn
     in_rows, in_cols = row + rows < M, col + cols < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
         in_k = k + ks < K
-        a = tl.load(a_ptrs, mask=in_rows[:, None] & in_k[None, :], other=0)
-        b = tl.load(b_ptrs, mask=in_k[:, None] & in_cols[None, :], other=0)
+        a = tl.load(a_ptr + a_offsets, mask=in_rows[:, None] & in_k[None, :], other=0)
+        b = tl.load(b_ptr + b_offsets, mask=in_k[:, None] & in_cols[None, :], other=0)
         if a_scale_ptr is not None:
             a = a.to(tl.float32) * tl.load(a_scale_ptr + k + ks, mask=in_k, other=0).to(tl.float32)[None, :]
-        acc = dot(narrow(a, b.dtype), b, acc, PRECISION)
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K * stride_bk
+        if a.dtype != b.dtype:
+            a = narrow(a.to(tl.float32), b.dtype)
+        acc = dot(a, b, acc, PRECISION)
+        a_ptr += BLOCK_K
+        b_ptr += BLOCK_K * stride_bk
     pointers = (out_ptr, bias_ptr, gamma_ptr, row_scale_ptr, residual_ptr, preact_ptr, hidden_ptr)
     _epilogue(acc, row, col, pointers, M, N, rows_per_image, ACTIVATION, BACKWARD, PARTS)
 
@@ -167,18 +165,15 @@ def matmul_tma_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             a = a_desc.load([row, k])
-            if BACKWARD:
-                b = b_desc.load([k, col])
-            else:
-                b = b_desc.load([col, k]).T
+            b = b_desc.load([k, col]) if BACKWARD else b_desc.load([col, k]).T
             acc = dot(a, b, acc, PRECISION)
         pointers = (out_ptr, bias_ptr, gamma_ptr, row_scale_ptr, residual_ptr, preact_ptr, hidden_ptr)
         _epilogue(acc, row, col, pointers, M, N, rows_per_image, ACTIVATION, BACKWARD, PARTS)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """x (M, N) itself if its rows are contiguous (the row stride is free), else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x (M, N) itself if its rows are contiguous and near enough for 32 bits inside a tile, else a contiguous copy."""
+    return x if x.stride(-1) == 1 and x.stride(0) < 2**23 else x.contiguous()
 
 
 def rows_per_image(m: int, row_scale: Tensor | None) -> int:
@@ -207,9 +202,9 @@ def choose(op: str, arch: int, dtype: torch.dtype, m: int, n: int, k: int, forms
 
 
 def _tma_can_read(x: Tensor) -> bool:
-    """Whether a host descriptor can address x (M, N): base and rows on 16-byte boundaries."""
+    """Whether a host descriptor can address x (M, N): not empty, base and rows on 16-byte boundaries."""
     row = x.stride(0) * x.element_size()
-    return x.data_ptr() % 16 == 0 and row % 16 == 0 and x.stride(0) >= x.shape[1] > 0
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and row % 16 == 0 and x.stride(0) >= x.shape[1]
 
 
 def matmul(

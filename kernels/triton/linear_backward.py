@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activation_gradient, narrow, store
+from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activation_gradient, row_blocks, store
 from fastvit.triton.launch import architecture, dot, launch, multiprocessors, precision
 from fastvit.triton.linear import choose, matmul, rows_contiguous, rows_per_image, tile_origin
 
@@ -30,18 +30,33 @@ _MAX_SPLITS = 16
 
 
 @triton.jit
+def scale_rows_kernel(
+    x_ptr,  # (M, N), rows contiguous
+    row_scale_ptr,  # (B,) float32 or None: row m is scaled by entry m // rows_per_image
+    out_ptr,  # (M, N)
+    N,
+    stride_x,
+    rows_per_image,
+    BLOCK: tl.constexpr,
+):
+    row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride_x + cols, mask=cols < N).to(tl.float32)
+    if row_scale_ptr is not None:
+        x *= tl.load(row_scale_ptr + row // rows_per_image)
+    store(out_ptr + row * N + cols, x, cols < N)
+
+
+@triton.jit
 def weight_gradient_kernel(
     dout_ptr,  # (M, N), rows contiguous
     x_ptr,  # (M, K), rows contiguous
-    row_scale_ptr,  # (B,) float32 or None: row m is scaled by entry m // rows_per_image
     out_ptr,  # (splits, N, K): G of each split
-    sums_ptr,  # (splits, N) float32 or None: the column sums of row_scale * dout
+    sums_ptr,  # (splits, N) float32 or None: the column sums of dout
     M,
     N,
     K,
     stride_dout,
     stride_x,
-    rows_per_image,
     rows_per_split,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -54,32 +69,27 @@ def weight_gradient_kernel(
     stop = tl.minimum(start + rows_per_split, M)
     ms, ns, ks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     in_n, in_k = n + ns < N, k + ks < K
-    rows = (start + ms).to(tl.int64)[:, None]
-    dout_ptrs = dout_ptr + rows * stride_dout + (n + ns)[None, :]
-    x_ptrs = x_ptr + rows * stride_x + (k + ks)[None, :]
+    dout_ptr += start.to(tl.int64) * stride_dout + n  # 64 bits lead to a tile, 32 lead through it
+    x_ptr += start.to(tl.int64) * stride_x + k
+    dout_offsets = ms[:, None] * stride_dout + ns[None, :]
+    x_offsets = ms[:, None] * stride_x + ks[None, :]
     ones = tl.full((BLOCK_M, 16), 1, tl.float32).to(x_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     sums = tl.zeros((BLOCK_N, 16), tl.float32)
     for m in range(start, stop, BLOCK_M):
         in_m = m + ms < stop
-        dout = tl.load(dout_ptrs, mask=in_m[:, None] & in_n[None, :], other=0)
-        x = tl.load(x_ptrs, mask=in_m[:, None] & in_k[None, :], other=0)
-        if row_scale_ptr is not None:
-            scale = tl.load(row_scale_ptr + (m + ms) // rows_per_image, mask=in_m, other=0)
-            dout = dout.to(tl.float32) * scale[:, None]
-        dout = narrow(dout, x.dtype).T
+        dout = tl.load(dout_ptr + dout_offsets, mask=in_m[:, None] & in_n[None, :], other=0).T
+        x = tl.load(x_ptr + x_offsets, mask=in_m[:, None] & in_k[None, :], other=0)
         acc = dot(dout, x, acc, PRECISION)
-        if sums_ptr is not None:
-            if k == 0:  # every program of a row of tiles would find the same sums
-                sums = dot(dout, ones, sums, PRECISION)
-        dout_ptrs += BLOCK_M * stride_dout
-        x_ptrs += BLOCK_M * stride_x
+        if sums_ptr is not None and k == 0:  # every program of a row of tiles would find the same sums
+            sums = dot(dout, ones, sums, PRECISION)
+        dout_ptr += BLOCK_M * stride_dout
+        x_ptr += BLOCK_M * stride_x
     corner = (split * N + n).to(tl.int64) * K + k
     offsets = corner + (ns[:, None] * K + ks[None, :])
     store(out_ptr + offsets, acc, in_n[:, None] & in_k[None, :])
-    if sums_ptr is not None:
-        if k == 0:
-            tl.store(sums_ptr + split * N + n + ns, tl.max(sums, 1), mask=in_n)
+    if sums_ptr is not None and k == 0:
+        tl.store(sums_ptr + split * N + n + ns, tl.max(sums, 1), mask=in_n)
 
 
 @triton.jit
@@ -96,32 +106,58 @@ def weight_reduction_kernel(
     K,
     stride_weight,
     SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    ks = tl.arange(0, BLOCK_K)
-    scale = 1.0
+    ns, ks = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    in_n, rows = ns < N, ns.to(tl.int64)[:, None]
+    scale = tl.full((BLOCK_N,), 1, tl.float32)
     if gamma_ptr is not None:
-        scale = tl.load(gamma_ptr + n).to(tl.float32)
-    along = tl.zeros((BLOCK_K,), tl.float32)
+        scale = tl.load(gamma_ptr + ns, mask=in_n).to(tl.float32)
+    dgamma = tl.zeros((BLOCK_N,), tl.float32)
     for k in range(0, K, BLOCK_K):
-        in_k = k + ks < K
-        total = tl.zeros((BLOCK_K,), tl.float32)
+        mask = in_n[:, None] & (k + ks < K)[None, :]
+        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for split in tl.static_range(SPLITS):
-            total += tl.load(partial_ptr + (split * N + n) * K + k + ks, mask=in_k, other=0)
+            total += tl.load(partial_ptr + (split * N + rows) * K + (k + ks)[None, :], mask=mask, other=0)
         if dgamma_ptr is not None:
-            along += total * tl.load(weight_ptr + n * stride_weight + k + ks, mask=in_k, other=0).to(tl.float32)
-        store(dweight_ptr + n * K + k + ks, total * scale, in_k)
+            weight = tl.load(weight_ptr + rows * stride_weight + (k + ks)[None, :], mask=mask, other=0)
+            dgamma += tl.sum(total * weight.to(tl.float32), 1)
+        store(dweight_ptr + rows * K + (k + ks)[None, :], total * scale[:, None], mask)
     if partial_sums_ptr is not None:
-        column_sum = 0.0
+        column_sum = tl.zeros((BLOCK_N,), tl.float32)
         for split in tl.static_range(SPLITS):
-            column_sum += tl.load(partial_sums_ptr + split * N + n)
+            column_sum += tl.load(partial_sums_ptr + split * N + ns, mask=in_n, other=0)
         if dbias_ptr is not None:
-            tl.store(dbias_ptr + n, column_sum * scale)
-        if bias_ptr is not None and dgamma_ptr is not None:
-            along += tl.where(ks == 0, column_sum * tl.load(bias_ptr + n).to(tl.float32), 0.0)
+            tl.store(dbias_ptr + ns, column_sum * scale, mask=in_n)
+        if dgamma_ptr is not None and bias_ptr is not None:
+            dgamma += column_sum * tl.load(bias_ptr + ns, mask=in_n, other=0).to(tl.float32)
     if dgamma_ptr is not None:
-        tl.store(dgamma_ptr + n, tl.sum(along, 0))
+        tl.store(dgamma_ptr + ns, dgamma, mask=in_n)
+
+
+def scale_rows(x: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
+    """row_scale * x (M, N) in ``dtype``; x itself if that changes nothing. row m takes entry m // (M // B).
+
+    Both gradients of a linear can share the result (given to them without the row_scale): the tiles then go
+    from memory to the tensor cores with no detour through registers.
+    """
+    x = rows_contiguous(x)
+    if x.dtype == dtype and row_scale is None:
+        return x
+    out = x.new_empty(x.shape, dtype=dtype)
+    block, columns = row_blocks(x.shape[1])
+    args = {
+        "x_ptr": x,
+        "row_scale_ptr": row_scale,
+        "out_ptr": out,
+        "N": x.shape[1],
+        "stride_x": x.stride(0),
+        "rows_per_image": rows_per_image(x.shape[0], row_scale),
+        "BLOCK": block,
+    }
+    launch(scale_rows_kernel, (x.shape[0], columns), args)
+    return out
 
 
 def linear_input_gradient(
@@ -202,7 +238,7 @@ def linear_weight_gradient(
     """Gradients to the weight, the bias and LayerScale: the equations at the top of this file, deterministic.
 
     Args:
-        dout: (M, N), float32, float16 or bfloat16; rounded to x's dtype for the product, after row_scale.
+        dout: (M, N), float32, float16 or bfloat16; ``scale_rows`` first, where that changes it.
         x: (M, K), float32, float16 or bfloat16.
         weight: (N, K), needed with gamma.
         bias: (N,), the forward's, if it had one; needed with gamma only.
@@ -220,7 +256,7 @@ def linear_weight_gradient(
     """
     if gamma is not None and weight is None:
         raise ValueError("the gradient of gamma needs the weight")
-    dout, x = rows_contiguous(dout), rows_contiguous(x)
+    dout, x = scale_rows(dout, x.dtype, row_scale), rows_contiguous(x)
     (m, n), k = dout.shape, x.shape[1]
     tile = tile or choose("weight", architecture(x), x.dtype, n, k, m, ("pointer",))
     tiles = triton.cdiv(n, tile["block_m"]) * triton.cdiv(k, tile["block_n"])
@@ -237,7 +273,6 @@ def linear_weight_gradient(
     args = {
         "dout_ptr": dout,
         "x_ptr": x,
-        "row_scale_ptr": row_scale,
         "out_ptr": partial,
         "sums_ptr": sums,
         "M": m,
@@ -245,7 +280,6 @@ def linear_weight_gradient(
         "K": k,
         "stride_dout": dout.stride(0),
         "stride_x": x.stride(0),
-        "rows_per_image": rows_per_image(m, row_scale),
         "rows_per_split": rows,
         "BLOCK_N": tile["block_m"],
         "BLOCK_K": tile["block_n"],
@@ -255,6 +289,8 @@ def linear_weight_gradient(
     options = {"num_warps": tile["warps"], "num_stages": tile["stages"], "hot": x.element_size() == 2}
     launch(weight_gradient_kernel, (tiles, splits), args, **options)
     if reduce:
+        block_k = min(triton.next_power_of_2(max(k, 1)), 512)
+        block_n = 2048 // block_k  # 16 values a lane
         args = {
             "partial_ptr": partial,
             "partial_sums_ptr": sums,
@@ -268,7 +304,8 @@ def linear_weight_gradient(
             "K": k,
             "stride_weight": k if weight is None else weight.stride(0),
             "SPLITS": splits,
-            "BLOCK_K": min(triton.next_power_of_2(max(k, 1)), 1024),
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
         }
-        launch(weight_reduction_kernel, (n,), args)
+        launch(weight_reduction_kernel, (triton.cdiv(n, block_n),), args)
     return dweight, dbias, dgamma

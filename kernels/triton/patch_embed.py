@@ -33,7 +33,7 @@ def _patch_offsets(image, patch, stride_b, stride_h, stride_w, GRID_W, P: tl.con
 
 @triton.jit
 def _pixel_offsets(k, stride_c, stride_h, stride_w, P: tl.constexpr, Q: tl.constexpr):
-    """Where pixel k = (c * P + i) * Q + j of a patch lies after its first: int32 (see ``_near``), the shape of ``k``."""
+    """Where pixel k = (c * P + i) * Q + j of a patch lies after its first: int32 (see ``_near``), as ``k``."""
     return k // (P * Q) * stride_c + k // Q % P * stride_h + k % Q * stride_w
 
 
@@ -119,11 +119,10 @@ def _forward(
 
     if BIAS is not None:
         acc += tl.load(BIAS + n, n_mask, other=0.0).to(tl.float32)[None, :]
-    if PREFIX is not None:
-        if tl.min(patch, 0) < 0:
-            prefix_mask = (row_mask & (patch < 0))[:, None] & n_mask[None, :]
-            prefix = tl.load(PREFIX + token[:, None] * D + n[None, :], prefix_mask, other=0.0)
-            acc = tl.where((patch < 0)[:, None], prefix.to(tl.float32), acc)
+    if PREFIX is not None and tl.min(patch, 0) < 0:  # a branch keeps these values out of the registers of pos
+        prefix_mask = (row_mask & (patch < 0))[:, None] & n_mask[None, :]
+        prefix = tl.load(PREFIX + token[:, None] * D + n[None, :], prefix_mask, other=0.0)
+        acc = tl.where((patch < 0)[:, None], prefix.to(tl.float32), acc)
     if POS is not None:
         position = token - (TOKENS - POS_ROWS)
         pos_mask = (row_mask & (position >= 0))[:, None] & n_mask[None, :]
@@ -291,7 +290,7 @@ def patch_embed_forward(
         "WEIGHT": weight.contiguous(),
         "BIAS": None if bias is None else bias.contiguous(),
         "POS": None if pos_embed is None else pos_embed.contiguous(),
-        "PREFIX": prefix_tokens.contiguous() if prefix else None,
+        "PREFIX": None if prefix_tokens is None or not prefix else prefix_tokens.contiguous(),
         "MEAN": mean,
         "STD": std,
         "OUT": out,

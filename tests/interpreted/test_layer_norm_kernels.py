@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastvit import reference
 from fastvit.triton.layer_norm import layer_norm_backward, layer_norm_forward
 from fastvit.triton.reduce import sum_groups, sum_partials
 from numerics import assert_as_right_as_eager
-from torch import Tensor
 
 EPS = 1e-6
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

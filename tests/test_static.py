@@ -1,0 +1,123 @@
+"""What is counted and compiled without a GPU: launches, saved bytes, and every shipped kernel for six targets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastvit
+from fastvit import static
+from fastvit.triton import launch
+
+ARCHITECTURES = launch.ARCHITECTURES
+TABLES = Path(launch.__file__).parent / "tables"
+
+
+# --- launches and saved bytes ---------------------------------------------------------------------------------
+
+
+def _block(**options: object) -> torch.nn.Module:
+    model = fastvit.create_model("vit_base_patch16_224", depth=1, device="meta", dtype=torch.bfloat16, **options)
+    return model.blocks[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"init_values": 1e-5}], ids=["plain", "LayerScale"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_block_is_at_most_seven_launches(arch: int, options: dict[str, float]) -> None:
+    block, x = _block(**options).eval(), torch.empty(256, 197, 768, device="meta", dtype=torch.bfloat16)
+    with static.trace(arch) as trace, torch.no_grad():
+        block(x)
+    assert trace.aten == []
+    assert len(trace.launches) == 7  # two norms, four products, one attention
+
+
+@pytest.mark.parametrize(("options", "limit"), [({}, 0.63), ({"init_values": 1e-5}, 0.56)], ids=["plain", "LayerScale"])
+def test_a_block_keeps_at_most_its_share_of_timms(options: dict[str, float], limit: float) -> None:
+    import timm
+
+    theirs = timm.create_model("vit_base_patch16_224", depth=1, **options).blocks[0].bfloat16()
+    x = torch.randn(2, 197, 768, dtype=torch.bfloat16, requires_grad=True)
+    timms = static.saved_bytes(theirs, lambda: theirs(x))
+    ours = _block(**options)
+    meta = torch.empty(2, 197, 768, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with fastvit.backend("triton"):
+        kept = static.saved_bytes(ours, lambda: ours(meta))
+    assert 0.3 < kept / timms <= limit
+    assert timms / x.nbytes == pytest.approx(18.04 if options else 16.04, abs=0.05)
+
+
+def test_an_image_in_two_blocks_runs_only_our_kernels() -> None:
+    """Nothing of a whole inference is left to ATen but views and the choice of the class token."""
+    model = fastvit.create_model("vit_base_patch16_224", depth=2, device="meta", dtype=torch.bfloat16).eval()
+    images = torch.empty(8, 3, 224, 224, device="meta", dtype=torch.bfloat16)
+    with static.trace(90) as trace, torch.no_grad():
+        model(images)
+    assert len(trace.launches) <= 1 + 2 * 8 + 2
+    assert trace.aten == []
+
+
+# --- compiled for every target --------------------------------------------------------------------------------
+
+
+def _rows(family: str) -> dict[tuple[int, str], list[dict]]:
+    table = json.loads((TABLES / f"{family}.json").read_text())["tiles"]
+    return {(int(arch[2:]), dtype): rows for arch, by in table.items() for dtype, rows in by.items()}
+
+
+def test_tables_have_every_architecture() -> None:
+    for family in ("linear", "attention", "patch_embed"):
+        assert set(_rows(family)) == {(arch, dtype) for arch in ARCHITECTURES for dtype in ("half", "float32")}
+
+
+def _check(compiled: static.Compiled, half: bool) -> None:
+    """The gates of one kernel: no spills where it is hot, shared memory that fits, the right matrix instructions."""
+    where = f"{compiled.name} on sm_{compiled.arch}: {compiled.constants}"
+    assert compiled.shared_bytes <= static.SHARED_KIB[compiled.arch] * 1024, f"{where}: {compiled.shared_bytes} B shared"
+    if compiled.hot:
+        assert compiled.spill_bytes == 0, f"{where}: {compiled.spill_bytes} B spilled, {compiled.registers} registers"
+    if not half:
+        assert "tf32" not in compiled.ptx, f"{where}: tf32 in a float32 kernel"
+    elif compiled.has_dot:
+        wanted = {90: "HGMMA", 100: "tcgen05"}.get(compiled.arch, "HMMA")
+        found = wanted in compiled.ptx if wanted == "tcgen05" else wanted in compiled.instructions()
+        assert found, f"{where}: no {wanted}"
+
+
+def _gate(workloads: list[static.Workload], arch: int, skip: list[static.Workload]) -> None:
+    done = {static.configuration(one) for w in skip for one in static.launches(w, arch).launches}
+    for workload in workloads:
+        for one in static.distinct(static.launches(workload, arch).launches, arch):
+            if (key := static.configuration(one)) not in done:
+                done.add(key)
+                _check(static.compile_launch(one, arch), workload.dtype != torch.float32)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("index", range(len(static.WORKLOADS)), ids=[str(w) for w in static.WORKLOADS])
+def test_every_configuration_compiles_and_passes_its_gates(index: int, arch: int) -> None:
+    """Each kernel in each tile, head dim and key split that a workload adds to those before it."""
+    _gate([static.WORKLOADS[index]], arch, list(static.WORKLOADS[:index]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("workload", static.WORKLOADS, ids=str)
+def test_every_specialisation_compiles_and_passes_its_gates(workload: static.Workload, arch: int) -> None:
+    """As above, but every epilogue and every divisibility that the JIT tells apart."""
+    for one in static.distinct(static.launches(workload, arch).launches, arch):
+        _check(static.compile_launch(one, arch), workload.dtype != torch.float32)
+
+
+def test_the_gate_sees_a_spill() -> None:
+    """A tile that is too large for its registers is caught: the gate can fail."""
+    from fastvit.triton.linear import linear_forward
+
+    x, weight = (torch.empty(4096, 768, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    tile = {"form": "pointer", "block_m": 256, "block_n": 256, "block_k": 32, "warps": 4, "stages": 2}
+    with launch.record(80) as launches:
+        linear_forward(x, weight, activation="gelu", tile=tile)
+    with pytest.raises(AssertionError, match="spilled"):
+        _check(static.compile_launch(launches[0], 80), half=True)
