@@ -137,7 +137,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for side in ax.spines.values():
             side.set_visible(False)
     device, versions = result["device"], result["versions"]
-    threads = f", {device['threads']} threads" if "threads" in device else ""
+    threads = f", threads: {device['threads']}" if "threads" in device else ""
     batches = ", ".join(str(batch) for batch in dict.fromkeys(row["batch"] for row in rows))
     figure.suptitle(
         f"Inference throughput, {result['model']}, batch {batches}: {device['name']}{threads}",

@@ -40,6 +40,24 @@ def assert_as_right_as_eager(
         assert error <= allowed + tiny, f"{name}: error {error:.3e}, allowed {allowed:.3e} + {tiny:.1e}"
 
 
+def assert_model_as_right_as_eager(
+    kernel: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]
+) -> None:
+    """The same rule for a whole model's logits and gradients taken together: root mean square of relative errors.
+
+    (A model is a long chain of roundings: the largest error of a tensor of five elements is a matter of luck.)
+    """
+
+    def error(ours: Sequence[Tensor]) -> float:
+        relative = [((a.double() - c).norm() / c.norm()).item() for a, c in zip(ours, truth, strict=True)]
+        return sum(e * e for e in relative) ** 0.5 / len(relative) ** 0.5
+
+    truth = [c.double() for c in exact]
+    assert len(kernel) == len(eager) == len(truth)
+    got, allowed = error(kernel), 2 * error(eager)
+    assert got <= allowed, f"relative error {got:.3e}, allowed {allowed:.3e}"
+
+
 def leaves_of(args: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     """Fresh leaves: floating tensors cast to ``dtype`` (if given), keeping requires_grad and strides."""
 

@@ -12,11 +12,14 @@ from fastvit.ops.linear import linear
 from fastvit.ops.mlp import mlp
 from fastvit.ops.patch_embed import patch_embed
 
+from fastvit.ops import flops  # isort: skip  (after the ops that it has formulas for)
+
 __all__ = [
     "BackendUnavailable",
     "attention",
     "attention_qkvpacked",
     "backend",
+    "flops",
     "layer_norm",
     "linear",
     "mlp",

@@ -8,6 +8,7 @@ from cases import CASES, Case
 from numerics import tensors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
 from fastvit import ops
@@ -147,3 +148,15 @@ def test_empty_batches(op: str) -> None:
     out.sum().backward()
     assert x.grad.shape == (0, 5, 16)
     assert w.grad is None or (w.grad == 0).all()
+
+
+def test_flops_are_those_of_the_ops_replaced() -> None:
+    """Forward and backward of a whole model, counted by PyTorch's own formulas on the reference."""
+    model = fastvit.ViT(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, global_pool="avg")
+    counts = []
+    for backend in ("triton", "reference"):
+        images = torch.randn(2, 3, 16, 16, requires_grad=True)
+        with fastvit.backend(backend), FlopCounterMode(display=False) as counter:
+            model(images).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

@@ -1,0 +1,56 @@
+"""The kernel ops on DTensors: two gloo processes share the batch, or the heads, and agree with one."""
+
+from __future__ import annotations
+
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import fastvit
+from fastvit import ops
+
+
+def _block(x, qkv, proj, fc1, fc2, norm):
+    batch, tokens, width = x.shape
+    packed = ops.linear(x, qkv, norm=(norm, norm, 1e-6)).view(batch, tokens, 3, 2, width // 2)
+    x = ops.linear(ops.attention_qkvpacked(packed).flatten(2), proj, residual=x)
+    return ops.mlp(x, fc1, None, fc2, None, norm=(norm, norm, 1e-6), residual=x)
+
+
+def _worker(rank: int, port: int) -> None:
+    import fastvit.parallel  # noqa: F401  (registers)
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    whole = [torch.randn(4, 5, 16), *(torch.randn(s, 16) * 0.2 for s in (48, 16, 32))]
+    whole += [torch.randn(16, 32) * 0.2, torch.randn(16)]
+    for t in whole:
+        t.requires_grad_()
+    with fastvit.backend("triton"):
+        expected = _block(*whole)
+        expected.square().sum().backward()
+        places = [Shard(0), *[Replicate()] * 5]
+        parts = [distribute_tensor(t.detach(), mesh, [p]).requires_grad_() for t, p in zip(whole, places, strict=True)]
+        out = _block(*parts)
+        assert out.placements == (Shard(0),)
+        out.square().sum().backward()
+        torch.testing.assert_close(out.full_tensor(), expected, atol=1e-5, rtol=1e-5)
+        for part, t in zip(parts, whole, strict=True):
+            torch.testing.assert_close(part.grad.full_tensor(), t.grad, atol=1e-4, rtol=1e-4)
+        qkv = torch.randn(2, 5, 3, 4, 16)
+        by_heads = ops.attention_qkvpacked(distribute_tensor(qkv, mesh, [Shard(3)]))
+        assert by_heads.placements == (Shard(2),)
+        torch.testing.assert_close(by_heads.full_tensor(), ops.attention_qkvpacked(qkv))
+    dist.destroy_process_group()
+
+
+def test_two_processes_agree_with_one() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_worker, args=(port,), nprocs=2)
