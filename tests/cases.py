@@ -105,7 +105,9 @@ CASES = [
         },
     ),
     Case(
-        "layer_norm", "merge-bare", lambda m: {"x": m(2, 5, 40), "weight": m(40), "bias": m(40), "residual": m(2, 5, 40)}
+        "layer_norm",
+        "merge-bare",
+        lambda m: {"x": m(2, 5, 40), "weight": m(40), "bias": m(40), "residual": m(2, 5, 40)},
     ),
     Case("linear", "plain", lambda m: {"x": m(3, 5, 40), "weight": m(24, 40, scale=0.2), "bias": m(24)}),
     Case(
@@ -181,6 +183,7 @@ CASES = [
     ),
     Case("attention_qkvpacked", "scale", lambda m: {"qkv": m(2, 5, 3, 2, 24), "scale": 0.4}),
 ]
+
 
 def with_shared_residual(op: Callable[..., Any]) -> Callable[..., Any]:
     """op with the residual being x itself, as every block calls ``mlp``."""

@@ -40,9 +40,7 @@ def assert_as_right_as_eager(
         assert error <= allowed + tiny, f"{name}: error {error:.3e}, allowed {allowed:.3e} + {tiny:.1e}"
 
 
-def assert_model_as_right_as_eager(
-    kernel: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]
-) -> None:
+def assert_model_as_right_as_eager(kernel: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
     """The same rule for a whole model's logits and gradients taken together: root mean square of relative errors.
 
     (A model is a long chain of roundings: the largest error of a tensor of five elements is a matter of luck.)

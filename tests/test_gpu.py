@@ -6,11 +6,11 @@ import threading
 
 import pytest
 import torch
-from cases import CASES, Case, with_shared_residual
-from numerics import check_op, tensors
 
 import fastvit
+from cases import CASES, Case, with_shared_residual
 from fastvit import ops, reference
+from numerics import check_op, tensors
 
 pytestmark = pytest.mark.gpu
 

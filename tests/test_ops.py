@@ -6,13 +6,13 @@ import logging
 
 import pytest
 import torch
-from cases import CASES, Case
-from numerics import assert_as_right_as_eager, check_op, leaves_of, tensors
 from torch import nn
 
 import fastvit
+from cases import CASES, Case
 from fastvit import ops, reference
 from fastvit.ops import backends, onednn
+from numerics import assert_as_right_as_eager, check_op, leaves_of, tensors
 
 FLOATING = [c for c in CASES if "uint8" not in str(c)]
 

@@ -115,9 +115,7 @@ def _backward(
     return dq, dk, dv
 
 
-def _backward_packed(
-    dout: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> Tensor:
+def _backward_packed(dout: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)

@@ -153,7 +153,9 @@ def _gradient(ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None) -> 
         none_if_empty,
         _layer_norm_backward(dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params),
     )
-    if ctx.merged and branch is None and dx is not None:  # no LayerScale: the branch gets the stream's gradient, scaled by image
+    if (
+        ctx.merged and branch is None and dx is not None
+    ):  # no LayerScale: the branch gets the stream's gradient, scaled by image
         dresidual = dx
         if row_scale is not None:
             dx = dx * row_scale.view(-1, *[1] * (dx.ndim - 1))

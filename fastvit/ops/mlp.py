@@ -136,9 +136,7 @@ def _forward(
     from fastvit.triton.linear import linear_forward
 
     rows, mean, rstd = normalise(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
-    hidden, preact = linear_forward(
-        rows, fc1_weight.contiguous(), fc1_bias, activation=activation, save_preact=save
-    )
+    hidden, preact = linear_forward(rows, fc1_weight.contiguous(), fc1_bias, activation=activation, save_preact=save)
     residual = x if add_x else residual
     out, _ = linear_forward(
         hidden,
@@ -276,9 +274,7 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     needs = [wanted[0] or wanted[5] or wanted[6], wanted[1] or wanted[2], wanted[3] or wanted[4] or wanted[11]]
     dx, dfc1, dfc1_bias, dfc2, dfc2_bias, dnorm_weight, dnorm_bias, dgamma = map(
         none_if_empty,
-        _mlp_backward(
-            dout, *tensors, ctx.eps, mean, rstd, preact, ctx.activation, ctx.add_x, gamma, row_scale, needs
-        ),
+        _mlp_backward(dout, *tensors, ctx.eps, mean, rstd, preact, ctx.activation, ctx.add_x, gamma, row_scale, needs),
     )
     dfc1_bias, dfc2_bias, dnorm_weight, dnorm_bias, dgamma = cast_gradients(
         (dfc1_bias, fc1_bias),

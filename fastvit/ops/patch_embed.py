@@ -178,9 +178,7 @@ def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = [wanted[0], wanted[1], any(wanted[2:5])]
     dimages, dweight, drows = map(
         none_if_empty,
-        _patch_embed_backward(
-            dout, images, ctx.image_shape, ctx.image_dtype, weight, mean, std, ctx.prefix, needs
-        ),
+        _patch_embed_backward(dout, images, ctx.image_shape, ctx.image_dtype, weight, mean, std, ctx.prefix, needs),
     )
     dbias = dpos = dprefix = None
     if drows is not None:  # (P + N, D) float32, summed over the batch

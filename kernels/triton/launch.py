@@ -131,5 +131,4 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32. The interpreter multiplies bf16 as raw bits, so it gets float32 operands."""
     if _INTERPRETING:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)

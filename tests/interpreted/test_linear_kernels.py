@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastvit import reference
 from fastvit.triton import launch, tiles
 from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activation_gradient
 from fastvit.triton.linear import choose, linear_forward, rows_contiguous
 from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient
 from numerics import assert_as_right_as_eager
-from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from numerics import assert_model_as_right_as_eager
 
 import fastvit
+from numerics import assert_model_as_right_as_eager
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 OPTIONS = {

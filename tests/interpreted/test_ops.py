@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Case, with_shared_residual
-from numerics import check_op, tensors
 
 import fastvit
+from cases import CASES, Case, with_shared_residual
 from fastvit import ops, reference
+from numerics import check_op, tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -10,7 +10,6 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-import fastvit
 from fastvit import ops
 
 
@@ -22,7 +21,7 @@ def _block(x, qkv, proj, fc1, fc2, norm):
 
 
 def _worker(rank: int, port: int) -> None:
-    import fastvit.parallel  # noqa: F401  (registers)
+    import fastvit.parallel
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))

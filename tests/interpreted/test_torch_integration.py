@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Case
-from numerics import tensors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
+from cases import CASES, Case
 from fastvit import ops
-
+from numerics import tensors
 
 # One case per op with everything that it fuses: opcheck runs a call a dozen times, the interpreter is slow.
 FULL = [
