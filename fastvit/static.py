@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,14 @@ class Trace:
         return len(self.launches) + len(self.aten)
 
 
-class Workload(NamedTuple):
+@dataclass(frozen=True)
+class Workload:
     """A model at a batch and dtype, whose kernels ship."""
 
     model: str
     batch: int
     dtype: torch.dtype
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         options = "".join(f"-{k}" for k in self.options)

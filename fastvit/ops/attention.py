@@ -184,7 +184,8 @@ _attention = register(
     setup_context=_setup_context,
 )
 _attention_qkvpacked_backward = register(
-    "attention_qkvpacked_backward(Tensor dout, Tensor? dlse, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
+    "attention_qkvpacked_backward(Tensor dout, Tensor? dlse, Tensor qkv, Tensor out, Tensor lse, float scale) "
+    "-> Tensor",
     _backward_packed,
     _backward_fake_packed,
 )

@@ -207,20 +207,21 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     from fastvit.triton.activations import activation_gradient
-    from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient
+    from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient, scale_rows
 
     needs_x, needs_weight = needs
     weight, dout = weight.contiguous(), as_rows(dout)
     dx = dweight = dbias = dgamma = dnorm_weight = dnorm_bias = None
     if activation is not None:
         dout, _ = activation_gradient(dout, preact, activation)
+    dout = scale_rows(dout, weight.dtype, row_scale)  # what both products read
     if needs_weight:
         rows, _, _ = normalise(x, norm_weight, norm_bias, eps, weight.dtype)
         dweight, dbias, dgamma = linear_weight_gradient(
-            dout, rows, weight=weight, bias=bias, gamma=gamma, row_scale=row_scale, need_bias=bias is not None
+            dout, rows, weight=weight, bias=bias, gamma=gamma, need_bias=bias is not None
         )
     if needs_x:
-        dx, _ = linear_input_gradient(dout, weight, gamma=gamma, row_scale=row_scale)
+        dx, _ = linear_input_gradient(dout, weight, gamma=gamma)
         if eps is not None:
             dx, dnorm_weight, dnorm_bias = normalise_gradient(dx, None, x, norm_weight, norm_bias, mean, rstd)
         dx = dx.view(x.shape)

@@ -190,23 +190,16 @@ def _backward(
     row_scale: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient
+    from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient, scale_rows
 
     needs_x, needs_fc1, needs_fc2 = needs
     fc1_weight, fc2_weight, dout = fc1_weight.contiguous(), fc2_weight.contiguous(), as_rows(dout)
     dx = dfc1 = dfc1_bias = dfc2 = dfc2_bias = dnorm_weight = dnorm_bias = dgamma = None
-    dpreact, hidden = linear_input_gradient(
-        dout, fc2_weight, gamma=gamma, row_scale=row_scale, preact=preact, activation=activation
-    )
+    scaled = scale_rows(dout, fc2_weight.dtype, row_scale)  # what both products of the second linear read
+    dpreact, hidden = linear_input_gradient(scaled, fc2_weight, gamma=gamma, preact=preact, activation=activation)
     if needs_fc2:
         dfc2, dfc2_bias, dgamma = linear_weight_gradient(
-            dout,
-            hidden,
-            weight=fc2_weight,
-            bias=fc2_bias,
-            gamma=gamma,
-            row_scale=row_scale,
-            need_bias=fc2_bias is not None,
+            scaled, hidden, weight=fc2_weight, bias=fc2_bias, gamma=gamma, need_bias=fc2_bias is not None
         )
     del hidden
     if needs_fc1:
