@@ -104,6 +104,20 @@ def test_onednn_copies_go_with_their_parameter_and_on_request() -> None:
 
 
 @pytest.mark.usefixtures("_packs_small_products")
+@pytest.mark.parametrize(
+    "change", [lambda m: m.train(), lambda m: m.double(), lambda m: m.load_state_dict(m.state_dict())]
+)
+def test_a_model_in_training_moved_or_loaded_keeps_no_copies(change) -> None:
+    onednn._packed.clear()
+    model = fastvit.ViT(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=5).eval()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert len(onednn._packed) > 0
+    change(model)
+    assert len(onednn._packed) == 0
+
+
+@pytest.mark.usefixtures("_packs_small_products")
 def test_onednn_leaves_inference_tensors_alone() -> None:
     with torch.inference_mode():
         weight = nn.Parameter(torch.randn(24, 32))

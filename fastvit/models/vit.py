@@ -293,6 +293,7 @@ class ViT(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module.load_state_dict``: nothing is resampled, and an error says what to do about each shape."""
+        onednn.drop(self.parameters())
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
@@ -304,6 +305,11 @@ class ViT(nn.Module):
         if mode:
             onednn.drop(self.parameters())
         return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ViT:
+        """As ``nn.Module._apply`` (``to``, ``half``, ...): moved weights leave no packed copies behind."""
+        onednn.drop(self.parameters())
+        return super()._apply(fn, recurse)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave out."""

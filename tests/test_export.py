@@ -1,0 +1,39 @@
+"""torch.export and torch.compile of whole models: they see plain ATen ops, at any batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastvit
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+OPTIONS = {
+    "plain": {},
+    "average pool, registers": {"global_pool": "avg", "reg_tokens": 2, "init_values": 0.1},
+    "map pool, qk-norm": {"global_pool": "map", "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_exports_with_a_dynamic_batch(name: str, strict: bool) -> None:
+    model = fastvit.ViT(**SIZES, **OPTIONS[name]).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},), strict=strict)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert all("fastvit" not in target for target in targets)
+    for size in (1, 5):
+        images = torch.randn(size, 3, 32, 32)
+        torch.testing.assert_close(program.module()(images), model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_compiles_with_inductor_forward_and_backward() -> None:
+    torch._dynamo.reset()
+    model = fastvit.ViT(**SIZES)
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True)
+    expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
+    gradients = torch.autograd.grad(compiled(images).square().sum(), list(model.parameters()))
+    for ours, eager in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-4)
