@@ -6,6 +6,8 @@ Nothing here knows a model class: the loaders take any module with timm's names.
 from __future__ import annotations
 
 import math
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,9 @@ def mismatch_advice(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     }
     advice = []
     for name, (given, wanted) in wrong.items():
-        if name == "pos_embed" and given[-1] == wanted[-1]:
+        if len(given) != len(wanted):
+            advice.append(f"{name}: the file has {given}, the model {wanted}: another number of dimensions")
+        elif name == "pos_embed" and given[-1] == wanted[-1]:
             advice.append(
                 f"pos_embed: the file has {given[1]} positions, the model {wanted[1]}. Build the model with the file's "
                 "img_size (and patch_size, class_token, reg_tokens, no_embed_class), load, then call "
@@ -147,7 +151,13 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
         state: Any = load_file(path)
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} is no file of tensors alone, and nothing else is unpickled; "
+                "save model.state_dict() instead of the model"
+            ) from error
     for key in ("state_dict", "model"):  # training scripts wrap it so
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -193,6 +203,10 @@ def load_npz(model: nn.Module, path: str | Path, prefix: str = "") -> None:
         ValueError: an array is missing or misshapen; it is named with both shapes. The model then is as it was.
     """
     path = Path(path)
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("the model is on the meta device and can't hold weights: model.to_empty(device=...) first")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz file (a zip of arrays), or it is cut short")
     with np.load(path, allow_pickle=False) as file:
         prefixes = (prefix,) if prefix else _NPZ_PREFIXES
         found = next((p for p in prefixes if f"{p}embedding/kernel" in file), None)
@@ -216,7 +230,7 @@ def load_npz(model: nn.Module, path: str | Path, prefix: str = "") -> None:
 def _from_npz(model: Any, read: _Npz) -> dict[str, Tensor]:
     """Google's arrays under timm's names: dense kernels (in, out) become (out, in), heads are merged."""
     out: dict[str, Tensor] = {}
-    big_vision = "pos_embedding" in read or read.prefix.startswith("params/")
+    big_vision = any("Transformer" in name and "MultiHeadDotProductAttention_0" in name for name in read.arrays)
     stacked = "Transformer/encoderblock/LayerNorm_0/scale" in read
 
     kernel = read("embedding/kernel").permute(3, 2, 0, 1)  # (p, q, C, D) -> (D, C, p, q)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 from collections.abc import Sequence
 
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         description="Vision Transformers on hand-written kernels. Use from Python: from fastvit import ViT.",
         epilog="`make bench` and `python -m benchmarks --help`, in a clone, compare it with other libraries.",
     )
+    top.add_argument("--version", action="version", version=f"fastvit {importlib.metadata.version('fastvit')}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND")
 
     env = commands.add_parser(
@@ -47,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     models = commands.add_parser(
         "models",
         help="names that fastvit.create_model takes",
-        description="List the names that fastvit.create_model takes.",
+        description="List the names that fastvit.create_model takes. It also takes the papers' names, ViT-B/16 or "
+        "ViT-L/14-384, and any image size.",
     )
     models.add_argument("filter", nargs="?", default="", help="only names that match, for example base")
     models.set_defaults(run=_models)

@@ -47,7 +47,8 @@ def cpu_name() -> str:
 def device(kind: str | None = None) -> dict[str, Any]:
     """The device of a kind ("cpu" or "cuda"; default: CUDA where there is one) and what bears on its speed."""
     if (kind or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
-        return {"type": "cpu", "name": cpu_name(), "threads": torch.get_num_threads()}
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {"type": "cpu", "name": cpu_name(), "threads": torch.get_num_threads(), "instructions": capability}
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "type": "cuda",
@@ -63,12 +64,12 @@ def device(kind: str | None = None) -> dict[str, Any]:
 
 
 def _nvidia_smi(query: str) -> str | None:
-    """One property of the current device as nvidia-smi prints it; None where that tool is not installed."""
+    """One property of the current device as nvidia-smi prints it; None where that tool is missing or hangs."""
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except FileNotFoundError:
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 else None
 
@@ -109,7 +110,8 @@ def render(found: dict[str, Any]) -> str:
     ]
     refusals: dict[tuple[str, str], list[str]] = {}
     for op, reasons in found["ops"].items():
-        lines.append(f"{op:<21} {', '.join(name for name, reason in reasons.items() if reason is None)}")
+        own = {"onednn": "onednn" if op in backends.ONEDNN_OPS else "onednn (PyTorch's own kernels)"}
+        lines.append(f"{op:<21} {', '.join(own.get(name, name) for name, why in reasons.items() if why is None)}")
         for name, reason in reasons.items():
             if reason is not None:
                 refusals.setdefault((name, reason), []).append(op)

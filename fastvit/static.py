@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastvit.layers import SwiGLU
 from fastvit.ops import backends
 from fastvit.ops.library import KERNELS
 
@@ -41,15 +42,16 @@ class Trace:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model at a batch and dtype, whose kernels ship."""
+    """A model at a batch and dtype, whose kernels ship. With a mean and std among its options it takes uint8 images."""
 
     model: str
     batch: int
     dtype: torch.dtype
     options: dict[str, Any] = field(default_factory=dict)
+    channels_last: bool = False  # images (B, H, W, C)
 
     def __str__(self) -> str:
-        options = "".join(f"-{k}" for k in self.options)
+        options = "".join(f"-{k}" for k in self.options) + "-channels_last" * self.channels_last
         return f"{self.model}-{self.batch}-{str(self.dtype).removeprefix('torch.')}{options}"
 
 
@@ -69,14 +71,24 @@ WORKLOADS = (
     Workload("vit_gigantic_patch14_224", 32, torch.bfloat16),
 )
 
+# Each changes the code of a kernel but not its tiles: activations, image formats, rows that no descriptor can address.
+_PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+VARIATIONS = (
+    Workload("vit_base_patch16_224", 8, torch.bfloat16, {"act_layer": "quick_gelu", **_PIXELS}),
+    Workload("vit_base_patch16_224", 8, torch.bfloat16, {"act_layer": "gelu_tanh", **_PIXELS}, channels_last=True),
+    Workload("vit_base_patch16_224", 8, torch.bfloat16, {"mlp_layer": SwiGLU}),
+    Workload("vit_base_patch16_224", 8, torch.bfloat16, {"embed_dim": 196, "num_heads": 7}),
+)
+
 
 def launches(workload: Workload, arch: int) -> Trace:
     """One training step of the workload at depth 2: every launch of the whole model (its blocks are alike)."""
     from fastvit.models import create_model
 
     model = create_model(workload.model, depth=2, device="meta", dtype=workload.dtype, **workload.options)
-    size = model.patch_embed.img_size
-    images = torch.empty(workload.batch, 3, *size, device="meta", dtype=workload.dtype, requires_grad=True)
+    shape = (*model.patch_embed.img_size, 3) if workload.channels_last else (3, *model.patch_embed.img_size)
+    dtype = workload.dtype if model.mean is None else torch.uint8
+    images = torch.empty(workload.batch, *shape, device="meta", dtype=dtype, requires_grad=dtype.is_floating_point)
     with trace(arch) as result:
         logits = model(images)
         logits.backward(torch.empty_like(logits))
@@ -186,12 +198,17 @@ def configuration(launch: Any) -> tuple[Any, ...]:
     return launch.kernel.fn.__name__, element, repr(sizes), repr(launch.options)
 
 
+def specialisation(launch: Any, arch: int) -> str:
+    """What Triton's JIT tells launches apart by: equal ones share one compilation."""
+    _, options, signature, constants, attributes = _specialise(launch, arch)
+    return repr((launch.kernel.fn.__name__, options, signature, constants, attributes))
+
+
 def distinct(launches: Iterable[Any], arch: int) -> list[Any]:
     """The launches that compile to different code, in order of first appearance."""
     seen: dict[str, Any] = {}
     for one in launches:
-        _, options, signature, constants, attributes = _specialise(one, arch)
-        seen.setdefault(repr((one.kernel.fn.__name__, options, signature, constants, attributes)), one)
+        seen.setdefault(specialisation(one, arch), one)
     return list(seen.values())
 
 

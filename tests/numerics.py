@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 Outputs = Tensor | Sequence[Tensor | None] | None
+
+
+def strided(rows: int, width: int, dtype: torch.dtype, gap: int = 8) -> Tensor:
+    """Random (rows, width) of which every row is followed by ``gap`` poisoned elements."""
+    wide = torch.full((rows, width + gap), torch.nan, dtype=dtype)
+    wide[:, :width] = torch.randn(rows, width)
+    return wide[:, :width]
 
 
 def tensors(outputs: Outputs) -> list[Tensor]:
@@ -100,3 +109,14 @@ def check_op(kernel: Callable[..., Outputs], reference: Callable[..., Outputs], 
         runs.append(([o.detach() for o in outputs], gradients))
     names = [f"output {i}" for i in range(len(runs[0][0]))] + [f"gradient of {n}" for n in wanted]
     assert_as_right_as_eager(*[[*outputs, *grads] for outputs, grads in runs], names=names)
+
+
+def assert_same_bits_twice(op: Callable[..., Outputs], args: dict[str, Any]) -> None:
+    """Two runs of ``op(**args)`` give the same gradients, bit for bit."""
+
+    def gradients() -> tuple[Tensor, ...]:
+        outputs = tensors(op(**args))
+        return torch.autograd.grad(outputs, list(_flat(args).values()), [torch.ones_like(o) for o in outputs])
+
+    for a, b in zip(gradients(), gradients(), strict=True):
+        assert torch.equal(a, b)

@@ -73,10 +73,12 @@ def test_onednn_is_as_right_as_eager(dtype: torch.dtype, activation: str, gamma:
         lambda p: p.mul_(2),
         lambda p: p.data.mul_(2),
         lambda p: p.data.__setitem__((3, 5), 7.0),
+        lambda p: p.data.copy_(p.data.flip(0)),
+        lambda p: p.data.copy_(p.data.flip(1)),
         lambda p: setattr(p, "data", torch.randn_like(p)),
         lambda p: p.detach().numpy().__setitem__((0, 0), 5.0),
     ],
-    ids=["in place", "through .data", "one element", "new storage", "through numpy"],
+    ids=["in place", "through .data", "one element", "rows moved", "columns moved", "new storage", "through numpy"],
 )
 def test_onednn_sees_every_change_of_a_weight(change) -> None:
     x, weight = torch.randn(9, 32), nn.Parameter(torch.randn(24, 32))
@@ -86,6 +88,19 @@ def test_onednn_sees_every_change_of_a_weight(change) -> None:
         after = ops.linear(x, weight)
         torch.testing.assert_close(after, x @ weight.T)
     assert not torch.equal(before, after)
+
+
+@pytest.mark.usefixtures("_packs_small_products")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_onednn_takes_parameters_in_a_flat_buffer(dtype: torch.dtype) -> None:
+    flat = torch.randn(1 + 24 * 32).to(dtype)
+    weight = nn.Parameter(torch.empty(24, 32, dtype=dtype))
+    weight.data = flat[1:].view(24, 32)
+    x = torch.randn(9, 32, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(ops.linear(x, weight), x @ weight.T, atol=2e-2, rtol=2e-2)
+        flat.mul_(2)
+        torch.testing.assert_close(ops.linear(x, weight), x @ weight.T, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.usefixtures("_packs_small_products")
@@ -128,6 +143,14 @@ def test_onednn_leaves_inference_tensors_alone() -> None:
 
 
 # --- who is chosen --------------------------------------------------------------------------------------------
+
+
+def test_a_backend_made_early_sets_when_entered() -> None:
+    made = fastvit.backend("reference")
+    fastvit.backend("auto")
+    with made:
+        assert backends.setting() == "reference"
+    assert backends.setting() == "auto"
 
 
 def test_backend_is_a_setting_and_a_context() -> None:
@@ -200,6 +223,19 @@ def test_torch_func_works_under_auto() -> None:
     torch.testing.assert_close(per_sample, leaf.grad)
 
 
+def test_forward_mode_derivatives_on_the_reference() -> None:
+    q, v = torch.randn(2, 1, 5, 2, 8)
+    with fastvit.backend("reference"):
+        _, tangent = torch.func.jvp(lambda q: ops.attention(q, v, v), (q,), (torch.ones_like(q),))
+    assert tangent.isfinite().all()
+
+
+def test_attention_without_keys_has_a_gradient() -> None:
+    q, k = torch.randn(1, 3, 2, 8, requires_grad=True), torch.randn(1, 0, 2, 8)
+    ops.attention(q, k, k).sum().backward()
+    assert (q.grad == 0).all()
+
+
 def test_symbolic_trace_sees_one_node_per_op() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -237,6 +273,7 @@ BAD = {
         r"row_scale has shape \(3,\), expected \(2,\)",
     ),
     "device": (lambda: ops.linear(X, W.to("meta")), r"weight is on meta, x is on cpu"),
+    "no heads": (lambda: ops.attention(*[torch.randn(2, 5, 0, 16)] * 3), r"start at 1"),
     "attention": (lambda: ops.attention(X, X, X), r"\(B, Tq, H, d\)"),
     "packed": (lambda: ops.attention_qkvpacked(torch.randn(1, 2, 4, 1, 8)), r"\(1, 2, 4, 1, 8\), expected"),
     "channels": (lambda: ops.patch_embed(torch.randn(1, 4, 8, 8), torch.randn(6, 3, 4, 4)), r"3 channels"),

@@ -95,6 +95,13 @@ def test_without_triton_fastvit_runs_and_says_why_it_is_absent() -> None:
     assert "torch.Size([1, 3, 2, 32])" in said
 
 
+def test_without_triton_importing_says_nothing() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", HIDE.format("triton") + "import fastvit"], capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
 def test_without_triton_asking_for_it_is_an_error_that_says_why() -> None:
     said = python(
         HIDE.format("triton")

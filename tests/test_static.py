@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,20 +91,42 @@ def _check(compiled: static.Compiled, half: bool) -> None:
         assert found, f"{where}: no {wanted}"
 
 
-def _gate(workloads: list[static.Workload], arch: int, skip: list[static.Workload]) -> None:
-    done = {static.configuration(one) for w in skip for one in static.launches(w, arch).launches}
-    for workload in workloads:
-        for one in static.distinct(static.launches(workload, arch).launches, arch):
-            if (key := static.configuration(one)) not in done:
-                done.add(key)
-                _check(static.compile_launch(one, arch), workload.dtype != torch.float32)
+@cache
+def _added(index: int, arch: int) -> dict[tuple[Any, ...], Any]:
+    """The configurations that a workload adds to those before it, and a launch of each."""
+    known = {key for i in range(index) for key in _added(i, arch)}
+    launches = static.launches(static.WORKLOADS[index], arch).launches
+    return {key: one for one in launches if (key := static.configuration(one)) not in known}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("index", range(len(static.WORKLOADS)), ids=[str(w) for w in static.WORKLOADS])
+def _pairs(workloads: tuple[static.Workload, ...], float32: tuple[int, ...], half: tuple[int, ...]) -> list[Any]:
+    """(index, arch) for all of them; slow but for the architectures listed."""
+    pairs = []
+    for index, workload in enumerate(workloads):
+        for arch in ARCHITECTURES:
+            quick = arch in (float32 if workload.dtype == torch.float32 else half)
+            pairs.append(pytest.param(index, arch, id=f"{workload}-{arch}", marks=() if quick else pytest.mark.slow))
+    return pairs
+
+
+@pytest.mark.parametrize(("index", "arch"), _pairs(static.WORKLOADS, float32=(80, 90), half=ARCHITECTURES))
 def test_every_configuration_compiles_and_passes_its_gates(index: int, arch: int) -> None:
     """Each kernel in each tile, head dim and key split that a workload adds to those before it."""
-    _gate([static.WORKLOADS[index]], arch, list(static.WORKLOADS[:index]))
+    for one in _added(index, arch).values():
+        _check(static.compile_launch(one, arch), static.WORKLOADS[index].dtype != torch.float32)
+
+
+@pytest.mark.parametrize(("index", "arch"), _pairs(static.VARIATIONS, float32=(), half=(90,)))
+def test_every_variation_compiles_and_passes_its_gates(index: int, arch: int) -> None:
+    """What an option compiles that the plain model does not."""
+    workload = static.VARIATIONS[index]
+    plain = static.Workload(workload.model, workload.batch, workload.dtype)
+    known = {static.specialisation(one, arch) for one in static.launches(plain, arch).launches}
+    added = static.distinct(static.launches(workload, arch).launches, arch)
+    added = [one for one in added if static.specialisation(one, arch) not in known]
+    assert added
+    for one in added:
+        _check(static.compile_launch(one, arch), half=True)
 
 
 @pytest.mark.slow
@@ -112,6 +136,23 @@ def test_every_specialisation_compiles_and_passes_its_gates(workload: static.Wor
     """As above, but every epilogue and every divisibility that the JIT tells apart."""
     for one in static.distinct(static.launches(workload, arch).launches, arch):
         _check(static.compile_launch(one, arch), workload.dtype != torch.float32)
+
+
+def test_another_batch_size_seldom_compiles_anything() -> None:
+    """No kernel is compiled for a batch size as such: it only enters through the tables, which have tiles by size.
+
+    A training step of ViT-B takes 24 kernels. Larger batches take larger tiles (of the forward and input-gradient
+    GEMMs, of the patch embedding), cut the weight gradients' long sums, which adds their reduction, and sum more
+    partial results at a time.
+    """
+    seen: set[str] = set()
+    totals = {}
+    for batch in (1, 2, 3, 7, 8, 32, 64, 100, 256):
+        launches = static.launches(static.Workload("vit_base_patch16_224", batch, torch.bfloat16), 90).launches
+        seen |= {static.specialisation(one, 90) for one in launches}
+        totals[batch] = len(seen)
+    assert totals[1] == totals[2] <= 24
+    assert totals[100] == totals[256] <= 36
 
 
 def test_the_gate_sees_a_spill() -> None:

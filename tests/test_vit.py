@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import fastvit
 from fastvit import ops
 from fastvit.checkpoints import load_checkpoint
 from fastvit.layers import Attention, Block, Mlp, SwiGLU
@@ -668,10 +669,80 @@ def test_a_pickled_file_is_refused(tmp_path: Path) -> None:
             return print, ("ran",)
 
     torch.save({"state_dict": {"head.weight": Evil()}}, tmp_path / "evil.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="nothing else is unpickled"):
         load_checkpoint(ViT(**SMALL), tmp_path / "evil.pth")
     buffer = io.BytesIO()
     np.savez(buffer, **{"embedding/kernel": np.array([Evil()], dtype=object)})
     (tmp_path / "evil.npz").write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match="allow_pickle=False"):
         ViT(**SMALL).load_pretrained(tmp_path / "evil.npz")
+
+
+def test_checkpointing_recomputes_on_the_backend_of_forward() -> None:
+    model = fastvit.ViT(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    model.set_grad_checkpointing()
+    with fastvit.backend("reference"):
+        logits = model(torch.randn(2, 3, 16, 16))
+    seen = []
+    real = backends.choose
+
+    def spy(op: str, x: torch.Tensor, *, needs_grad: bool) -> str:
+        seen.append(backends.setting())
+        return real(op, x, needs_grad=needs_grad)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "choose", spy)
+        logits.sum().backward()
+    assert seen
+    assert set(seen) == {"reference"}
+
+
+def test_a_forward_replaced_on_the_class_is_called() -> None:
+    model = fastvit.ViT(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2).eval()
+    calls = []
+
+    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        calls.append(self)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", forward)
+        model(torch.randn(1, 3, 16, 16))
+    assert len(calls) == 2 * 4 + 1
+
+
+def test_a_norm_over_tokens_too_turns_the_class_token_saving_off() -> None:
+    model = fastvit.ViT(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2).eval()
+    model.norm = nn.LayerNorm((5, 32))
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(images), model.forward_head(model.forward_features(images)))
+
+
+def test_uint8_validation_under_inference_mode_then_training() -> None:
+    model = fastvit.ViT(
+        img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, mean=(0.51, 0.4, 0.3), std=(0.2, 0.2, 0.2)
+    )
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    with torch.inference_mode():
+        model(images)
+    model(images).sum().backward()
+    weight = torch.randn(8, 3, 8, 8)
+    floats = torch.rand(1, 3, 16, 16, requires_grad=True)
+    with torch.inference_mode():
+        fastvit.ops.patch_embed(floats, weight, std=(0.123, 0.2, 0.3))
+    fastvit.ops.patch_embed(floats, weight, std=(0.123, 0.2, 0.3)).sum().backward()
+    assert floats.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pos_embed", torch.tensor(1.0)),
+        ("head.weight", torch.tensor(1.0)),
+        ("patch_embed.proj.weight", torch.ones(4, 3)),
+    ],
+)
+def test_keys_with_another_number_of_dimensions_are_named(key: str, value: torch.Tensor) -> None:
+    model = fastvit.ViT(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    with pytest.raises(RuntimeError, match=f"{key}: .*another number of dimensions"):
+        model.load_state_dict(model.state_dict() | {key: value})

@@ -2,11 +2,13 @@
 
 from fastvit.layers.attention import Attention, AttentionPoolLatent, AttentionPoolPrr
 from fastvit.layers.block import Block
-from fastvit.layers.fuse import GELUTanh, QuickGELU
+from fastvit.layers.fuse import GELUTanh, QuickGELU, remember_forward
 from fastvit.layers.misc import DropPath, LayerScale, PatchDropout
 from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
 from fastvit.layers.patch_embed import PatchEmbed
+
+remember_forward(Attention, Block, Mlp, PatchEmbed, SwiGLU)
 
 __all__ = [
     "Attention",

@@ -35,6 +35,11 @@ _OURS = (
 )
 
 
+def _by_token(module: nn.Module) -> bool:
+    """Whether the module is one of these, or another library's activation that means one, and nobody watches it."""
+    return fuse.activation_name(module) is not None or fuse.intact(module, *_OURS)
+
+
 class Block(nn.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)) (the ViT paper's equations 2 and 3); timm's arguments and keys.
 
@@ -120,7 +125,7 @@ class Block(nn.Module):
             fuse.intact(self, Block)
             and type(self.attn) is Attention
             and type(self.mlp) in (Mlp, SwiGLU)
-            and all(fuse.intact(module, *_OURS) for child in self.children() for module in child.modules())
+            and all(_by_token(module) for child in self.children() for module in child.modules())
             and all(fuse.idle(d) for d in (self.attn.attn_drop, self.attn.proj_drop, self.mlp.drop1, self.mlp.drop2))
         )
 

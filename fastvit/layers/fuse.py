@@ -47,6 +47,32 @@ class GELUTanh(nn.GELU):
 
 _PLAIN = (nn.Parameter, Tensor)
 
+# What the forward of PyTorch's classes is, so that one that was replaced on the class is seen; ours are added below
+# and in fastvit.layers.
+_FORWARD: dict[type[nn.Module], Callable[..., Any]] = {}
+
+
+def remember_forward(*kinds: type[nn.Module]) -> None:
+    """Note the forward of classes that may be fused, as it is when fastvit is imported."""
+    _FORWARD.update({kind: kind.forward for kind in kinds})
+
+
+remember_forward(
+    DropPath,
+    GELUTanh,
+    LayerNorm,
+    LayerScale,
+    QuickGELU,
+    nn.Conv2d,
+    nn.Dropout,
+    nn.GELU,
+    nn.Identity,
+    nn.LayerNorm,
+    nn.Linear,
+    nn.Sequential,
+    nn.SiLU,
+)
+
 
 def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether using the module's parameters directly is the same as calling it.
@@ -56,8 +82,10 @@ def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """
     if type(module) not in kinds:
         reason = "its class is not one that is fused"
-    elif "forward" in module.__dict__:
+    elif "forward" in module.__dict__ or _FORWARD.get(type(module), type(module).forward) is not type(module).forward:
         reason = "its forward was replaced"
+    elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+        reason = "it norms over more than the last dimension"
     elif (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -94,7 +122,7 @@ def idle(dropout: Any) -> bool:
 
 def norm_arguments(norm: Any) -> Norm | None:
     """(weight, bias, eps) of a LayerNorm over the last dimension that may be fused, or None."""
-    if not intact(norm, LayerNorm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
+    if not intact(norm, LayerNorm, nn.LayerNorm):
         return None
     return norm.weight, norm.bias, norm.eps
 

@@ -15,6 +15,13 @@ def positive(name: str, value: Any) -> int:
     return value.__index__()
 
 
+def count(name: str, value: Any) -> int:
+    """``value`` as an int of at least 0, or a ValueError that names it."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    return value.__index__()
+
+
 def pair(name: str, value: Any) -> tuple[int, int]:
     """``value`` as (height, width): a positive int stands for both."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)

@@ -6,7 +6,6 @@ timm's own classes become ours where ours has the same arguments, keys and resul
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +67,7 @@ def resolve(kind: str, layer: Layer | str | None, table: dict[str, Layer], defau
         layer: a name in ``table``, a class or a partial of one, or None for ``default``.
 
     Raises:
-        ValueError: an unknown name; the nearest ones are listed.
+        ValueError: an unknown name; those that are known are listed.
         TypeError: neither a name nor callable.
     """
     if layer is None:
@@ -76,8 +75,7 @@ def resolve(kind: str, layer: Layer | str | None, table: dict[str, Layer], defau
     if isinstance(layer, str):
         found = table.get(layer.lower() if kind == "act_layer" else layer.lower().replace("_", ""))
         if found is None:
-            near = difflib.get_close_matches(layer.lower(), table, cutoff=0.0)
-            raise ValueError(f"unknown {kind} {layer!r}; accepted: a class, or {', '.join(map(repr, near))}")
+            raise ValueError(f"unknown {kind} {layer!r}; accepted: {', '.join(['a class', *map(repr, table)])}")
         return found
     if not callable(layer):
         raise TypeError(f"{kind} must be a class or a name, got {layer!r}")

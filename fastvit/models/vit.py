@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,11 +26,11 @@ from fastvit.layers import (
     fuse,
 )
 from fastvit.layers.attention import head_dim_of
-from fastvit.layers.misc import positive, rate
+from fastvit.layers.misc import count, positive, rate
 from fastvit.layers.patch_embed import Size, image_size, normalised, pixel_statistics
 from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
 from fastvit.models.init import check_mode, init_vit
-from fastvit.ops import onednn
+from fastvit.ops import backends, onednn
 
 # Symbolic tracing (torch.fx) sees a call of each, not its checks.
 for _name in ("image_size", "normalised", "pixel_statistics", "resample_pos_embed"):
@@ -145,11 +146,9 @@ class ViT(nn.Module):
         self._check_pool(global_pool, class_token)
         if pos_embed not in ("", "none", "learn"):
             raise ValueError(f"unknown pos_embed {pos_embed!r}; accepted: 'learn', 'none', ''")
-        if reg_tokens < 0 or num_classes < 0 or mlp_ratio <= 0:
-            raise ValueError(
-                f"reg_tokens={reg_tokens} and num_classes={num_classes} must not be negative, and "
-                f"mlp_ratio={mlp_ratio} must be positive"
-            )
+        reg_tokens, num_classes = count("reg_tokens", reg_tokens), count("num_classes", num_classes)
+        if mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be positive, got {mlp_ratio}")
         self.mean, self.std = self._pixel_statistics(mean, std, in_chans)
         norm_layer = resolve("norm_layer", norm_layer, NORMS, LayerNorm)
         mlp_layer = resolve("mlp_layer", mlp_layer, {}, Mlp)
@@ -340,8 +339,7 @@ class ViT(nn.Module):
         Raises:
             ValueError: an unknown pool, or one with weights that this model lacks.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        num_classes = count("num_classes", num_classes)
         if global_pool is not None:
             self._check_pool(global_pool, self.has_class_token)
             if global_pool in _LEARNED_POOLS and type(self.attn_pool) is not _LEARNED_POOLS[global_pool]:
@@ -485,7 +483,10 @@ class ViT(nn.Module):
             return block(x, attn_mask=attn_mask, is_causal=is_causal)
         options: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
         if self.grad_checkpointing:
-            return checkpoint(block, x, use_reentrant=False, **options)
+            chosen = backends.setting()  # now; the setting may be another when backward recomputes
+            return checkpoint(
+                block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), backends.backend(chosen)), **options
+            )
         return block(x, **options)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ Each op is a plain function; :mod:`fastvit.ops.backends` decides which implement
 
 import torch.fx
 
+from fastvit.ops import backends
 from fastvit.ops.attention import attention, attention_qkvpacked
 from fastvit.ops.backends import BackendUnavailable, backend
 from fastvit.ops.layer_norm import layer_norm
@@ -12,19 +13,19 @@ from fastvit.ops.linear import linear
 from fastvit.ops.mlp import mlp
 from fastvit.ops.patch_embed import patch_embed
 
-from fastvit.ops import flops  # isort: skip  (after the ops that it has formulas for)
-
 __all__ = [
     "BackendUnavailable",
     "attention",
     "attention_qkvpacked",
     "backend",
-    "flops",
     "layer_norm",
     "linear",
     "mlp",
     "patch_embed",
 ]
+
+if backends.TRITON_MISSING is None:
+    from fastvit.ops import flops  # noqa: F401  (PyTorch's counter complains where there is no Triton)
 
 for _name in ("attention", "attention_qkvpacked", "layer_norm", "linear", "mlp", "patch_embed"):
     torch.fx.wrap(_name)  # symbolic tracing sees one node per op, not its checks

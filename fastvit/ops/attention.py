@@ -38,6 +38,8 @@ def attention(
             f"ops.attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
             "expected (B, Tq, H, d), (B, Tk, H, d), (B, Tk, H, d)"
         )
+    if 0 in q.shape[2:]:
+        raise ValueError(f"ops.attention: q has shape {tuple(q.shape)}; heads and head dim start at 1")
     checks.same_device("attention", q, k=k, v=v)
     if not autocasting(q):
         checks.same_dtype("attention", q=q, k=k, v=v)
@@ -65,7 +67,7 @@ def attention_qkvpacked(
         ValueError, BackendUnavailable: as :func:`attention`.
     """
     checks.floating("attention_qkvpacked", qkv=qkv)
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
         raise ValueError(f"ops.attention_qkvpacked: qkv has shape {tuple(qkv.shape)}, expected (B, T, 3, H, d)")
     if backends.choose("attention_qkvpacked", qkv, needs_grad=needs_grad(qkv)) != "triton":
         with _differentiable_twice(qkv):
@@ -76,8 +78,8 @@ def attention_qkvpacked(
 
 
 def _differentiable_twice(*tensors: Tensor) -> AbstractContextManager[None]:
-    """PyTorch's fused attention has no second derivatives; who names the reference for training gets them."""
-    if backends.setting() == "reference" and needs_grad(*tensors):
+    """PyTorch's fused attention has no second (or forward-mode) derivatives; who names the reference gets them."""
+    if backends.setting() == "reference" and (needs_grad(*tensors) or backends.transformed()):
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 log = logging.getLogger("fastvit")
 
 BACKENDS = ("auto", "reference", "onednn", "triton")
+ONEDNN_OPS = ("linear", "mlp")  # the others run PyTorch's own kernels under onednn, as on the reference
 OPS = ("patch_embed", "layer_norm", "linear", "mlp", "attention", "attention_qkvpacked")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
@@ -43,9 +44,9 @@ _setting = "auto"
 _fallbacks: dict[str, None] = {}  # messages, in the order of their first appearance
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, source: str = "") -> str:
     if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; accepted: {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}unknown backend {name!r}; accepted: {', '.join(BACKENDS)}")
     return name
 
 
@@ -61,10 +62,12 @@ class backend:
 
     def __init__(self, name: str) -> None:
         global _setting
-        self.before = _setting
-        _setting = _checked(name)
+        self.name, self.before = _checked(name), _setting
+        _setting = name
 
     def __enter__(self) -> backend:
+        global _setting
+        _setting = self.name
         return self
 
     def __exit__(
@@ -105,7 +108,7 @@ def _refuse_onednn(x: Tensor, needs_grad: bool) -> str | None:
         return "autocast is on; onednn takes weights as they are"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {x.dtype} is not supported; accepted: float32, bfloat16"
-    if _transformed():
+    if transformed():
         return "a torch.func transform is active; only the reference runs under one"
     return None
 
@@ -113,20 +116,23 @@ def _refuse_onednn(x: Tensor, needs_grad: bool) -> str | None:
 def _refuse_triton(op: str, x: Tensor) -> str | None:
     if TRITON_MISSING:
         return TRITON_MISSING
+    if torch.version.hip:
+        return "this is a ROCm build of PyTorch; the kernels are for NVIDIA GPUs"
     if x.device.type not in ("cuda", "meta", "cpu" if INTERPRETING else "cuda"):
-        return f"the tensors are on {x.device}; triton takes CUDA tensors (CPU tensors with TRITON_INTERPRET=1)"
+        seen = "" if torch.cuda.is_available() else ", and PyTorch sees no GPU"
+        return f"the tensors are on {x.device}{seen}; triton takes CUDA tensors (CPU tensors with TRITON_INTERPRET=1)"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     if x.dtype not in KERNEL_DTYPES and not (op == "patch_embed" and x.dtype == torch.uint8):
         return f"dtype {x.dtype} is not supported; accepted: float32, float16, bfloat16"
     if op.startswith("attention") and x.shape[-1] > MAX_HEAD_DIM:
         return f"head dim {x.shape[-1]} is not supported; accepted: 1 to {MAX_HEAD_DIM}"
-    if _transformed():
+    if transformed():
         return "a torch.func transform is active; only the reference runs under one"
     return None
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp...) is active."""
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
@@ -150,7 +156,7 @@ def choose(op: str, x: Tensor, *, needs_grad: bool) -> str:
                 return "triton"
             note_fallback(f"ops.{op} runs on the reference: {reason}")
             return "reference"
-        return "onednn" if op in ("linear", "mlp") and _refuse_onednn(x, needs_grad) is None else "reference"
+        return "onednn" if op in ONEDNN_OPS and _refuse_onednn(x, needs_grad) is None else "reference"
     reason = _refuse_triton(op, x) if _setting == "triton" else _refuse_onednn(x, needs_grad)
     if reason is not None:
         raise BackendUnavailable(f"ops.{op}: backend {_setting!r} can't run here: {reason}")
@@ -164,4 +170,4 @@ def availability() -> dict[str, dict[str, str | None]]:
     return {op: {"reference": None, "onednn": onednn, "triton": _refuse_triton(op, probe)} for op in OPS}
 
 
-_setting = _checked(os.environ.get("FASTVIT_BACKEND", "auto"))
+_setting = _checked(os.environ.get("FASTVIT_BACKEND") or "auto", "FASTVIT_BACKEND: ")

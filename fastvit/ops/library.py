@@ -54,6 +54,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def dense(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Parameters as the kernels read them, contiguous; copies only where strides demand it."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
 def none_if_empty(t: Tensor) -> Tensor | None:
     """Ops return a tensor of shape (0,) for an absent result."""
     return None if t.shape == (0,) else t

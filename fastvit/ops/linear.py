@@ -14,6 +14,7 @@ from fastvit.ops.library import (
     autocasting,
     cast_for_autocast,
     cast_gradients,
+    dense,
     needs_grad,
     none_if_empty,
     or_empty,
@@ -162,10 +163,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastvit.triton.linear import linear_forward
 
+    weight, bias, gamma, row_scale = dense(weight, bias, gamma, row_scale)
     rows, mean, rstd = normalise(x, norm_weight, norm_bias, eps, weight.dtype)
     out, preact = linear_forward(
         rows,
-        weight.contiguous(),
+        weight,
         bias,
         activation=activation,
         residual=None if residual is None else as_rows(residual),
@@ -210,7 +212,8 @@ def _backward(
     from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient, scale_rows
 
     needs_x, needs_weight = needs
-    weight, dout = weight.contiguous(), as_rows(dout)
+    weight, bias, gamma, row_scale = dense(weight, bias, gamma, row_scale)
+    dout = as_rows(dout)
     dx = dweight = dbias = dgamma = dnorm_weight = dnorm_bias = None
     if activation is not None:
         dout, _ = activation_gradient(dout, preact, activation)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastvit import reference
 from fastvit.ops import backends, checks, onednn
-from fastvit.ops.library import as_rows, cast_gradients, needs_grad, none_if_empty, or_empty, register
+from fastvit.ops.library import as_rows, cast_gradients, dense, needs_grad, none_if_empty, or_empty, register
 from fastvit.ops.linear import (
     ACTIVATIONS,
     check,
@@ -135,12 +135,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastvit.triton.linear import linear_forward
 
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = dense(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    gamma, row_scale = dense(gamma, row_scale)
     rows, mean, rstd = normalise(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
-    hidden, preact = linear_forward(rows, fc1_weight.contiguous(), fc1_bias, activation=activation, save_preact=save)
+    hidden, preact = linear_forward(rows, fc1_weight, fc1_bias, activation=activation, save_preact=save)
     residual = x if add_x else residual
     out, _ = linear_forward(
         hidden,
-        fc2_weight.contiguous(),
+        fc2_weight,
         fc2_bias,
         residual=None if residual is None else as_rows(residual),
         gamma=gamma,
@@ -193,7 +195,8 @@ def _backward(
     from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient, scale_rows
 
     needs_x, needs_fc1, needs_fc2 = needs
-    fc1_weight, fc2_weight, dout = fc1_weight.contiguous(), fc2_weight.contiguous(), as_rows(dout)
+    fc1_weight, fc2_weight, fc2_bias, gamma, row_scale = dense(fc1_weight, fc2_weight, fc2_bias, gamma, row_scale)
+    dout = as_rows(dout)
     dx = dfc1 = dfc1_bias = dfc2 = dfc2_bias = dnorm_weight = dnorm_bias = dgamma = None
     scaled = scale_rows(dout, fc2_weight.dtype, row_scale)  # what both products of the second linear read
     dpreact, hidden = linear_input_gradient(scaled, fc2_weight, gamma=gamma, preact=preact, activation=activation)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastvit import reference
 from fastvit.ops import backends, checks
@@ -83,7 +84,8 @@ def patch_embed(
 
 @cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    with torch.inference_mode(False), unset_fake_temporarily():  # it outlives the mode of its first use
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _constants(
@@ -97,7 +99,7 @@ def _constants(
     checks.shape("patch_embed", name, values, (channels,))
     if values.device != device:
         raise ValueError(f"ops.patch_embed: {name} is on {values.device}, the images are on {device}")
-    return values.float()
+    return values.float().contiguous()
 
 
 def _forward(

@@ -13,16 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.triton.launch import launch
-from fastvit.triton.rounding import narrow
+from fastvit.triton.launch import launch, rows_contiguous, store
 
 EPILOGUE_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # "swiglu" pairs distant columns: a kernel of its own
-
-
-@triton.jit
-def store(pointers, x, mask):
-    """Store float32 x, rounded to what is pointed to."""
-    tl.store(pointers, narrow(x, pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -58,7 +51,7 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def swiglu_kernel(
+def swiglu_forward_kernel(
     x_ptr,  # (M, 2N): gates, then values
     out_ptr,  # (M, N)
     N,
@@ -73,7 +66,7 @@ def swiglu_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def activation_gradient_kernel(
     dout_ptr,  # (M, N)
     x_ptr,  # (M, N), or (M, 2N) for swiglu: what the activation was applied to
     dx_ptr,  # like x
@@ -113,7 +106,7 @@ def swiglu_forward(x: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], x.shape[1] // 2)
     block, columns = row_blocks(out.shape[1])
     args = {"x_ptr": x, "out_ptr": out, "N": out.shape[1], "BLOCK": block}
-    launch(swiglu_kernel, (out.shape[0], columns), args)
+    launch(swiglu_forward_kernel, (out.shape[0], columns), args)
     return out
 
 
@@ -136,7 +129,7 @@ def activation_gradient(dout: Tensor, preact: Tensor, activation: str) -> tuple[
     halves = 2 if activation == "swiglu" else 1
     if tuple(preact.shape) != (dout.shape[0], halves * dout.shape[1]):
         raise ValueError(f"{activation}: dout {tuple(dout.shape)} does not fit preact {tuple(preact.shape)}")
-    dout, preact = dout if dout.stride(-1) == 1 else dout.contiguous(), preact.contiguous()
+    dout, preact = rows_contiguous(dout), preact.contiguous()
     dx, hidden = torch.empty_like(preact), preact.new_empty(dout.shape)
     block, columns = row_blocks(dout.shape[1])
     args = {
@@ -149,5 +142,5 @@ def activation_gradient(dout: Tensor, preact: Tensor, activation: str) -> tuple[
         "ACTIVATION": activation,
         "BLOCK": block,
     }
-    launch(gradient_kernel, (dout.shape[0], columns), args)
+    launch(activation_gradient_kernel, (dout.shape[0], columns), args)
     return dx, hidden

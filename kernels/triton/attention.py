@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.triton import tiles
-from fastvit.triton.launch import architecture, before, dot, launch, pieces, precision
-from fastvit.triton.rounding import narrow
+from fastvit.triton.launch import architecture, before, dot, launch, narrow, pieces, precision, store
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -64,7 +63,7 @@ def store_rows(x, start, limit, tiles, ROWS: tl.constexpr, DIM: tl.constexpr, PI
         columns = before(PIECES, i) + tl.arange(0, PIECES[i])
         inside = (rows[:, None] < limit) & (columns[None, :] < DIM)
         pointers = x[0] + rows[:, None] * x[1] + columns[None, :]
-        tl.store(pointers, narrow(tiles[i], x[0].dtype.element_ty), mask=inside)
+        store(pointers, tiles[i], inside)
 
 
 @triton.jit
@@ -142,8 +141,8 @@ def _attend(
     return top, total, acc
 
 
-@triton.jit
-def _forward(
+@triton.jit(do_not_specialize=["heads", "queries", "keys"])
+def attention_forward_kernel(
     q_ptr,  # (B, Tq, H, d)
     k_ptr,  # (B, Tk, H, d)
     v_ptr,  # (B, Tk, H, d)
@@ -192,10 +191,11 @@ def _forward(
     tl.store(lse_ptr + row.to(tl.int64) * queries + rows, lse, mask=rows < queries)
 
 
-def choose(kernel: str, tensor: Tensor, head_dim: int, length: int) -> dict[str, int]:
-    """The table's first row for ``kernel`` that takes this head dim and this many keys (or queries) to go through."""
+def choose(kernel: str, tensor: Tensor, head_dim: int, owned: int, length: int) -> dict[str, int]:
+    """The first row for ``kernel`` that takes a head dim, ``owned`` rows to own and ``length`` to go through."""
+    limits = {"max_head_dim": head_dim, "max_owned": owned, "max_length": length}
     for row in tiles.rows("attention", architecture(tensor), tensor.dtype):
-        if row["kernel"] == kernel and head_dim <= row["max_head_dim"] and length <= row.get("max_length", length):
+        if row["kernel"] == kernel and all(size <= row.get(limit, size) for limit, size in limits.items()):
             return row
     raise ValueError(f"attention kernels take a head dim of 1 to 128, got {head_dim}")
 
@@ -246,7 +246,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     lse = torch.empty((batch, heads, queries), device=q.device, dtype=torch.float32)
     if keys == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    row = choose("forward", q, head_dim, keys)
+    row = choose("forward", q, head_dim, queries, keys)
     constants = cut(row, head_dim, queries, keys)
     args = {
         **in_units(q=q, k=k, v=v, out=out),
@@ -260,5 +260,5 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     }
     grid = (triton.cdiv(queries, constants["ROWS"]) * batch * heads,)
     hot = q.dtype != torch.float32
-    launch(_forward, grid, args, num_warps=row["warps"], num_stages=row["stages"], hot=hot)
+    launch(attention_forward_kernel, grid, args, num_warps=row["warps"], num_stages=row["stages"], hot=hot)
     return out, lse

@@ -63,8 +63,8 @@ def _through_keys(
     return add_products(dq, ds, k_tiles, PRECISION)
 
 
-@triton.jit
-def _query_gradient(
+@triton.jit(do_not_specialize=["heads", "queries", "keys"])
+def attention_query_gradient_kernel(
     q_ptr,  # (B, Tq, H, d)
     k_ptr,  # (B, Tk, H, d)
     v_ptr,  # (B, Tk, H, d)
@@ -160,8 +160,8 @@ def _through_queries(
     return add_products(dk, ds, q_tiles, PRECISION), add_products(dv, p, dout_tiles, PRECISION)
 
 
-@triton.jit
-def _key_value_gradient(
+@triton.jit(do_not_specialize=["heads", "queries", "keys"])
+def attention_key_value_gradient_kernel(
     q_ptr,  # (B, Tq, H, d)
     k_ptr,  # (B, Tk, H, d)
     v_ptr,  # (B, Tk, H, d)
@@ -270,7 +270,7 @@ def attention_backward(
     sizes = {"heads": heads, "queries": queries, "keys": keys, "scale": float(scale), "PRECISION": precision(q.dtype)}
     hot = q.dtype != torch.float32
 
-    row = choose("query_gradient", q, head_dim, keys)
+    row = choose("query_gradient", q, head_dim, queries, keys)
     args = {
         **in_units(q=q, k=k, v=v, out=out, dout=dout, dq=dq),
         "lse_ptr": lse,
@@ -280,9 +280,9 @@ def attention_backward(
         **cut(row, head_dim, queries, keys),
     }
     grid = (triton.cdiv(queries, args["ROWS"]) * batch * heads,)
-    launch(_query_gradient, grid, args, num_warps=row["warps"], num_stages=row["stages"], hot=hot)
+    launch(attention_query_gradient_kernel, grid, args, num_warps=row["warps"], num_stages=row["stages"], hot=hot)
 
-    row = choose("key_value_gradient", q, head_dim, queries)
+    row = choose("key_value_gradient", q, head_dim, keys, queries)
     args = {
         **in_units(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
         "lse_ptr": lse,
@@ -291,4 +291,4 @@ def attention_backward(
         **cut(row, head_dim, keys, queries),
     }
     grid = (triton.cdiv(keys, args["ROWS"]) * batch * heads,)
-    launch(_key_value_gradient, grid, args, num_warps=row["warps"], num_stages=row["stages"], hot=hot)
+    launch(attention_key_value_gradient_kernel, grid, args, num_warps=row["warps"], num_stages=row["stages"], hot=hot)

@@ -1,4 +1,4 @@
-"""How every kernel is launched, and what every kernel shares: dots, activations, the architecture.
+"""How every kernel is launched, and what every kernel shares: dots, rounding, layouts, the architecture.
 
 A launcher allocates its outputs and calls :func:`launch`. Under :func:`record` nothing runs: the
 launches are collected instead, on meta tensors and for any architecture. So the compile gates and
@@ -87,7 +87,12 @@ def launch(
     num_stages: int = 2,
     hot: bool = True,
 ) -> None:
-    """Run ``kernel`` over ``grid`` on the device and current stream of its tensors (or record it)."""
+    """Run ``kernel`` over ``grid`` on the device and current stream of its tensors (or record it).
+
+    Triton compiles again for every new constexpr, and for every integer that turns out to be 1 or a multiple of 16.
+    So what grows with the batch is never a constexpr, and is named in a kernel's ``do_not_specialize``, as is every
+    size that no address depends on; strides and widths stay specialised: they let 16 bytes be loaded at once.
+    """
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options, hot))
@@ -102,6 +107,21 @@ def launch(
 def precision(dtype: torch.dtype) -> str:
     """The dot precision for ``dtype``: float32 stays IEEE unless PyTorch was told that tf32 will do."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x (M, N) or (N,) if its rows are contiguous and near enough for 32 bits inside a tile, else a contiguous copy."""
+    return x if x.stride(-1) == 1 and x.stride(0) < 2**23 else x.contiguous()
+
+
+def rows_per_image(m: int, row_scale: torch.Tensor | None) -> int:
+    """How many of M rows share one entry of row_scale (B,)."""
+    if row_scale is None:
+        return 1
+    rows = m // max(row_scale.shape[0], 1)
+    if rows * row_scale.shape[0] != m:
+        raise ValueError(f"row_scale has {row_scale.shape[0]} entries, which do not divide the {m} rows")
+    return max(rows, 1)
 
 
 @triton.constexpr_function
@@ -132,3 +152,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if _INTERPRETING:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 x in ``dtype``, rounded to nearest even. The interpreter cuts bf16 off: it is given rounded bits."""
+    if _INTERPRETING and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # NaN stays as it is
+    return x.to(dtype)
+
+
+@triton.jit
+def store(pointers, x, mask):
+    """Store float32 x, rounded to what is pointed to."""
+    tl.store(pointers, narrow(x, pointers.dtype.element_ty), mask=mask)

@@ -13,37 +13,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.triton.launch import launch, multiprocessors
+from fastvit.triton.launch import launch, multiprocessors, narrow, rows_contiguous, rows_per_image, store
 from fastvit.triton.reduce import sum_groups
-from fastvit.triton.rounding import narrow
 
 MAX_WIDTH = 8192
 _PROGRAMS_PER_SM = 4  # of the backward pass: 16 warps hide the loads, and the partial rows stay few
 
 
 @triton.jit
-def _scales(ROW_SCALE, rows, row_mask, rows_per_image):
+def _scales(row_scale_ptr, rows, row_mask, rows_per_image):
     """row_scale (B,) spread over the rows of its images: (ROWS, 1)."""
-    return tl.load(ROW_SCALE + rows // rows_per_image, row_mask, other=0.0)[:, None]
+    return tl.load(row_scale_ptr + rows // rows_per_image, row_mask, other=0.0)[:, None]
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_image"])
-def _forward(
-    X,  # (M, D), row stride x_stride
-    RESIDUAL,  # (M, D) or None, row stride residual_stride
-    GAMMA,  # (D,) or None
-    ROW_SCALE,  # (B,) float32 or None
-    WEIGHT,  # (D,) or None
-    BIAS,  # (D,) or None
-    Y,  # (M, D)
-    STREAM,  # (M, D) in the residual's dtype, or None without one
-    MEAN,  # (M,) float32
-    RSTD,  # (M,) float32
+def layer_norm_forward_kernel(
+    x_ptr,  # (M, D), row stride stride_x
+    residual_ptr,  # (M, D) or None, row stride stride_residual
+    gamma_ptr,  # (D,) or None
+    row_scale_ptr,  # (B,) float32 or None
+    weight_ptr,  # (D,) or None
+    bias_ptr,  # (D,) or None
+    y_ptr,  # (M, D)
+    stream_ptr,  # (M, D) in the residual's dtype, or None without one
+    mean_ptr,  # (M,) float32
+    rstd_ptr,  # (M,) float32
     M,
     D,
     rows_per_image,
-    x_stride,
-    residual_stride,
+    stride_x,
+    stride_residual,
     eps,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -54,58 +53,58 @@ def _forward(
     mask = row_mask[:, None] & column_mask[None, :]
     at = rows[:, None] * D + columns[None, :]
 
-    x = tl.load(X + rows[:, None] * x_stride + columns[None, :], mask, other=0.0).to(tl.float32)
-    if RESIDUAL is not None:
-        residual = tl.load(RESIDUAL + rows[:, None] * residual_stride + columns[None, :], mask, other=0.0)
-        if GAMMA is not None:
-            x *= tl.load(GAMMA + columns, column_mask, other=0.0).to(tl.float32)[None, :]
-        if ROW_SCALE is not None:
-            x *= _scales(ROW_SCALE, rows, row_mask, rows_per_image)
-        stream = narrow(residual.to(tl.float32) + x, STREAM.dtype.element_ty)
-        tl.store(STREAM + at, stream, mask)
+    x = tl.load(x_ptr + rows[:, None] * stride_x + columns[None, :], mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + rows[:, None] * stride_residual + columns[None, :], mask, other=0.0)
+        if gamma_ptr is not None:
+            x *= tl.load(gamma_ptr + columns, column_mask, other=0.0).to(tl.float32)[None, :]
+        if row_scale_ptr is not None:
+            x *= _scales(row_scale_ptr, rows, row_mask, rows_per_image)
+        stream = narrow(residual.to(tl.float32) + x, stream_ptr.dtype.element_ty)
+        tl.store(stream_ptr + at, stream, mask)
         x = stream.to(tl.float32)  # the statistics are those of what backward will read
 
     mean = tl.sum(x, 1) / D
     centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
-    tl.store(MEAN + rows, mean, row_mask)
-    tl.store(RSTD + rows, rstd, row_mask)
+    tl.store(mean_ptr + rows, mean, row_mask)
+    tl.store(rstd_ptr + rows, rstd, row_mask)
 
     y = centred * rstd[:, None]
-    if WEIGHT is not None:
-        y *= tl.load(WEIGHT + columns, column_mask, other=0.0).to(tl.float32)[None, :]
-    if BIAS is not None:
-        y += tl.load(BIAS + columns, column_mask, other=0.0).to(tl.float32)[None, :]
-    tl.store(Y + at, narrow(y, Y.dtype.element_ty), mask)
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + columns, column_mask, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, column_mask, other=0.0).to(tl.float32)[None, :]
+    store(y_ptr + at, y, mask)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_image"])
-def _backward(
-    DY,  # (M, D), row stride dy_stride
-    DSTREAM,  # (M, D) or None, row stride dstream_stride
-    NORMALISED,  # (M, D), row stride normalised_stride
-    BRANCH,  # (M, D), row stride branch_stride, or None: read for dgamma only
-    GAMMA,  # (D,) or None
-    ROW_SCALE,  # (B,) float32 or None
-    WEIGHT,  # (D,) or None
-    MEAN,  # (M,) float32
-    RSTD,  # (M,) float32
-    DX,  # (M, D)
-    DRESIDUAL,  # (M, D), or None without a branch
-    PARTIALS,  # (programs, 3 or 2, D) float32: dweight, dbias and, with gamma, dgamma; or None
+def layer_norm_backward_kernel(
+    dy_ptr,  # (M, D), row stride stride_dy
+    dstream_ptr,  # (M, D) or None, row stride stride_dstream
+    normalised_ptr,  # (M, D), row stride stride_normalised
+    branch_ptr,  # (M, D), row stride stride_branch, or None: read for dgamma only
+    gamma_ptr,  # (D,) or None
+    row_scale_ptr,  # (B,) float32 or None
+    weight_ptr,  # (D,) or None
+    mean_ptr,  # (M,) float32
+    rstd_ptr,  # (M,) float32
+    dx_ptr,  # (M, D)
+    dresidual_ptr,  # (M, D), or None without a branch
+    partials_ptr,  # (programs, 3 or 2, D) float32: dweight, dbias and, with gamma, dgamma; or None
     M,
     D,
     rows_per_image,
-    dy_stride,
-    dstream_stride,
-    normalised_stride,
-    branch_stride,
+    stride_dy,
+    stride_dstream,
+    stride_normalised,
+    stride_branch,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK)
     column_mask = columns < D
-    if PARTIALS is not None:
+    if partials_ptr is not None:
         dweight = tl.zeros((ROWS, BLOCK), tl.float32)
         dbias = tl.zeros((ROWS, BLOCK), tl.float32)
         dgamma = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -115,41 +114,41 @@ def _backward(
         row_mask = rows < M
         mask = row_mask[:, None] & column_mask[None, :]
         at = rows[:, None] * D + columns[None, :]
-        x = tl.load(NORMALISED + rows[:, None] * normalised_stride + columns[None, :], mask, other=0.0)
-        dy = tl.load(DY + rows[:, None] * dy_stride + columns[None, :], mask, other=0.0).to(tl.float32)
-        mean = tl.load(MEAN + rows, row_mask, other=0.0)[:, None]
-        rstd = tl.load(RSTD + rows, row_mask, other=0.0)[:, None]
+        x = tl.load(normalised_ptr + rows[:, None] * stride_normalised + columns[None, :], mask, other=0.0)
+        dy = tl.load(dy_ptr + rows[:, None] * stride_dy + columns[None, :], mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + rows, row_mask, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)[:, None]
         xhat = (x.to(tl.float32) - mean) * rstd  # past the edge it only meets dy = 0
-        if PARTIALS is not None:
+        if partials_ptr is not None:
             dweight += dy * xhat
             dbias += dy
 
-        if WEIGHT is not None:
-            dy *= tl.load(WEIGHT + columns, column_mask, other=0.0).to(tl.float32)[None, :]
+        if weight_ptr is not None:
+            dy *= tl.load(weight_ptr + columns, column_mask, other=0.0).to(tl.float32)[None, :]
         along_one = tl.sum(dy, 1) / D
         along_xhat = tl.sum(dy * xhat, 1) / D
         total = (dy - along_one[:, None] - xhat * along_xhat[:, None]) * rstd
-        if DSTREAM is not None:
-            dstream = tl.load(DSTREAM + rows[:, None] * dstream_stride + columns[None, :], mask, other=0.0)
+        if dstream_ptr is not None:
+            dstream = tl.load(dstream_ptr + rows[:, None] * stride_dstream + columns[None, :], mask, other=0.0)
             total += dstream.to(tl.float32)
 
-        if DRESIDUAL is not None:
-            tl.store(DRESIDUAL + at, narrow(total, DRESIDUAL.dtype.element_ty), mask)
-            if ROW_SCALE is not None:
-                total *= _scales(ROW_SCALE, rows, row_mask, rows_per_image)
-            if GAMMA is not None:
-                if PARTIALS is not None:
-                    branch = tl.load(BRANCH + rows[:, None] * branch_stride + columns[None, :], mask, other=0.0)
+        if dresidual_ptr is not None:
+            store(dresidual_ptr + at, total, mask)
+            if row_scale_ptr is not None:
+                total *= _scales(row_scale_ptr, rows, row_mask, rows_per_image)
+            if gamma_ptr is not None:
+                if partials_ptr is not None:
+                    branch = tl.load(branch_ptr + rows[:, None] * stride_branch + columns[None, :], mask, other=0.0)
                     dgamma += total * branch.to(tl.float32)
-                total *= tl.load(GAMMA + columns, column_mask, other=0.0).to(tl.float32)[None, :]
-        tl.store(DX + at, narrow(total, DX.dtype.element_ty), mask)
+                total *= tl.load(gamma_ptr + columns, column_mask, other=0.0).to(tl.float32)[None, :]
+        store(dx_ptr + at, total, mask)
 
-    if PARTIALS is not None:
-        sums = 2 if GAMMA is None else 3
-        partial = PARTIALS + tl.program_id(0).to(tl.int64) * sums * D + columns
+    if partials_ptr is not None:
+        sums = 2 if gamma_ptr is None else 3
+        partial = partials_ptr + tl.program_id(0).to(tl.int64) * sums * D + columns
         tl.store(partial, tl.sum(dweight, 0), column_mask)
         tl.store(partial + D, tl.sum(dbias, 0), column_mask)
-        if GAMMA is not None:
+        if gamma_ptr is not None:
             tl.store(partial + 2 * D, tl.sum(dgamma, 0), column_mask)
 
 
@@ -165,16 +164,11 @@ def _shape(width: int, values_per_lane: int) -> tuple[int, int, int]:
 
 
 def _readable(x: Tensor | None) -> Tensor | None:
-    """``x`` (M, D) or (D,) with neighbours in memory along D; the row stride is free."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return None if x is None else rows_contiguous(x)
 
 
 def _row_stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
-
-
-def _rows_per_image(rows: int, row_scale: Tensor | None) -> int:
-    return 1 if row_scale is None or rows == 0 else rows // row_scale.shape[0]
 
 
 def layer_norm_forward(
@@ -206,26 +200,26 @@ def layer_norm_forward(
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     tile_rows, block, warps = _shape(width, values_per_lane=32)
     args = {
-        "X": x,
-        "RESIDUAL": residual,
-        "GAMMA": gamma,
-        "ROW_SCALE": row_scale,
-        "WEIGHT": weight,
-        "BIAS": bias,
-        "Y": y,
-        "STREAM": stream,
-        "MEAN": mean,
-        "RSTD": rstd,
+        "x_ptr": x,
+        "residual_ptr": residual,
+        "gamma_ptr": gamma,
+        "row_scale_ptr": row_scale,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "y_ptr": y,
+        "stream_ptr": stream,
+        "mean_ptr": mean,
+        "rstd_ptr": rstd,
         "M": rows,
         "D": width,
-        "rows_per_image": _rows_per_image(rows, row_scale),
-        "x_stride": _row_stride(x),
-        "residual_stride": _row_stride(residual),
+        "rows_per_image": rows_per_image(rows, row_scale),
+        "stride_x": _row_stride(x),
+        "stride_residual": _row_stride(residual),
         "eps": float(eps),
         "ROWS": tile_rows,
         "BLOCK": block,
     }
-    launch(_forward, (triton.cdiv(rows, tile_rows),), args, num_warps=warps)
+    launch(layer_norm_forward_kernel, (triton.cdiv(rows, tile_rows),), args, num_warps=warps)
     return y, stream, mean, rstd
 
 
@@ -265,30 +259,30 @@ def layer_norm_backward(
     sums = 2 if gamma is None else 3
     partials = torch.empty((programs, sums, width), dtype=torch.float32, device=dy.device) if need_params else None
     args = {
-        "DY": dy,
-        "DSTREAM": dstream,
-        "NORMALISED": normalised,
-        "BRANCH": branch,
-        "GAMMA": gamma,
-        "ROW_SCALE": row_scale,
-        "WEIGHT": weight,
-        "MEAN": mean,
-        "RSTD": rstd,
-        "DX": dx,
-        "DRESIDUAL": dresidual,
-        "PARTIALS": partials,
+        "dy_ptr": dy,
+        "dstream_ptr": dstream,
+        "normalised_ptr": normalised,
+        "branch_ptr": branch,
+        "gamma_ptr": gamma,
+        "row_scale_ptr": row_scale,
+        "weight_ptr": weight,
+        "mean_ptr": mean,
+        "rstd_ptr": rstd,
+        "dx_ptr": dx,
+        "dresidual_ptr": dresidual,
+        "partials_ptr": partials,
         "M": rows,
         "D": width,
-        "rows_per_image": _rows_per_image(rows, row_scale),
-        "dy_stride": _row_stride(dy),
-        "dstream_stride": _row_stride(dstream),
-        "normalised_stride": _row_stride(normalised),
-        "branch_stride": _row_stride(branch),
+        "rows_per_image": rows_per_image(rows, row_scale),
+        "stride_dy": _row_stride(dy),
+        "stride_dstream": _row_stride(dstream),
+        "stride_normalised": _row_stride(normalised),
+        "stride_branch": _row_stride(branch),
         "ROWS": tile_rows,
         "BLOCK": block,
     }
     # Five float32 values a column stay in registers; at 8192 columns a few bytes of them spill.
-    launch(_backward, (programs,), args, num_warps=warps, hot=block <= 4096)
+    launch(layer_norm_backward_kernel, (programs,), args, num_warps=warps, hot=block <= 4096)
     if partials is None:
         return dx, dresidual, None, None, None
     dweight, dbias, *dgamma = sum_groups(partials)

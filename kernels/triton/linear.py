@@ -1,7 +1,7 @@
 """out = residual + row_scale * gamma * act(x W^T + b): one GEMM, everything else in its epilogue.
 
 Two forms of one kernel, with one epilogue. The pointer form masks any shape and takes any strides; it
-runs everywhere, one program for each output tile. The TMA form (Hopper and later, 16-byte aligned rows)
+runs everywhere, one program for each output tile. The TMA form (Hopper and later, aligned rows)
 is persistent: the loop over tiles is flattened into the loop over K, so the loads of the next tile are
 in flight while this one is written. Neither knows which gradient or layer it computes: the input gradient
 (``linear_backward``) is the same GEMM with W read the other way round and the epilogue run backward.
@@ -21,9 +21,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit.triton import tiles
-from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activate, activate_with_slope, store, swiglu_forward
-from fastvit.triton.launch import architecture, dot, launch, multiprocessors, precision
-from fastvit.triton.rounding import narrow
+from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activate, activate_with_slope, swiglu_forward
+from fastvit.triton.launch import (
+    architecture,
+    dot,
+    launch,
+    multiprocessors,
+    narrow,
+    precision,
+    rows_contiguous,
+    rows_per_image,
+    store,
+)
 
 _GROUP_M = tl.constexpr(8)  # row tiles that share the columns of b while they are in L2
 
@@ -86,8 +95,8 @@ def _epilogue(
         _epilogue(right, row, col + HALF, pointers, M, N, rows_per_image, ACTIVATION, BACKWARD, PARTS // 2)
 
 
-@triton.jit
-def matmul_pointer_kernel(
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
+def linear_pointer_kernel(
     a_ptr,  # (M, K), rows contiguous
     b_ptr,  # (K, N), any strides
     a_scale_ptr,  # (K,) or None: scales the columns of a
@@ -136,8 +145,8 @@ def matmul_pointer_kernel(
     _epilogue(acc, row, col, pointers, M, N, rows_per_image, ACTIVATION, BACKWARD, PARTS)
 
 
-@triton.jit
-def matmul_tma_kernel(
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
+def linear_tma_kernel(
     a_desc,  # (M, K) in blocks (BLOCK_M, BLOCK_K)
     b_desc,  # forward (N, K) in blocks (BLOCK_N, BLOCK_K); backward (K, N) in blocks (BLOCK_K, BLOCK_N)
     out_ptr,  # (M, N)
@@ -171,20 +180,6 @@ def matmul_tma_kernel(
         _epilogue(acc, row, col, pointers, M, N, rows_per_image, ACTIVATION, BACKWARD, PARTS)
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
-    """x (M, N) itself if its rows are contiguous and near enough for 32 bits inside a tile, else a contiguous copy."""
-    return x if x.stride(-1) == 1 and x.stride(0) < 2**23 else x.contiguous()
-
-
-def rows_per_image(m: int, row_scale: Tensor | None) -> int:
-    """How many rows of M share one entry of row_scale (B,)."""
-    if row_scale is None:
-        return 1
-    if row_scale.shape[0] == 0 or m % row_scale.shape[0]:
-        raise ValueError(f"row_scale has {row_scale.shape[0]} entries, which do not divide the {m} rows")
-    return max(m // row_scale.shape[0], 1)
-
-
 def choose(op: str, arch: int, dtype: torch.dtype, m: int, n: int, k: int, forms: tuple[str, ...]) -> dict[str, Any]:
     """The table's tile for the GEMM (m, k) @ (k, n), in the first of ``forms`` that the table has for this ``op``.
 
@@ -199,6 +194,15 @@ def choose(op: str, arch: int, dtype: torch.dtype, m: int, n: int, k: int, forms
         raise LookupError(f"tables/linear.json has no row for {op}, sm{arch}, {dtype} among the forms {forms}")
     shape = {"m": m, "n": n, "k": k}
     return min(rows, key=lambda row: sum(abs(math.log2(max(size, 1) / row[name])) for name, size in shape.items()))
+
+
+def forms(*sizes: int) -> tuple[str, ...]:
+    """The forms of a pointer kernel that suit these sizes and strides.
+
+    Of each it knows whether 16 divides it. Where 16 does not, elements are loaded and stored one by one, and their
+    addresses take so many registers that only a smaller tile, "unaligned", leaves room for them.
+    """
+    return ("unaligned", "pointer") if any(size % 16 for size in sizes) else ("pointer",)
 
 
 def _tma_can_read(x: Tensor) -> bool:
@@ -226,10 +230,11 @@ def matmul(
     """Launch the GEMM a @ weight^T (backward: a @ weight) into ``out``, in the form and tile that suit it."""
     (m, k), n = a.shape, out.shape[1]
     arch = architecture(a)
-    tma = arch >= 90 and weight.element_size() == 2 and a.dtype == weight.dtype and a_scale is None
-    forms = ("tma", "pointer") if tma and _tma_can_read(a) and _tma_can_read(weight) else ("pointer",)
-    tile = tile or choose("input" if backward else "forward", arch, weight.dtype, m, n, k, forms)
-    form = tile.get("form", forms[0])
+    tma = arch >= 90 and weight.element_size() == 2 and a.dtype == weight.dtype and a_scale is None and n % 16 == 0
+    tma = tma and _tma_can_read(a) and _tma_can_read(weight)
+    suited = ("tma", "pointer") if tma else forms(n, k, a.stride(0), weight.stride(0))
+    tile = tile or choose("input" if backward else "forward", arch, weight.dtype, m, n, k, suited)
+    form = tile.get("form", suited[0])
     block_m, block_n, block_k = tile["block_m"], tile["block_n"], tile["block_k"]
     args: dict[str, Any] = {
         "out_ptr": out,
@@ -253,12 +258,12 @@ def matmul(
     }
     programs = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     if form == "tma":
-        kernel, programs = matmul_tma_kernel, min(programs, multiprocessors(a))
+        kernel, programs = linear_tma_kernel, min(programs, multiprocessors(a))
         weight_block = [block_k, block_n] if backward else [block_n, block_k]
         args["a_desc"] = TensorDescriptor.from_tensor(a, [block_m, block_k])
         args["b_desc"] = TensorDescriptor.from_tensor(weight, weight_block)
     else:
-        kernel = matmul_pointer_kernel
+        kernel = linear_pointer_kernel
         stride_bk, stride_bn = weight.stride() if backward else weight.stride()[::-1]
         args |= {"a_ptr": a, "b_ptr": weight, "a_scale_ptr": a_scale}
         args |= {"stride_am": a.stride(0), "stride_bk": stride_bk, "stride_bn": stride_bn}

@@ -22,15 +22,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activation_gradient, row_blocks, store
-from fastvit.triton.launch import architecture, dot, launch, multiprocessors, precision
-from fastvit.triton.linear import choose, matmul, rows_contiguous, rows_per_image, tile_origin
+from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activation_gradient, row_blocks
+from fastvit.triton.launch import (
+    architecture,
+    dot,
+    launch,
+    multiprocessors,
+    precision,
+    rows_contiguous,
+    rows_per_image,
+    store,
+)
+from fastvit.triton.linear import choose, forms, matmul, tile_origin
 
 _MAX_SPLITS = 16
 
 
-@triton.jit
-def scale_rows_kernel(
+@triton.jit(do_not_specialize=["rows_per_image"])
+def linear_scale_rows_kernel(
     x_ptr,  # (M, N), rows contiguous
     row_scale_ptr,  # (B,) float32 or None: row m is scaled by entry m // rows_per_image
     out_ptr,  # (M, N)
@@ -46,8 +55,8 @@ def scale_rows_kernel(
     store(out_ptr + row * N + cols, x, cols < N)
 
 
-@triton.jit
-def weight_gradient_kernel(
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
+def linear_weight_gradient_kernel(
     dout_ptr,  # (M, N), rows contiguous
     x_ptr,  # (M, K), rows contiguous
     out_ptr,  # (splits, N, K): G of each split
@@ -92,20 +101,20 @@ def weight_gradient_kernel(
         tl.store(sums_ptr + split * N + n + ns, tl.max(sums, 1), mask=in_n)
 
 
-@triton.jit
-def weight_reduction_kernel(
+@triton.jit(do_not_specialize=["splits"])
+def linear_weight_reduction_kernel(
     partial_ptr,  # (splits, N, K) float32
     partial_sums_ptr,  # (splits, N) float32 or None
-    weight_ptr,  # (N, K) or None: wanted for dgamma
-    bias_ptr,  # (N,) or None
+    weight_ptr,  # (N, K), rows contiguous, or None: read for dgamma only
+    bias_ptr,  # (N,) or None: read for dgamma only
     gamma_ptr,  # (N,) or None
     dweight_ptr,  # (N, K)
     dbias_ptr,  # (N,) float32 or None
     dgamma_ptr,  # (N,) float32 or None
     N,
     K,
+    splits,
     stride_weight,
-    SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -118,7 +127,7 @@ def weight_reduction_kernel(
     for k in range(0, K, BLOCK_K):
         mask = in_n[:, None] & (k + ks < K)[None, :]
         total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for split in tl.static_range(SPLITS):
+        for split in range(splits):
             total += tl.load(partial_ptr + (split * N + rows) * K + (k + ks)[None, :], mask=mask, other=0)
         if dgamma_ptr is not None:
             weight = tl.load(weight_ptr + rows * stride_weight + (k + ks)[None, :], mask=mask, other=0)
@@ -126,7 +135,7 @@ def weight_reduction_kernel(
         store(dweight_ptr + rows * K + (k + ks)[None, :], total * scale[:, None], mask)
     if partial_sums_ptr is not None:
         column_sum = tl.zeros((BLOCK_N,), tl.float32)
-        for split in tl.static_range(SPLITS):
+        for split in range(splits):
             column_sum += tl.load(partial_sums_ptr + split * N + ns, mask=in_n, other=0)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + ns, column_sum * scale, mask=in_n)
@@ -156,7 +165,7 @@ def scale_rows(x: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -
         "rows_per_image": rows_per_image(x.shape[0], row_scale),
         "BLOCK": block,
     }
-    launch(scale_rows_kernel, (x.shape[0], columns), args)
+    launch(linear_scale_rows_kernel, (x.shape[0], columns), args)
     return out
 
 
@@ -254,16 +263,20 @@ def linear_weight_gradient(
     Raises:
         ValueError: gamma without weight, or B does not divide M.
     """
-    if gamma is not None and weight is None:
+    if gamma is None:
+        weight = bias = None  # gamma's gradient alone reads them
+    elif weight is None:
         raise ValueError("the gradient of gamma needs the weight")
+    else:
+        weight = rows_contiguous(weight)
     dout, x = scale_rows(dout, x.dtype, row_scale), rows_contiguous(x)
     (m, n), k = dout.shape, x.shape[1]
-    tile = tile or choose("weight", architecture(x), x.dtype, n, k, m, ("pointer",))
+    tile = tile or choose("weight", architecture(x), x.dtype, n, k, m, forms(n, k, dout.stride(0), x.stride(0)))
     tiles = triton.cdiv(n, tile["block_m"]) * triton.cdiv(k, tile["block_n"])
     splits = tile.get("splits") or _splits(m, tiles, tile, multiprocessors(x))
     rows = triton.cdiv(triton.cdiv(m, splits), tile["block_k"]) * tile["block_k"]
     reduce = splits > 1 or gamma is not None
-    need_sums = need_bias or (gamma is not None and bias is not None)
+    need_sums = need_bias or bias is not None
 
     dweight = x.new_empty(n, k)
     dbias = x.new_empty(n, dtype=torch.float32) if need_bias else None
@@ -287,14 +300,14 @@ def linear_weight_gradient(
         "PRECISION": precision(x.dtype),
     }
     options = {"num_warps": tile["warps"], "num_stages": tile["stages"], "hot": x.element_size() == 2}
-    launch(weight_gradient_kernel, (tiles, splits), args, **options)
+    launch(linear_weight_gradient_kernel, (tiles, splits), args, **options)
     if reduce:
         block_k = min(triton.next_power_of_2(max(k, 1)), 512)
         block_n = 2048 // block_k  # 16 values a lane
         args = {
             "partial_ptr": partial,
             "partial_sums_ptr": sums,
-            "weight_ptr": None if weight is None else rows_contiguous(weight),
+            "weight_ptr": weight,
             "bias_ptr": bias,
             "gamma_ptr": gamma,
             "dweight_ptr": dweight,
@@ -302,10 +315,10 @@ def linear_weight_gradient(
             "dgamma_ptr": dgamma,
             "N": n,
             "K": k,
-            "stride_weight": k if weight is None else weight.stride(0),
-            "SPLITS": splits,
+            "splits": splits,
+            "stride_weight": 0 if weight is None else weight.stride(0),
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
         }
-        launch(weight_reduction_kernel, (triton.cdiv(n, block_n),), args)
+        launch(linear_weight_reduction_kernel, (triton.cdiv(n, block_n),), args)
     return dweight, dbias, dgamma

@@ -19,15 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.triton import tiles
-from fastvit.triton.launch import architecture, dot, launch, multiprocessors, precision
+from fastvit.triton.launch import architecture, dot, launch, multiprocessors, narrow, precision, store
 from fastvit.triton.reduce import sum_partials
-from fastvit.triton.rounding import narrow
 
 
 @triton.jit
-def _patch_offsets(image, patch, stride_b, stride_h, stride_w, GRID_W, P: tl.constexpr, Q: tl.constexpr):
+def _patch_offsets(image, patch, stride_b, stride_h, stride_w, grid_w, P: tl.constexpr, Q: tl.constexpr):
     """Where the first pixel of each patch lies: int64, the shape of ``image`` and ``patch``."""
-    y, x = (patch // GRID_W) * P, (patch % GRID_W) * Q
+    y, x = (patch // grid_w) * P, (patch % grid_w) * Q
     return image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
 
@@ -39,9 +38,9 @@ def _pixel_offsets(k, stride_c, stride_h, stride_w, P: tl.constexpr, Q: tl.const
 
 @triton.jit
 def _patches(
-    IMAGES,  # (B, C, H, W), any strides; uint8 or floating
-    MEAN,  # (C,) float32 or None
-    STD,  # (C,) float32 or None
+    images_ptr,  # (B, C, H, W), any strides; uint8 or floating
+    mean_ptr,  # (C,) float32 or None
+    std_ptr,  # (C,) float32 or None
     patch_offsets,  # (ROWS,)
     patch_mask,  # (ROWS,)
     k,  # (COLUMNS,)
@@ -55,37 +54,37 @@ def _patches(
 ):
     """The (ROWS, COLUMNS) tile of patches in DTYPE: uint8 scaled to 0..1, then (value - mean) / std in float32."""
     k_mask = k < C * P * Q
-    pixels = IMAGES + patch_offsets[:, None] + _pixel_offsets(k, stride_c, stride_h, stride_w, P, Q)[None, :]
+    pixels = images_ptr + patch_offsets[:, None] + _pixel_offsets(k, stride_c, stride_h, stride_w, P, Q)[None, :]
     values = tl.load(pixels, patch_mask[:, None] & k_mask[None, :], other=0)
-    if IMAGES.dtype.element_ty == tl.uint8 or MEAN is not None or STD is not None:
+    if images_ptr.dtype.element_ty == tl.uint8 or mean_ptr is not None or std_ptr is not None:
         # One multiply-add a pixel: the divisions are done once a column.
-        scale = tl.full(k.shape, 1 / 255 if IMAGES.dtype.element_ty == tl.uint8 else 1.0, tl.float32)
+        scale = tl.full(k.shape, 1 / 255 if images_ptr.dtype.element_ty == tl.uint8 else 1.0, tl.float32)
         shift = tl.zeros(k.shape, tl.float32)
-        if MEAN is not None:
-            shift -= tl.load(MEAN + k // (P * Q), k_mask, other=0.0)
-        if STD is not None:
-            std = tl.load(STD + k // (P * Q), k_mask, other=1.0)
+        if mean_ptr is not None:
+            shift -= tl.load(mean_ptr + k // (P * Q), k_mask, other=0.0)
+        if std_ptr is not None:
+            std = tl.load(std_ptr + k // (P * Q), k_mask, other=1.0)
             scale, shift = scale / std, shift / std
         values = values.to(tl.float32) * scale[None, :] + shift[None, :]
     return values if values.dtype == DTYPE else narrow(values.to(tl.float32), DTYPE)
 
 
-@triton.jit(do_not_specialize=["M", "TOKENS", "POS_ROWS", "GRID_W"])
-def _forward(
-    IMAGES,  # (B, C, H, W), any strides; uint8 or floating
-    WEIGHT,  # (D, C * P * Q)
-    BIAS,  # (D,) or None
-    POS,  # (POS_ROWS, D) or None: for the last POS_ROWS tokens of an image
-    PREFIX,  # (PREFIX_ROWS, D) or None
-    MEAN,  # (C,) float32 or None
-    STD,  # (C,) float32 or None
-    OUT,  # (M, D), M = B * TOKENS
+@triton.jit(do_not_specialize=["M", "tokens", "prefix_rows", "pos_rows", "grid_w"])
+def patch_embed_forward_kernel(
+    images_ptr,  # (B, C, H, W), any strides; uint8 or floating
+    weight_ptr,  # (D, C * P * Q)
+    bias_ptr,  # (D,) or None
+    pos_ptr,  # (pos_rows, D) or None: for the last pos_rows tokens of an image
+    prefix_ptr,  # (prefix_rows, D) or None
+    mean_ptr,  # (C,) float32 or None
+    std_ptr,  # (C,) float32 or None
+    out_ptr,  # (M, D), M = B * tokens
     M,
     D,
-    TOKENS,
-    PREFIX_ROWS,
-    POS_ROWS,
-    GRID_W,
+    tokens,
+    prefix_rows,
+    pos_rows,
+    grid_w,
     stride_b,
     stride_c,
     stride_h,
@@ -104,46 +103,48 @@ def _forward(
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, n_mask = rows < M, n < D
-    image, token = rows // TOKENS, rows % TOKENS
-    patch = token - PREFIX_ROWS
+    image, token = rows // tokens, rows % tokens
+    patch = token - prefix_rows
     patch_mask = row_mask & (patch >= 0)
-    patch_offsets = _patch_offsets(image, patch, stride_b, stride_h, stride_w, GRID_W, P, Q)
+    patch_offsets = _patch_offsets(image, patch, stride_b, stride_h, stride_w, grid_w, P, Q)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        dtype: tl.constexpr = WEIGHT.dtype.element_ty
-        a = _patches(IMAGES, MEAN, STD, patch_offsets, patch_mask, k, stride_c, stride_h, stride_w, C, P, Q, dtype)
-        w = tl.load(WEIGHT + n[None, :] * K + k[:, None], n_mask[None, :] & (k < K)[:, None], other=0.0)
+        dtype: tl.constexpr = weight_ptr.dtype.element_ty
+        a = _patches(
+            images_ptr, mean_ptr, std_ptr, patch_offsets, patch_mask, k, stride_c, stride_h, stride_w, C, P, Q, dtype
+        )
+        w = tl.load(weight_ptr + n[None, :] * K + k[:, None], n_mask[None, :] & (k < K)[:, None], other=0.0)
         acc = dot(a, w, acc, PRECISION)
 
-    if BIAS is not None:
-        acc += tl.load(BIAS + n, n_mask, other=0.0).to(tl.float32)[None, :]
-    if PREFIX is not None and tl.min(patch, 0) < 0:  # a branch keeps these values out of the registers of pos
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, n_mask, other=0.0).to(tl.float32)[None, :]
+    if prefix_ptr is not None and tl.min(patch, 0) < 0:  # a branch keeps these values out of the registers of pos
         prefix_mask = (row_mask & (patch < 0))[:, None] & n_mask[None, :]
-        prefix = tl.load(PREFIX + token[:, None] * D + n[None, :], prefix_mask, other=0.0)
+        prefix = tl.load(prefix_ptr + token[:, None] * D + n[None, :], prefix_mask, other=0.0)
         acc = tl.where((patch < 0)[:, None], prefix.to(tl.float32), acc)
-    if POS is not None:
-        position = token - (TOKENS - POS_ROWS)
+    if pos_ptr is not None:
+        position = token - (tokens - pos_rows)
         pos_mask = (row_mask & (position >= 0))[:, None] & n_mask[None, :]
-        acc += tl.load(POS + position[:, None] * D + n[None, :], pos_mask, other=0.0).to(tl.float32)
-    out = OUT + rows.to(tl.int64)[:, None] * D + n[None, :]
-    tl.store(out, narrow(acc, OUT.dtype.element_ty), row_mask[:, None] & n_mask[None, :])
+        acc += tl.load(pos_ptr + position[:, None] * D + n[None, :], pos_mask, other=0.0).to(tl.float32)
+    out = out_ptr + rows.to(tl.int64)[:, None] * D + n[None, :]
+    store(out, acc, row_mask[:, None] & n_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["PATCHES", "PER_IMAGE", "GRID_W"])
-def _weight_gradient(
-    DOUT,  # (B, PREFIX_ROWS + PER_IMAGE, D)
-    IMAGES,  # (B, C, H, W), any strides; uint8 or floating
-    MEAN,  # (C,) float32 or None
-    STD,  # (C,) float32 or None
-    PARTIALS,  # (splits, D, C * P * Q) float32
-    PATCHES,  # B * PER_IMAGE
-    PER_IMAGE,
-    PATCHES_PER_SPLIT,
+@triton.jit(do_not_specialize=["patches", "per_image", "patches_per_split", "prefix_rows", "grid_w"])
+def patch_embed_weight_gradient_kernel(
+    dout_ptr,  # (B, prefix_rows + per_image, D)
+    images_ptr,  # (B, C, H, W), any strides; uint8 or floating
+    mean_ptr,  # (C,) float32 or None
+    std_ptr,  # (C,) float32 or None
+    partials_ptr,  # (splits, D, C * P * Q) float32
+    patches,  # B * per_image
+    per_image,
+    patches_per_split,
     D,
-    PREFIX_ROWS,
-    GRID_W,
+    prefix_rows,
+    grid_w,
     stride_b,
     stride_c,
     stride_h,
@@ -164,35 +165,35 @@ def _weight_gradient(
     d_mask = d < D
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first = split * PATCHES_PER_SPLIT
-    end = tl.minimum(first + PATCHES_PER_SPLIT, PATCHES)
+    first = split * patches_per_split
+    end = tl.minimum(first + patches_per_split, patches)
     for start in range(first, end, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
         mask = rows < end
-        image, patch = rows // PER_IMAGE, rows % PER_IMAGE
-        dout_rows = rows + (image + 1) * PREFIX_ROWS  # past the prefix rows of this image and those before
+        image, patch = rows // per_image, rows % per_image
+        dout_rows = rows + (image + 1) * prefix_rows  # past the prefix rows of this image and those before
         dout = tl.load(
-            DOUT + dout_rows.to(tl.int64)[:, None] * D + d[None, :], mask[:, None] & d_mask[None, :], other=0.0
+            dout_ptr + dout_rows.to(tl.int64)[:, None] * D + d[None, :], mask[:, None] & d_mask[None, :], other=0.0
         )
-        offsets = _patch_offsets(image, patch, stride_b, stride_h, stride_w, GRID_W, P, Q)
-        a = _patches(IMAGES, MEAN, STD, offsets, mask, k, stride_c, stride_h, stride_w, C, P, Q, dout.dtype)
+        offsets = _patch_offsets(image, patch, stride_b, stride_h, stride_w, grid_w, P, Q)
+        a = _patches(images_ptr, mean_ptr, std_ptr, offsets, mask, k, stride_c, stride_h, stride_w, C, P, Q, dout.dtype)
         acc = dot(tl.trans(dout), a, acc, PRECISION)
 
-    partial = PARTIALS + split.to(tl.int64) * D * K + d[:, None] * K + k[None, :]
+    partial = partials_ptr + split.to(tl.int64) * D * K + d[:, None] * K + k[None, :]
     tl.store(partial, acc, d_mask[:, None] & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["PATCHES", "PER_IMAGE", "GRID_W"])
-def _image_gradient(
-    DOUT,  # (B, PREFIX_ROWS + PER_IMAGE, D)
-    WEIGHT,  # (D, C * P * Q)
-    STD,  # (C,) float32 or None
-    DIMAGES,  # (B, C, H, W), strides below
-    PATCHES,  # B * PER_IMAGE
-    PER_IMAGE,
+@triton.jit(do_not_specialize=["patches", "per_image", "prefix_rows", "grid_w"])
+def patch_embed_image_gradient_kernel(
+    dout_ptr,  # (B, prefix_rows + per_image, D)
+    weight_ptr,  # (D, C * P * Q)
+    std_ptr,  # (C,) float32 or None
+    dimages_ptr,  # (B, C, H, W), strides below
+    patches,  # B * per_image
+    per_image,
     D,
-    PREFIX_ROWS,
-    GRID_W,
+    prefix_rows,
+    grid_w,
     stride_b,
     stride_c,
     stride_h,
@@ -209,23 +210,23 @@ def _image_gradient(
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, k_mask = rows < PATCHES, k < K
-    image, patch = rows // PER_IMAGE, rows % PER_IMAGE
-    dout_rows = (rows + (image + 1) * PREFIX_ROWS).to(tl.int64)
+    row_mask, k_mask = rows < patches, k < K
+    image, patch = rows // per_image, rows % per_image
+    dout_rows = (rows + (image + 1) * prefix_rows).to(tl.int64)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
         d = start + tl.arange(0, BLOCK_K)
         d_mask = d < D
-        dout = tl.load(DOUT + dout_rows[:, None] * D + d[None, :], row_mask[:, None] & d_mask[None, :], other=0.0)
-        w = tl.load(WEIGHT + d[:, None] * K + k[None, :], d_mask[:, None] & k_mask[None, :], other=0.0)
+        dout = tl.load(dout_ptr + dout_rows[:, None] * D + d[None, :], row_mask[:, None] & d_mask[None, :], other=0.0)
+        w = tl.load(weight_ptr + d[:, None] * K + k[None, :], d_mask[:, None] & k_mask[None, :], other=0.0)
         acc = dot(dout, w, acc, PRECISION)
 
-    if STD is not None:
-        acc /= tl.load(STD + k // (P * Q), k_mask, other=1.0)[None, :]
-    offsets = _patch_offsets(image, patch, stride_b, stride_h, stride_w, GRID_W, P, Q)
-    pixels = DIMAGES + offsets[:, None] + _pixel_offsets(k, stride_c, stride_h, stride_w, P, Q)[None, :]
-    tl.store(pixels, narrow(acc, DIMAGES.dtype.element_ty), row_mask[:, None] & k_mask[None, :])
+    if std_ptr is not None:
+        acc /= tl.load(std_ptr + k // (P * Q), k_mask, other=1.0)[None, :]
+    offsets = _patch_offsets(image, patch, stride_b, stride_h, stride_w, grid_w, P, Q)
+    pixels = dimages_ptr + offsets[:, None] + _pixel_offsets(k, stride_c, stride_h, stride_w, P, Q)[None, :]
+    store(pixels, acc, row_mask[:, None] & k_mask[None, :])
 
 
 def _tile(tile: dict[str, Any] | None, kernel: str, size: int, like: Tensor) -> dict[str, Any]:
@@ -286,27 +287,27 @@ def patch_embed_forward(
     out = torch.empty((batch, tokens, dim), dtype=weight.dtype, device=images.device)
     tile = _tile(tile, "forward", batch * tokens, weight)
     args = {
-        "IMAGES": images,
-        "WEIGHT": weight.contiguous(),
-        "BIAS": None if bias is None else bias.contiguous(),
-        "POS": None if pos_embed is None else pos_embed.contiguous(),
-        "PREFIX": None if prefix_tokens is None or not prefix else prefix_tokens.contiguous(),
-        "MEAN": mean,
-        "STD": std,
-        "OUT": out,
+        "images_ptr": images,
+        "weight_ptr": weight.contiguous(),
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "pos_ptr": None if pos_embed is None else pos_embed.contiguous(),
+        "prefix_ptr": None if prefix_tokens is None or not prefix else prefix_tokens.contiguous(),
+        "mean_ptr": mean,
+        "std_ptr": std,
+        "out_ptr": out,
         "M": batch * tokens,
         "D": dim,
-        "TOKENS": tokens,
-        "PREFIX_ROWS": prefix,
-        "POS_ROWS": 0 if pos_embed is None else pos_embed.shape[1],
-        "GRID_W": width // q,
+        "tokens": tokens,
+        "prefix_rows": prefix,
+        "pos_rows": 0 if pos_embed is None else pos_embed.shape[1],
+        "grid_w": width // q,
         **_strides(images),
         "C": channels,
         "P": p,
         "Q": q,
     }
     grid = triton.cdiv(batch * tokens, tile["block_m"]) * triton.cdiv(dim, tile["block_n"])
-    _launch(_forward, (grid,), tile, weight.dtype, args)
+    _launch(patch_embed_forward_kernel, (grid,), tile, weight.dtype, args)
     return out
 
 
@@ -339,23 +340,23 @@ def patch_embed_weight_gradient(
     splits = max(triton.cdiv(patches, max(per_split, 1)), 1)
     partials = torch.empty((splits, *weight_shape), dtype=torch.float32, device=dout.device)
     args = {
-        "DOUT": dout.contiguous(),
-        "IMAGES": images,
-        "MEAN": mean,
-        "STD": std,
-        "PARTIALS": partials,
-        "PATCHES": patches,
-        "PER_IMAGE": per_image,
-        "PATCHES_PER_SPLIT": per_split,
+        "dout_ptr": dout.contiguous(),
+        "images_ptr": images,
+        "mean_ptr": mean,
+        "std_ptr": std,
+        "partials_ptr": partials,
+        "patches": patches,
+        "per_image": per_image,
+        "patches_per_split": per_split,
         "D": dim,
-        "PREFIX_ROWS": prefix,
-        "GRID_W": width // q,
+        "prefix_rows": prefix,
+        "grid_w": width // q,
         **_strides(images),
         "C": channels,
         "P": p,
         "Q": q,
     }
-    _launch(_weight_gradient, (grid, splits), tile, dout.dtype, args)
+    _launch(patch_embed_weight_gradient_kernel, (grid, splits), tile, dout.dtype, args)
     return sum_partials(partials)
 
 
@@ -388,20 +389,20 @@ def patch_embed_image_gradient(
     dimages = torch.empty(image_shape, dtype=dtype, device=dout.device)
     tile = _tile(tile, "image_gradient", batch * per_image, dout)
     args = {
-        "DOUT": dout.contiguous(),
-        "WEIGHT": weight.contiguous(),
-        "STD": std,
-        "DIMAGES": dimages,
-        "PATCHES": batch * per_image,
-        "PER_IMAGE": per_image,
+        "dout_ptr": dout.contiguous(),
+        "weight_ptr": weight.contiguous(),
+        "std_ptr": std,
+        "dimages_ptr": dimages,
+        "patches": batch * per_image,
+        "per_image": per_image,
         "D": dim,
-        "PREFIX_ROWS": prefix,
-        "GRID_W": width // q,
+        "prefix_rows": prefix,
+        "grid_w": width // q,
         **_strides(dimages),
         "C": channels,
         "P": p,
         "Q": q,
     }
     grid = triton.cdiv(batch * per_image, tile["block_m"]) * triton.cdiv(size, tile["block_n"])
-    _launch(_image_gradient, (grid,), tile, dout.dtype, args)
+    _launch(patch_embed_image_gradient_kernel, (grid,), tile, dout.dtype, args)
     return dimages

@@ -13,9 +13,9 @@ from fastvit.triton.launch import launch
 
 
 @triton.jit(do_not_specialize=["S"])
-def _sum_partials(
-    PARTIALS,  # (S, len(OUTS), N), any float dtype
-    OUTS,  # tuple of (N,) float32
+def sum_partials_kernel(
+    partials_ptr,  # (S, len(out_ptrs), N), any float dtype
+    out_ptrs,  # tuple of (N,) float32
     S,
     N,
     BLOCK_S: tl.constexpr,
@@ -26,22 +26,22 @@ def _sum_partials(
     for start in range(0, S, BLOCK_S):
         rows = start + tl.arange(0, BLOCK_S)
         mask = (rows < S)[:, None] & (columns < N)[None, :]
-        at = (rows.to(tl.int64) * len(OUTS) + tl.program_id(1))[:, None] * N + columns[None, :]
-        acc += tl.load(PARTIALS + at, mask, other=0.0).to(tl.float32)
+        at = (rows.to(tl.int64) * len(out_ptrs) + tl.program_id(1))[:, None] * N + columns[None, :]
+        acc += tl.load(partials_ptr + at, mask, other=0.0).to(tl.float32)
     total = tl.sum(acc, 0)
-    for i in tl.static_range(len(OUTS)):
+    for i in tl.static_range(len(out_ptrs)):
         if tl.program_id(1) == i:
-            tl.store(OUTS[i] + columns, total, columns < N)
+            tl.store(out_ptrs[i] + columns, total, columns < N)
 
 
 def _reduce(partials: Tensor, groups: int, shape: torch.Size) -> tuple[Tensor, ...]:
     partials = partials.contiguous()
     count, size = partials.shape[0], math.prod(shape)
     outs = tuple(torch.empty(shape, dtype=torch.float32, device=partials.device) for _ in range(groups))
-    block_s = min(triton.next_power_of_2(max(count, 1)), 32)
+    block_s = 32 if count > 8 else 8  # two kernels, whatever the count
     block_n = 2048 // block_s  # 16 values a lane; at least 64 neighbours, so that a row of the tile is whole sectors
-    args = {"PARTIALS": partials, "OUTS": outs, "S": count, "N": size, "BLOCK_S": block_s, "BLOCK_N": block_n}
-    launch(_sum_partials, (triton.cdiv(size, block_n), groups), args)
+    args = {"partials_ptr": partials, "out_ptrs": outs, "S": count, "N": size, "BLOCK_S": block_s, "BLOCK_N": block_n}
+    launch(sum_partials_kernel, (triton.cdiv(size, block_n), groups), args)
     return outs
 
 

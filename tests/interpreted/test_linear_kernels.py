@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,29 +13,13 @@ from torch import Tensor
 from fastvit import reference
 from fastvit.triton import launch, tiles
 from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activation_gradient
-from fastvit.triton.linear import choose, linear_forward, rows_contiguous
+from fastvit.triton.linear import choose, forms, linear_forward
 from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient
-from numerics import assert_as_right_as_eager
+from numerics import DTYPES, assert_as_right_as_eager, strided
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (torch.float16, torch.bfloat16)
 ACTIVATIONS = (*EPILOGUE_ACTIVATIONS, "swiglu")
 TILE = {"block_m": 32, "block_n": 32, "block_k": 32, "warps": 4, "stages": 2, "parts": 2}
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """In deterministic mode PyTorch fills new memory with NaN: an element left unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def strided(rows: int, width: int, dtype: torch.dtype, gap: int = 8) -> Tensor:
-    """(rows, width) of which every row is followed by ``gap`` poisoned elements."""
-    wide = torch.full((rows, width + gap), torch.nan, dtype=dtype)
-    wide[:, :width] = torch.randn(rows, width)
-    return wide[:, :width]
 
 
 def launched(arch: int, call: Callable[[], Any]) -> list[str]:
@@ -102,21 +86,21 @@ def check_forward(x: Tensor, weight: Tensor, bias: Tensor | None, case: str, til
 def test_forward_pointer(dtype: torch.dtype, case: str) -> None:
     """N, K and the rows' stride suit no tile and no descriptor, so even Hopper takes pointers."""
     x, weight, bias = strided(65, 50, dtype, gap=3), torch.randn(100, 50).to(dtype), torch.randn(100)
-    assert launched(90, lambda: linear_forward(x, weight))[0] == "matmul_pointer_kernel"
+    assert launched(90, lambda: linear_forward(x, weight))[0] == "linear_pointer_kernel"
     check_forward(x, weight, bias, case, TILE)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", HALF)
 def test_forward_tma(dtype: torch.dtype, case: str) -> None:
-    x, weight, bias = strided(65, 40, dtype), torch.randn(72, 40).to(dtype), torch.randn(72).to(dtype)
-    assert launched(90, lambda: linear_forward(x, weight))[0] == "matmul_tma_kernel"
+    x, weight, bias = strided(65, 40, dtype), torch.randn(80, 40).to(dtype), torch.randn(80).to(dtype)
+    assert launched(90, lambda: linear_forward(x, weight))[0] == "linear_tma_kernel"
     with launch.assume(90):
         check_forward(x, weight, bias, case, TILE)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 24, 72), (17, 40, 24), (33, 200, 16)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 72), (17, 48, 24), (33, 208, 16)])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_forward_shapes(arch: int, m: int, n: int, k: int, parts: int) -> None:
     """One row, fewer columns than a tile, more tiles than one group, and every way to cut the epilogue."""
@@ -138,7 +122,7 @@ def test_groups_of_row_tiles() -> None:
 @pytest.mark.parametrize(("arch", "dtype"), [(80, d) for d in DTYPES] + [(90, torch.bfloat16)])
 def test_gradients(arch: int, dtype: torch.dtype, activation: str | None, scaled: str) -> None:
     """Every gradient of residual + row_scale * gamma * (act(p) W^T + b), W's rows split over three programs."""
-    m, n, k, rows = 65, 40, 72, 13
+    m, n, k, rows = 65, 40, 80, 13
     wide = torch.float32 if scaled == "wide" else dtype
     leaves = {
         "p": strided(m, 2 * k if activation == "swiglu" else k, dtype),
@@ -181,9 +165,9 @@ def test_gradients(arch: int, dtype: torch.dtype, activation: str | None, scaled
 @pytest.mark.parametrize("gamma", [False, True])
 def test_input_gradient_takes_tma_where_it_can(gamma: bool) -> None:
     """gamma scales what is summed over, so those tiles pass through registers: the pointer form."""
-    dout, weight = torch.randn(17, 24).half(), torch.randn(24, 40).half()
+    dout, weight = torch.randn(17, 24).half(), torch.randn(24, 48).half()
     names = launched(90, lambda: linear_input_gradient(dout, weight, gamma=torch.randn(24) if gamma else None))
-    assert names == ["matmul_pointer_kernel" if gamma else "matmul_tma_kernel"]
+    assert names == ["linear_pointer_kernel" if gamma else "linear_tma_kernel"]
 
 
 def test_input_gradient_out_dtype() -> None:
@@ -222,7 +206,7 @@ def test_rows_too_far_apart_for_32_bits_are_copied() -> None:
     torch.use_deterministic_algorithms(False)  # do not fill what lies between the rows
     x = torch.empty(3, 2**24).half()[:, :16]
     x[:] = torch.randn(3, 16)
-    assert rows_contiguous(x).is_contiguous() and rows_contiguous(x[:1].expand(3, -1)).stride() == (0, 1)
+    assert launch.rows_contiguous(x).is_contiguous() and launch.rows_contiguous(x[:1].expand(3, -1)).stride() == (0, 1)
     check_forward(x, torch.randn(8, 16).half(), None, "plain", TILE)
 
 
@@ -304,5 +288,7 @@ def test_table(arch: int, dtype: torch.dtype) -> None:
     assert max(map(len, kernels.values())) <= 6
     for op in ("forward", "input", "weight"):
         assert choose(op, arch, dtype, 1, 1, 1, ("pointer",))["form"] == "pointer"
+        half = dtype != torch.float32  # float32 may spill where rows are not aligned: it has one tile for both
+        assert choose(op, arch, dtype, 1, 1, 1, forms(17, 16))["form"] == ("unaligned" if half else "pointer")
     with pytest.raises(LookupError, match="no row for sideways"):
         choose("sideways", arch, dtype, 1, 1, 1, ("pointer",))

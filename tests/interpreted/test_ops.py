@@ -8,9 +8,7 @@ import torch
 import fastvit
 from cases import CASES, Case, with_shared_residual
 from fastvit import ops, reference
-from numerics import check_op, tensors
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from numerics import DTYPES, assert_same_bits_twice, check_op
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +35,4 @@ def test_mlp_on_its_own_residual(dtype: torch.dtype, normed: bool) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_deterministic(case: Case) -> None:
-    args = case.args(torch.float16, "cpu")
-    leaves = [v for value in args.values() for v in (value if isinstance(value, tuple) else [value])]
-    leaves = [v for v in leaves if isinstance(v, torch.Tensor) and v.requires_grad]
-
-    def gradients() -> tuple[torch.Tensor, ...]:
-        outputs = tensors(case.kernel(**args))
-        return torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
-
-    for a, b in zip(gradients(), gradients(), strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits_twice(case.kernel, case.args(torch.float16, "cpu"))

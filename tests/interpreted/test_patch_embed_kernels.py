@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,18 +16,9 @@ from fastvit.triton.patch_embed import (
     patch_embed_row_gradients,
     patch_embed_weight_gradient,
 )
-from numerics import assert_as_right_as_eager
+from numerics import DTYPES, assert_as_right_as_eager
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = {"block_m": 16, "block_n": 16, "block_k": 32, "warps": 4, "stages": 2}  # several tiles in every direction
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """In deterministic mode PyTorch fills new memory with NaN: an element left unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make(
