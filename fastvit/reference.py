@@ -61,6 +61,7 @@ def patch_embed(
     prefix_tokens: Tensor | None = None,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`fastvit.ops.patch_embed`. The strided convolution of the paper's equation 1, then the rows."""
     if images.dtype == torch.uint8:
@@ -72,7 +73,7 @@ def patch_embed(
     if std is not None:
         images = images / std.to(images.dtype).view(-1, 1, 1)
     x = F.conv2d(images.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype), weight.shape[2:])
-    x = x.flatten(2).transpose(1, 2)
+    x = x.flatten(2).transpose(1, 2).to(out_dtype or x.dtype)
     if pos_embed is not None and pos_embed.shape[1] == x.shape[1]:
         x = (x + pos_embed).to(x.dtype)
         pos_embed = None

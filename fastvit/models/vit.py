@@ -515,7 +515,9 @@ class ViT(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """tokens (B, T, D) -> logits (B, num_classes), or with ``pre_logits`` what the classifier reads."""
         x = self.pre_logits(self.head_drop(self.fc_norm(self.pool(x))))
-        return x if pre_logits else self.head(x)
+        if pre_logits:
+            return x
+        return self.head(x) if type(self.head) is nn.Identity else fuse.linear(self.head, x)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to logits.

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastvit import reference
 from fastvit.ops import backends, checks
-from fastvit.ops.library import cast_for_autocast, needs_grad, none_if_empty, or_empty, register
+from fastvit.ops.library import autocasting, cast_for_autocast, needs_grad, none_if_empty, or_empty, register
 
 
 def patch_embed(
@@ -24,18 +24,21 @@ def patch_embed(
     prefix_tokens: Tensor | None = None,
     mean: Tensor | Sequence[float] | None = None,
     std: Tensor | Sequence[float] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Cut images into patches and embed them (equation 1 of the ViT paper): tokens of shape (B, P + N, D).
 
     Args:
         images: (B, C, H, W) floating (any strides), or uint8 (B, C, H, W) or (B, H, W, C); uint8 counts as 0..1
             after division by 255. H and W are multiples of the patch.
-        weight: (D, C, p, q), the convolution's own parameter; its dtype is the result's.
+        weight: (D, C, p, q), the convolution's own parameter.
         bias: (D,) or None. Bias, positions and prefix may be float32 beside 16-bit weights.
         pos_embed: (1, P + N, D), or (1, N, D), which leaves the prefix without; N = (H / p) (W / q).
         prefix_tokens: (1, P, D), the class and register tokens, put first.
         mean, std: C values in 0..1 units (a sequence, or float32 on the images' device): the image is
             (image - mean) / std, computed inside the kernel.
+        out_dtype: of the result; by default the weight's, and under autocast the widest of the product, the positions
+            and the prefix, so that a residual stream of float32 begins here.
 
     Returns:
         (B, P + N, D).
@@ -74,11 +77,22 @@ def patch_embed(
     )
     grad = needs_grad(images, weight, bias, pos_embed, prefix_tokens)
     chosen = backends.choose("patch_embed", images if images.dtype != torch.uint8 else weight, needs_grad=grad)
+    if out_dtype is None and autocasting(images):
+        out_dtype = torch.get_autocast_dtype(images.device.type)
+        for row in (pos_embed, prefix_tokens):
+            out_dtype = out_dtype if row is None else torch.promote_types(out_dtype, row.dtype)
     if chosen == "triton":
         (weight,) = cast_for_autocast(images, weight)
-        return _patch_embed(images, weight, bias, pos_embed, prefix_tokens, mean, std)
+        return _patch_embed(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype)
     return reference.patch_embed(
-        images, weight, bias, pos_embed=pos_embed, prefix_tokens=prefix_tokens, mean=mean, std=std
+        images,
+        weight,
+        bias,
+        pos_embed=pos_embed,
+        prefix_tokens=prefix_tokens,
+        mean=mean,
+        std=std,
+        out_dtype=out_dtype,
     )
 
 
@@ -110,19 +124,27 @@ def _forward(
     prefix_tokens: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
+    out_dtype: torch.dtype | None,
 ) -> Tensor:
     from fastvit.triton.patch_embed import patch_embed_forward
 
     return patch_embed_forward(
-        images, weight.contiguous(), bias, pos_embed=pos_embed, prefix_tokens=prefix_tokens, mean=mean, std=std
+        images,
+        weight.contiguous(),
+        bias,
+        pos_embed=pos_embed,
+        prefix_tokens=prefix_tokens,
+        mean=mean,
+        std=std,
+        out_dtype=out_dtype,
     )
 
 
-def _fake(images, weight, bias, pos_embed, prefix_tokens, mean, std):
+def _fake(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype):
     batch, _, height, right = images.shape
     tokens = (height // weight.shape[2]) * (right // weight.shape[3])
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
-    return weight.new_empty((batch, prefix + tokens, weight.shape[0]))
+    return weight.new_empty((batch, prefix + tokens, weight.shape[0]), dtype=out_dtype)
 
 
 def _backward(
@@ -141,6 +163,9 @@ def _backward(
     needs_images, needs_weight, needs_rows = needs
     dout, weight = dout.contiguous(), weight.contiguous()
     dimages = dweight = drows = None
+    if needs_rows:
+        drows = kernels.patch_embed_row_gradients(dout)
+    dout = dout.to(weight.dtype)  # for the products
     if needs_images:
         dimages = kernels.patch_embed_image_gradient(
             dout, weight, tuple(image_shape), std=std, prefix=prefix, dtype=image_dtype
@@ -148,22 +173,20 @@ def _backward(
     if needs_weight:
         dweight = kernels.patch_embed_weight_gradient(dout, images, weight.shape, mean=mean, std=std, prefix=prefix)
         dweight = dweight.to(weight.dtype)
-    if needs_rows:
-        drows = kernels.patch_embed_row_gradients(dout)
     return or_empty(dimages, dout), or_empty(dweight, dout), or_empty(drows, dout)
 
 
 def _backward_fake(dout, images, image_shape, image_dtype, weight, mean, std, prefix, needs):
     needs_images, needs_weight, needs_rows = needs
     return (
-        dout.new_empty(image_shape if needs_images else 0, dtype=image_dtype if needs_images else dout.dtype),
+        weight.new_empty(image_shape if needs_images else 0, dtype=image_dtype if needs_images else None),
         weight.new_empty(weight.shape if needs_weight else 0),
-        dout.new_empty(dout.shape[1:] if needs_rows else 0, dtype=torch.float32 if needs_rows else dout.dtype),
+        weight.new_empty(dout.shape[1:] if needs_rows else 0, dtype=torch.float32 if needs_rows else None),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, weight, bias, pos_embed, prefix_tokens, mean, std = inputs
+    images, weight, bias, pos_embed, prefix_tokens, mean, std, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.image_shape, ctx.image_dtype = images.shape, images.dtype
     ctx.dtypes = [None if t is None else t.dtype for t in (bias, pos_embed, prefix_tokens)]
@@ -174,7 +197,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 7
+        return (None,) * 8
     images, weight, mean, std = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = [wanted[0], wanted[1], any(wanted[2:5])]
@@ -191,7 +214,7 @@ def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
             dpos = drows[drows.shape[0] - ctx.positions :].to(pos_dtype).unsqueeze(0)
         if prefix_dtype is not None:
             dprefix = drows[: ctx.prefix].to(prefix_dtype).unsqueeze(0)
-    return dimages, dweight, dbias, dpos, dprefix, None, None
+    return dimages, dweight, dbias, dpos, dprefix, None, None, None
 
 
 _patch_embed_backward = register(
@@ -202,7 +225,7 @@ _patch_embed_backward = register(
 )
 _patch_embed = register(
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, Tensor? mean, "
-    "Tensor? std) -> Tensor",
+    "Tensor? std, ScalarType? out_dtype) -> Tensor",
     _forward,
     _fake,
     backward=_gradient,

@@ -14,7 +14,7 @@ from torch.distributed.tensor.experimental import register_sharding
 # One letter an argument, then one a result. b: its first dimension is the batch's (or the batch's rows);
 # r: a parameter, whole on every rank; p: a parameter's gradient, each rank holding its images' part; -: no tensor.
 _BY_BATCH = {
-    "patch_embed": ("b r r r r r r", "b"),
+    "patch_embed": ("b r r r r r r -", "b"),
     "patch_embed_backward": ("b b - - r r r - -", "b p p"),
     "layer_norm": ("b r r - b r b -", "b b b b"),
     "layer_norm_backward": ("b b b r b b b r b -", "b b p p p"),

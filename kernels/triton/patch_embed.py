@@ -269,9 +269,10 @@ def patch_embed_forward(
     prefix_tokens: Tensor | None = None,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     tile: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Embed the patches of ``images`` and lay the prefix tokens before them: (B, P + N, D) in weight's dtype.
+    """Embed the patches of ``images``, prefix tokens first: (B, P + N, D) in ``out_dtype`` (default: weight's).
 
     images (B, C, H, W), uint8 or floating, any strides (NHWC memory is a permuted view); weight
     (D, C, p, q) with H % p == 0 and W % q == 0; bias (D,); pos_embed (1, N, D) for the patches or
@@ -284,7 +285,7 @@ def patch_embed_forward(
     images = _near(images, (p, q))
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
     tokens = prefix + (height // p) * (width // q)
-    out = torch.empty((batch, tokens, dim), dtype=weight.dtype, device=images.device)
+    out = torch.empty((batch, tokens, dim), dtype=out_dtype or weight.dtype, device=images.device)
     tile = _tile(tile, "forward", batch * tokens, weight)
     args = {
         "images_ptr": images,

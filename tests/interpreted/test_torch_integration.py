@@ -107,6 +107,18 @@ def test_second_derivatives_are_refused(case: Case) -> None:
         torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
 
 
+def test_autocast_starts_the_residual_stream_in_float32() -> None:
+    images, weight = torch.randn(1, 3, 8, 8), torch.randn(6, 3, 4, 4, requires_grad=True)
+    rows = {"pos_embed": torch.randn(1, 5, 6, requires_grad=True), "prefix_tokens": torch.randn(1, 1, 6)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = ops.patch_embed(images, weight, **rows)
+        assert tokens.dtype == torch.float32
+        assert ops.patch_embed(images, weight).dtype == torch.bfloat16
+    torch.testing.assert_close(tokens, ops.patch_embed(images, weight, **rows), atol=0.2, rtol=0.02)
+    tokens.sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
 def test_autocast_keeps_the_residual_stream_in_float32() -> None:
     x, w = torch.randn(2, 5, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)
     norm = (torch.ones(16), torch.zeros(16), 1e-6)
