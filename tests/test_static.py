@@ -141,7 +141,7 @@ def test_every_specialisation_compiles_and_passes_its_gates(workload: static.Wor
 def test_another_batch_size_seldom_compiles_anything() -> None:
     """No kernel is compiled for a batch size as such: it only enters through the tables, which have tiles by size.
 
-    A training step of ViT-B takes 24 kernels. Larger batches take larger tiles (of the forward and input-gradient
+    A training step of ViT-B takes 24 kernels, and its head of 1000 classes 3 of its own. Larger batches take larger tiles (of the forward and input-gradient
     GEMMs, of the patch embedding), cut the weight gradients' long sums, which adds their reduction, and sum more
     partial results at a time.
     """
@@ -151,8 +151,8 @@ def test_another_batch_size_seldom_compiles_anything() -> None:
         launches = static.launches(static.Workload("vit_base_patch16_224", batch, torch.bfloat16), 90).launches
         seen |= {static.specialisation(one, 90) for one in launches}
         totals[batch] = len(seen)
-    assert totals[1] == totals[2] <= 24
-    assert totals[100] == totals[256] <= 36
+    assert totals[1] == totals[2] <= 27
+    assert totals[100] == totals[256] <= 39
 
 
 def test_the_gate_sees_a_spill() -> None:
