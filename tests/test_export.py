@@ -28,6 +28,16 @@ def test_exports_with_a_dynamic_batch(name: str, strict: bool) -> None:
         torch.testing.assert_close(program.module()(images), model(images), atol=1e-5, rtol=1e-5)
 
 
+def test_symbolic_trace_keeps_the_ops_when_there_is_no_mask() -> None:
+    model = fastvit.ViT(**SIZES).eval()
+    graph = torch.fx.symbolic_trace(model, concrete_args={"attn_mask": None, "is_causal": False})
+    names = [node.target.__name__ for node in graph.graph.nodes if callable(node.target)]
+    assert names.count("attention_qkvpacked") == 1  # of the first block
+    assert names.count("attention") == 1  # of the last one, for the class token
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(graph(images, None, False), model(images))
+
+
 def test_compiles_with_inductor_forward_and_backward() -> None:
     torch._dynamo.reset()
     model = fastvit.ViT(**SIZES)

@@ -141,9 +141,9 @@ def test_every_specialisation_compiles_and_passes_its_gates(workload: static.Wor
 def test_another_batch_size_seldom_compiles_anything() -> None:
     """No kernel is compiled for a batch size as such: it only enters through the tables, which have tiles by size.
 
-    A training step of ViT-B takes 24 kernels, and its head of 1000 classes 3 of its own. Larger batches take larger tiles (of the forward and input-gradient
-    GEMMs, of the patch embedding), cut the weight gradients' long sums, which adds their reduction, and sum more
-    partial results at a time.
+    A training step of ViT-B takes 24 kernels, and its head of 1000 classes 3 of its own. Larger batches take larger
+    tiles (of the forward and input-gradient GEMMs, of the patch embedding), cut the weight gradients' long sums, which
+    adds their reduction, and sum more partial results at a time.
     """
     seen: set[str] = set()
     totals = {}

@@ -29,22 +29,22 @@ class _Packed(NamedTuple):
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter (N, K) -> _Packed, gone with the parameter
 
 
-_RAMP = torch.arange(1, 1022)  # a prime length, so that rows of a weight don't line up with it
+_STRETCH = 1021  # values summed together; prime, so that rows of a weight don't line up with it
 
 
 def _stamp(weight: Tensor) -> tuple[int, int, int]:
     """Changes whenever the weight does. The version misses writes through ``.data``; the sum of the bits does not.
 
-    Each bit counts by its place modulo 1021, so that moving values about is seen too. The sum reads the weight once:
-    about 1% of the product's time at batch 8, more at batch 1 (docs/kernels.md).
+    Each stretch of bits counts by its place, so that moving rows or columns about is seen too. The sum reads the
+    weight once: about 1% of the product's time at batch 8, more at batch 1.
     """
     flat = weight.detach().view(-1)
     aligned = (flat.numel() * flat.element_size()) % 8 == 0 == (flat.storage_offset() * flat.element_size()) % 8
     bits = flat.view(torch.int64 if aligned else torch.int16)
-    whole = bits.numel() // len(_RAMP) * len(_RAMP)
-    sums = bits[:whole].view(-1, len(_RAMP)).sum(0)
-    sums[: bits.numel() - whole] += bits[whole:]
-    return weight.data_ptr(), weight._version, int((sums * _RAMP).sum())
+    whole = bits.numel() // _STRETCH * _STRETCH
+    sums = bits[:whole].view(-1, _STRETCH).sum(1)
+    total = (sums * torch.arange(1, len(sums) + 1)).sum() - bits[whole:].sum()
+    return weight.data_ptr(), weight._version, int(total)
 
 
 def _pack(weight: Tensor) -> Tensor | None:
