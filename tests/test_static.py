@@ -99,27 +99,18 @@ def _added(index: int, arch: int) -> dict[tuple[Any, ...], Any]:
     return {key: one for one in launches if (key := static.configuration(one)) not in known}
 
 
-def _pairs(workloads: tuple[static.Workload, ...], float32: tuple[int, ...], half: tuple[int, ...]) -> list[Any]:
-    """(index, arch) for all of them; slow but for the architectures listed."""
-    pairs = []
-    for index, workload in enumerate(workloads):
-        for arch in ARCHITECTURES:
-            quick = arch in (float32 if workload.dtype == torch.float32 else half)
-            pairs.append(pytest.param(index, arch, id=f"{workload}-{arch}", marks=() if quick else pytest.mark.slow))
-    return pairs
-
-
-@pytest.mark.parametrize(("index", "arch"), _pairs(static.WORKLOADS, float32=(80, 90), half=ARCHITECTURES))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("index", range(len(static.WORKLOADS)), ids=[str(w) for w in static.WORKLOADS])
 def test_every_configuration_compiles_and_passes_its_gates(index: int, arch: int) -> None:
     """Each kernel in each tile, head dim and key split that a workload adds to those before it."""
     for one in _added(index, arch).values():
         _check(static.compile_launch(one, arch), static.WORKLOADS[index].dtype != torch.float32)
 
 
-@pytest.mark.parametrize(("index", "arch"), _pairs(static.VARIATIONS, float32=(), half=(90,)))
-def test_every_variation_compiles_and_passes_its_gates(index: int, arch: int) -> None:
-    """What an option compiles that the plain model does not."""
-    workload = static.VARIATIONS[index]
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in ARCHITECTURES])
+@pytest.mark.parametrize("workload", static.VARIATIONS, ids=str)
+def test_every_variation_compiles_and_passes_its_gates(workload: static.Workload, arch: int) -> None:
+    """What an option compiles that the plain model does not: other epilogues of the same tiles."""
     plain = static.Workload(workload.model, workload.batch, workload.dtype)
     known = {static.specialisation(one, arch) for one in static.launches(plain, arch).launches}
     added = static.distinct(static.launches(workload, arch).launches, arch)
@@ -127,6 +118,49 @@ def test_every_variation_compiles_and_passes_its_gates(index: int, arch: int) ->
     assert added
     for one in added:
         _check(static.compile_launch(one, arch), half=True)
+
+
+def _tile(one: Any) -> tuple[Any, ...]:
+    """A launch as its row in the tables: (kernel, tile sizes, warps, stages)."""
+    name, sizes = one.kernel.fn.__name__, one.args
+    blocks = (
+        ("BLOCK_N", "BLOCK_K", "BLOCK_M")
+        if name == "linear_weight_gradient_kernel"
+        else ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+    )
+    if name.startswith("linear"):
+        name = "weight" if "weight" in name else "input" if sizes["BACKWARD"] else "forward"
+    return name, *(sizes[block] for block in blocks), one.options["num_warps"], one.options["num_stages"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_row_of_the_linear_table_is_compiled(arch: int, dtype: torch.dtype) -> None:
+    """By a workload above; the few rows that none of them takes are compiled here, on their own shape."""
+    from fastvit.triton import linear, linear_backward, tiles
+
+    taken = set()
+    for workload in (*static.WORKLOADS, *static.VARIATIONS):
+        if (workload.dtype == torch.float32) == (dtype == torch.float32):
+            launches = static.launches(workload, arch).launches
+            taken |= {_tile(o) for o in launches if o.kernel.fn.__name__.startswith("linear") and "BLOCK_M" in o.args}
+    left = {}
+    for row in tiles.rows("linear", arch, dtype):
+        key = (*(row[k] for k in ("op", "block_m", "block_n", "block_k", "warps", "stages")),)
+        if key not in taken:
+            left[key] = row
+    for row in left.values():
+        m, n, k = row["m"], row["n"], row["k"]
+        sizes = {"forward": ((m, k), (n, k)), "input": ((m, k), (k, n)), "weight": ((k, m), (k, n))}[row["op"]]
+        a, b = (torch.empty(size, device="meta", dtype=dtype) for size in sizes)
+        launcher = {
+            "forward": linear.linear_forward,
+            "input": linear_backward.linear_input_gradient,
+            "weight": linear_backward.linear_weight_gradient,
+        }[row["op"]]
+        with launch.record(arch) as launches:
+            launcher(a, b, tile=row)
+        _check(static.compile_launch(launches[0], arch), half=dtype != torch.float32)
 
 
 @pytest.mark.slow
