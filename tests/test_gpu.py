@@ -19,7 +19,8 @@ GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
-def _triton():
+def _triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions too are float32 where products are
     with fastvit.backend("triton"):
         yield
 

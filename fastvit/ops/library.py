@@ -1,4 +1,9 @@
-"""Registration of the kernel ops: one schema, one implementation, one fake function, one autograd rule each."""
+"""Registration of the kernel ops: one schema, one implementation, one fake function, one autograd rule each.
+
+The rule is registered with the op, not an autograd.Function around it: so opcheck sees it, AOTAutograd traces through
+it without looking at our Python, and a backward op, which is registered like any other, can refuse its own derivative.
+What such rules can't do is torch.func; there :mod:`fastvit.ops.backends` takes the reference.
+"""
 
 from __future__ import annotations
 
