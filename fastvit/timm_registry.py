@@ -17,7 +17,7 @@ default_cfgs: dict[str, dict[str, Any]] = {}  # timm's register_model reads it h
 
 
 def register() -> list[str]:
-    """Register every model of :func:`fastvit.list_models` in timm's registry.
+    """Register every ViT of :func:`fastvit.list_models` in timm's registry.
 
     ``vit_base_patch16_224`` becomes ``timm.create_model("vit_base_patch16_224_fastvit")``. (It is a
     suffix since timm and its tools know a Vision Transformer by ``vit_*``, and ``fastvit_*`` there is
@@ -32,7 +32,7 @@ def register() -> list[str]:
     from timm.models import is_model, register_model
 
     names = []
-    for name in fastvit.list_models():
+    for name in fastvit.list_models("vit_*"):
         if not is_model(name + SUFFIX):
             default_cfgs[name + SUFFIX] = _default_cfg(name)
             globals()[name + SUFFIX] = register_model(_entrypoint(name))

@@ -136,7 +136,7 @@ def test_names() -> None:
         ("ViT-B16", "ViT-B/16"),
         ("ViT-b/16", "ViT-B/16"),
         ("vit_base_patch15_224", "vit_base_patch16_224"),
-        ("resnet50", "vit_"),
+        ("resnet50", "resnetv2_50x1_bit"),
         ("", "vit_"),
     ):
         with pytest.raises(ValueError, match=re.escape(nearest)) as error:

@@ -1,4 +1,4 @@
-"""Model names: ``create_model("vit_base_patch16_224")``, ``create_model("ViT-B/16")``, ``list_models()``."""
+"""Model names: ``create_model("vit_base_patch16_224")``, or ``"ViT-B/16"``, or ``"R50x1"``; ``list_models()``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvit.checkpoints import load_checkpoint
+from fastvit.models.resnet import ResNetV2
 from fastvit.models.vit import ViT
 
 
@@ -43,66 +44,83 @@ VARIANTS = {
 }
 PATCHES = (8, 14, 16, 32)
 
+# The BiT ResNets of "Big Transfer" and of the ViT paper (figure 11): depth x width.
+RESNETS = ("50x1", "50x2", "50x3", "101x1", "101x3", "152x1", "152x2", "152x4", "200x3")
+RESNET_LAYERS = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3), "200": (3, 24, 36, 3)}
+
 _BY_PAPER = {variant.paper: name for name, variant in VARIANTS.items()}
 _TIMM = re.compile(r"vit_(?P<size>[a-z0-9]+)_patch(?P<patch>\d+)(?:_(?P<image>\d+))?")
 _PAPER = re.compile(r"ViT-(?P<size>[A-Za-z0-9]+)/(?P<patch>\d+)(?:[-_](?P<image>\d+))?")
+_RESNET_SIZES = {name: size for size in RESNETS for name in (f"resnetv2_{size}_bit", f"R{size}")}
 
 
-def _parse(name: str) -> tuple[Variant, int, int]:
-    """(variant, patch, image size) of a name, or a ValueError with the nearest names."""
+def _parse(name: str) -> tuple[type[ViT] | type[ResNetV2], dict[str, Any]]:
+    """(class, sizes) that a name stands for, or a ValueError with the nearest names."""
+    if name in _RESNET_SIZES:
+        depth, width = _RESNET_SIZES[name].split("x")
+        return ResNetV2, {"layers": RESNET_LAYERS[depth], "width_factor": int(width)}
     timm, paper = _TIMM.fullmatch(name), _PAPER.fullmatch(name)
     match = timm or paper
     size = timm["size"] if timm else _BY_PAPER.get(paper["size"], "") if paper else ""
     if match is None or size not in VARIANTS or int(match["patch"]) not in PATCHES:
-        known = [*list_models(), *(f"ViT-{v.paper}/{p}" for v in VARIANTS.values() for p in PATCHES)]
+        papers = [f"ViT-{v.paper}/{p}" for v in VARIANTS.values() for p in PATCHES] + [f"R{size}" for size in RESNETS]
 
         def likeness(other: str) -> float:
             return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
 
-        near = sorted(known, key=likeness, reverse=True)[:4]
+        near = sorted([*list_models(), *papers], key=likeness, reverse=True)[:4]
         raise ValueError(f"unknown model {name!r}; the nearest names are {', '.join(near)} (list_models() has all)")
-    return VARIANTS[size], int(match["patch"]), int(match["image"] or 224)
+    variant = VARIANTS[size]
+    return ViT, {
+        "img_size": int(match["image"] or 224),
+        "patch_size": int(match["patch"]),
+        "embed_dim": variant.width,
+        "depth": variant.depth,
+        "num_heads": variant.heads,
+        "mlp_ratio": variant.mlp_ratio,
+    }
 
 
 def list_models(filter: str = "") -> list[str]:
-    """The names that :func:`create_model` takes; any image size may stand for their 224.
+    """The names that :func:`create_model` takes; any image size may stand for a ViT's 224.
 
     Args:
-        filter: a part of the name, or a pattern with * and ?.
+        filter: a part of the name, or a pattern with * and ?: "vit_*" are the Vision Transformers.
     """
     names = [f"vit_{size}_patch{patch}_224" for size in VARIANTS for patch in PATCHES]
+    names += [f"resnetv2_{size}_bit" for size in RESNETS]
     pattern = filter if any(c in filter for c in "*?[") else f"*{filter}*"
     return fnmatch.filter(names, pattern)
 
 
-def create_model(name: str, pretrained: bool = False, checkpoint_path: str | Path | None = None, **kwargs: Any) -> ViT:
-    """Build a :class:`fastvit.ViT` by name.
+def create_model(
+    name: str, pretrained: bool = False, checkpoint_path: str | Path | None = None, **kwargs: Any
+) -> ViT | Any:
+    """Build a :class:`fastvit.ViT`, or one of the :mod:`fastvit.resnet` that it is compared with, by name.
 
     Args:
         name: "vit_{tiny, small, medium, base, large, huge, so400m, giant, gigantic}_patch{8, 14, 16, 32}_{image size}"
-            or "ViT-{Ti, S, M, B, L, H, So400m, g, G}/{patch}", which may end in "-384" for another image size than 224.
+            or "ViT-{Ti, S, M, B, L, H, So400m, g, G}/{patch}", which may end in "-384" for another image size than 224;
+            "resnetv2_{50x1, 50x2, 50x3, 101x1, 101x3, 152x1, 152x2, 152x4, 200x3}_bit" or "R{50x1, ...}".
         pretrained: must be False: weights come from a file.
-        checkpoint_path: weights to load: .npz (Google's), .safetensors or a torch.save'd state_dict.
-        **kwargs: arguments of :class:`fastvit.ViT`; they override the name's.
+        checkpoint_path: weights to load: .npz (Google's, of a ViT), .safetensors or a torch.save'd state_dict.
+        **kwargs: arguments of :class:`fastvit.ViT` or :class:`fastvit.resnet.ResNetV2`; they override the name's.
+
+    Returns:
+        A ViT, or for a ResNet's name a ResNetV2 (which is typed as Any, so that a ViT needs no cast).
 
     Raises:
-        ValueError: an unknown name (the nearest ones are listed), or pretrained=True.
+        ValueError: an unknown name (the nearest ones are listed), pretrained=True, or an .npz file for a ResNet.
     """
     if pretrained:
         raise ValueError(
             "pretrained=True would download weights, which fastvit does not; give checkpoint_path= a file, or "
             "load_state_dict(timm.create_model(..., pretrained=True).state_dict())"
         )
-    variant, patch, image = _parse(name)
-    sizes: dict[str, Any] = {
-        "img_size": image,
-        "patch_size": patch,
-        "embed_dim": variant.width,
-        "depth": variant.depth,
-        "num_heads": variant.heads,
-        "mlp_ratio": variant.mlp_ratio,
-    }
-    model = ViT(**{**sizes, **kwargs})
+    model_class, sizes = _parse(name)
+    if model_class is ResNetV2 and checkpoint_path is not None and Path(checkpoint_path).suffix == ".npz":
+        raise ValueError(f"{checkpoint_path}: .npz files are for ViTs; a ResNet takes .safetensors or a state_dict")
+    model = model_class(**{**sizes, **kwargs})
     if checkpoint_path is not None:
         load_checkpoint(model, checkpoint_path)
     return model
