@@ -14,5 +14,5 @@ print("fastvit: pure-Python build (Triton kernels and the reference; no CUDA ext
 setup(
     packages=[*find_packages(include=["fastvit", "fastvit.*"]), "fastvit.triton"],
     package_dir={"fastvit.triton": "kernels/triton"},
-    package_data={"fastvit": ["py.typed"], "fastvit.triton": ["tables/*.json"]},
+    package_data={"fastvit": ["py.typed"], "fastvit.triton": ["tables/*.json", "tables/measured/*.json"]},
 )

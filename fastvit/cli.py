@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
+import sys
 from collections.abc import Sequence
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -25,6 +34,20 @@ def _models(arguments: argparse.Namespace) -> int:
         return 1
     print("\n".join(names))
     return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from fastvit.ops import backends
+
+    missing = backends.TRITON_MISSING
+    if missing is None and importlib.util.find_spec("tqdm") is None:
+        missing = "tqdm is not installed (pip install tqdm)"
+    if missing is not None:
+        print(f"fastvit tune can't run: {missing}", file=sys.stderr)
+        return 2
+    from fastvit import tune
+
+    return tune.main(arguments)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,11 +72,33 @@ def parser() -> argparse.ArgumentParser:
     models = commands.add_parser(
         "models",
         help="names that fastvit.create_model takes",
-        description="List the names that fastvit.create_model takes. It also takes the papers' names, ViT-B/16 or "
-        "ViT-L/14-384, and any image size.",
+        description="List the names that fastvit.create_model takes. It also takes the papers' names, ViT-B/16, "
+        "ViT-L/14-384 or R50x1, and any image size for a ViT.",
     )
     models.add_argument("filter", nargs="?", default="", help="only names that match, for example base")
     models.set_defaults(run=_models)
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure tiles on this GPU: a table that goes before the shipped ones",
+        description="Compile, check and time tiles for every kernel of the models given, on this GPU, and write the "
+        "fastest into a table in the cache folder (FASTVIT_CACHE, default ~/.cache/fastvit), which fastvit reads from "
+        "then on. A run that is interrupted goes on where it was.",
+    )
+    tune.add_argument("--models", nargs="+", metavar="NAME", default=["vit_base_patch16_224"])
+    tune.add_argument("--batch", nargs="+", type=_positive, metavar="N", default=[256, 32, 1])
+    tune.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"])
+    which = tune.add_mutually_exclusive_group()
+    which.add_argument("--training", action="store_const", const=True, help="the training step only (default: both)")
+    which.add_argument(
+        "--inference", dest="training", action="store_const", const=False, help="inference only (default: both)"
+    )
+    tune.add_argument("--out", metavar="PATH", help="a .json file, or a folder for one named after the GPU")
+    tune.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after it")
+    tune.add_argument("--most", type=_positive, metavar="N", help="at most N candidates for each problem")
+    tune.add_argument("--dry-run", action="store_true", help="list problems and numbers of candidates, run nothing")
+    tune.add_argument("--arch", type=int, metavar="N", help="with --dry-run: as on this compute capability, 90 say")
+    tune.set_defaults(run=_tune)
     return top
 
 

@@ -74,11 +74,23 @@ def _nvidia_smi(query: str) -> str | None:
     return run.stdout.strip() if run.returncode == 0 else None
 
 
+def tiles() -> list[str]:
+    """Where the kernels' tiles come from on this GPU, in order; empty where no kernel runs."""
+    if backends.TRITON_MISSING or not (torch.cuda.is_available() or backends.INTERPRETING):
+        return []
+    from fastvit.triton import launch
+    from fastvit.triton.tiles import sources
+
+    gpu = launch.device_name(torch.empty(0, device="cpu" if backends.INTERPRETING else "cuda"))
+    return [] if gpu is None else sources(gpu)
+
+
 def report() -> dict[str, Any]:
     """Everything ``fastvit env`` prints, ready for JSON.
 
     Returns:
-        ``device``, ``versions`` (None: not installed), ``installed_from``, ``backend`` (the setting),
+        ``device``, ``versions`` (None: not installed), ``installed_from``, ``backend`` (the setting), ``tiles`` (where
+        the kernels' tiles come from on this GPU, in order, and tables that are refused; none without a GPU),
         ``ops`` (for every op and backend None where it can run, else the reason) and ``fallbacks``.
     """
     return {
@@ -86,6 +98,7 @@ def report() -> dict[str, Any]:
         "versions": versions(),
         "installed_from": str(Path(fastvit.__file__).parent),
         "backend": backends.setting(),
+        "tiles": tiles(),
         "ops": backends.availability(),
         "fallbacks": backends.fallbacks(),
     }
@@ -105,6 +118,7 @@ def render(found: dict[str, Any]) -> str:
     lines += [
         f"fastvit     {found['installed_from']}",
         f"backend     {found['backend']} (FASTVIT_BACKEND or fastvit.backend() sets it)",
+        *[f"tiles       {source}" for source in found["tiles"]],
         "",
         "op                    available",
     ]

@@ -191,16 +191,27 @@ def attention_forward_kernel(
     tl.store(lse_ptr + row.to(tl.int64) * queries + rows, lse, mask=rows < queries)
 
 
-def choose(kernel: str, tensor: Tensor, head_dim: int, owned: int, length: int) -> dict[str, int]:
-    """The first row for ``kernel`` that takes a head dim, ``owned`` rows to own and ``length`` to go through."""
+def choose(kernel: str, tensor: Tensor, owned: int, length: int) -> dict[str, Any]:
+    """The table's tile for ``kernel`` on ``tensor`` (B, T, H, d) with ``owned`` rows to own, ``length`` to go through.
+
+    Of the derived ones it is the first that takes them.
+    """
+    batch, _, heads, head_dim = tensor.shape
     limits = {"max_head_dim": head_dim, "max_owned": owned, "max_length": length}
-    for row in tiles.rows("attention", architecture(tensor), tensor.dtype):
-        if row["kernel"] == kernel and all(size <= row.get(limit, size) for limit, size in limits.items()):
-            return row
-    raise ValueError(f"attention kernels take a head dim of 1 to 128, got {head_dim}")
+
+    def derived() -> dict[str, Any]:
+        for row in tiles.rows("attention", architecture(tensor), tensor.dtype):
+            if row["kernel"] == kernel and all(size <= row.get(limit, size) for limit, size in limits.items()):
+                return row
+        raise ValueError(f"attention kernels take a head dim of 1 to 128, got {head_dim}")
+
+    return tiles.choose(
+        "attention", tensor, tensor.dtype, batch, derived,
+        kernel=kernel, heads=heads, head_dim=head_dim, owned=owned, length=length,
+    )  # fmt: skip
 
 
-def cut(row: dict[str, int], head_dim: int, owned: int, length: int) -> dict[str, Any]:
+def cut(row: dict[str, Any], head_dim: int, owned: int, length: int) -> dict[str, Any]:
     """Constants of a kernel whose programs own a block of ``owned`` rows each and go through ``length`` others."""
     block = row["block"]
     return {
@@ -223,13 +234,16 @@ def in_units(**tensors: Tensor) -> dict[str, Any]:
     return {**{f"{name}_ptr": x for name, x in tensors.items()}, **strides, "UNIT": unit}
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, tile: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v and the logarithm of the softmax's denominator.
 
     Args:
         q: (B, Tq, H, d) float16, bfloat16 or float32, d from 1 to 128.
         k, v: (B, Tk, H, d) in q's dtype. The last dimension of all three is contiguous, other strides are free.
         scale: factor of the scores, of any sign.
+        tile: in place of the table's: rows, block, piece, head_piece, warps, stages.
 
     Returns:
         out (B, Tq, H, d) contiguous, in q's dtype, and lse (B, H, Tq) float32, the natural logarithm of
@@ -246,8 +260,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     lse = torch.empty((batch, heads, queries), device=q.device, dtype=torch.float32)
     if keys == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    row = choose("forward", q, head_dim, queries, keys)
-    constants = cut(row, head_dim, queries, keys)
+    tile = tile or choose("forward", q, queries, keys)
+    constants = cut(tile, head_dim, queries, keys)
     args = {
         **in_units(q=q, k=k, v=v, out=out),
         "lse_ptr": lse,
@@ -260,5 +274,5 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     }
     grid = (triton.cdiv(queries, constants["ROWS"]) * batch * heads,)
     hot = q.dtype != torch.float32
-    launch(attention_forward_kernel, grid, args, num_warps=row["warps"], num_stages=row["stages"], hot=hot)
+    launch(attention_forward_kernel, grid, args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)
     return out, lse

@@ -12,6 +12,8 @@ left operands of their products. Both go through full blocks and then through pi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -260,35 +262,75 @@ def attention_backward(
 
     Source: FlashAttention-2 (Dao 2023, algorithm 2), here with one kernel for dq and one for dk and dv.
     """
-    batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
-    if 0 in (queries, keys):
+    if 0 in (q.shape[1], k.shape[1]):
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    delta = torch.empty_like(lse)
-    sizes = {"heads": heads, "queries": queries, "keys": keys, "scale": float(scale), "PRECISION": precision(q.dtype)}
-    hot = q.dtype != torch.float32
+    delta = attention_query_gradient(dout, dlse, q, k, v, out, lse, scale, dq)
+    attention_key_value_gradient(dout, q, k, v, lse, delta, scale, dk, dv)
 
-    row = choose("query_gradient", q, head_dim, queries, keys)
+
+def _sizes(q: Tensor, k: Tensor, scale: float) -> dict[str, Any]:
+    sizes = {"heads": q.shape[2], "queries": q.shape[1], "keys": k.shape[1]}
+    return {**sizes, "scale": float(scale), "PRECISION": precision(q.dtype)}
+
+
+def attention_query_gradient(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dq: Tensor,
+    *,
+    tile: dict[str, Any] | None = None,
+) -> Tensor:
+    """Write dq and return delta (B, H, Tq) float32. Arguments as above; ``tile`` as for ``attention_forward``."""
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    delta = torch.empty_like(lse)
+    tile = tile or choose("query_gradient", q, queries, keys)
     args = {
         **in_units(q=q, k=k, v=v, out=out, dout=dout, dq=dq),
         "lse_ptr": lse,
         "dlse_ptr": None if dlse is None else dlse.contiguous(),
         "delta_ptr": delta,
-        **sizes,
-        **cut(row, head_dim, queries, keys),
+        **_sizes(q, k, scale),
+        **cut(tile, head_dim, queries, keys),
     }
     grid = (triton.cdiv(queries, args["ROWS"]) * batch * heads,)
-    launch(attention_query_gradient_kernel, grid, args, num_warps=row["warps"], num_stages=row["stages"], hot=hot)
+    hot = q.dtype != torch.float32
+    launch(attention_query_gradient_kernel, grid, args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)
+    return delta
 
-    row = choose("key_value_gradient", q, head_dim, keys, queries)
+
+def attention_key_value_gradient(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    tile: dict[str, Any] | None = None,
+) -> None:
+    """Write dk and dv. Arguments as above, with the delta that ``attention_query_gradient`` returned."""
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    tile = tile or choose("key_value_gradient", q, keys, queries)
     args = {
         **in_units(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
         "lse_ptr": lse,
         "delta_ptr": delta,
-        **sizes,
-        **cut(row, head_dim, keys, queries),
+        **_sizes(q, k, scale),
+        **cut(tile, head_dim, keys, queries),
     }
     grid = (triton.cdiv(keys, args["ROWS"]) * batch * heads,)
-    launch(attention_key_value_gradient_kernel, grid, args, num_warps=row["warps"], num_stages=row["stages"], hot=hot)
+    hot = q.dtype != torch.float32
+    launch(attention_key_value_gradient_kernel, grid, args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,6 +70,18 @@ def architecture(tensor: torch.Tensor) -> int:
         major, minor = torch.cuda.get_device_capability(tensor.device)
         return major * 10 + minor
     return 80  # the interpreter
+
+
+@cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def device_name(tensor: torch.Tensor) -> str | None:
+    """The GPU whose measured tiles a launch on ``tensor`` may use; None where the architecture is assumed."""
+    if _assumed_arch is not None or tensor.is_meta:
+        return None
+    return _name(tensor.get_device()) if tensor.is_cuda else "interpreter"
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:

@@ -12,6 +12,7 @@ Names in this file are the GEMM's: out (M, N) = a (M, K) @ b (K, N).
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -180,8 +181,9 @@ def linear_tma_kernel(
         _epilogue(acc, row, col, pointers, M, N, rows_per_image, ACTIVATION, BACKWARD, PARTS)
 
 
+@lru_cache(maxsize=8192)
 def choose(op: str, arch: int, dtype: torch.dtype, m: int, n: int, k: int, forms: tuple[str, ...]) -> dict[str, Any]:
-    """The table's tile for the GEMM (m, k) @ (k, n), in the first of ``forms`` that the table has for this ``op``.
+    """The derived tile for the GEMM (m, k) @ (k, n), in the first of ``forms`` that the table has for this ``op``.
 
     Of the rows left it is the one whose shape is nearest, in octaves.
 
@@ -233,7 +235,12 @@ def matmul(
     tma = arch >= 90 and weight.element_size() == 2 and a.dtype == weight.dtype and a_scale is None and n % 16 == 0
     tma = tma and _tma_can_read(a) and _tma_can_read(weight)
     suited = ("tma", "pointer") if tma else forms(n, k, a.stride(0), weight.stride(0))
-    tile = tile or choose("input" if backward else "forward", arch, weight.dtype, m, n, k, suited)
+    op = "input" if backward else "forward"
+    tile = tile or tiles.choose(
+        "linear", a, weight.dtype, m, lambda: choose(op, arch, weight.dtype, m, n, k, suited),
+        op=op, allows=suited[0], activation=activation,
+        scaled=a_scale is not None, residual=residual is not None, n=n, k=k,
+    )  # fmt: skip
     form = tile.get("form", suited[0])
     block_m, block_n, block_k = tile["block_m"], tile["block_n"], tile["block_k"]
     args: dict[str, Any] = {

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvit.triton import tiles
 from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activation_gradient, row_blocks
 from fastvit.triton.launch import (
     architecture,
@@ -216,18 +217,18 @@ def linear_input_gradient(
     return dx, hidden
 
 
-def _splits(m: int, tiles: int, tile: dict[str, Any], programs: int) -> int:
+def _splits(m: int, blocks: int, tile: dict[str, Any], programs: int) -> int:
     """How many parts to cut the M rows into: the count with the least predicted time.
 
     A part costs its rows, in whole waves of ``programs``; every split costs a write and a read of float32 G,
     for which a GPU of this generation could have done about 180 operations a byte.
     """
-    block = tile["block_m"] * tile["block_n"]
+    area = tile["block_m"] * tile["block_n"]
 
     def cost(splits: int) -> float:
-        waves = triton.cdiv(tiles * splits, programs)
-        product = waves * triton.cdiv(m, splits) * 2 * block
-        traffic = 0 if splits == 1 else splits * tiles * block * 8 * 180 / programs
+        waves = triton.cdiv(blocks * splits, programs)
+        product = waves * triton.cdiv(m, splits) * 2 * area
+        traffic = 0 if splits == 1 else splits * blocks * area * 8 * 180 / programs
         return product + traffic
 
     return min(range(1, max(1, min(_MAX_SPLITS, m // (4 * tile["block_k"]))) + 1), key=cost)
@@ -271,9 +272,13 @@ def linear_weight_gradient(
         weight = rows_contiguous(weight)
     dout, x = scale_rows(dout, x.dtype, row_scale), rows_contiguous(x)
     (m, n), k = dout.shape, x.shape[1]
-    tile = tile or choose("weight", architecture(x), x.dtype, n, k, m, forms(n, k, dout.stride(0), x.stride(0)))
-    tiles = triton.cdiv(n, tile["block_m"]) * triton.cdiv(k, tile["block_n"])
-    splits = tile.get("splits") or _splits(m, tiles, tile, multiprocessors(x))
+    suited = forms(n, k, dout.stride(0), x.stride(0))
+    tile = tile or tiles.choose(
+        "linear", x, x.dtype, m, lambda: choose("weight", architecture(x), x.dtype, n, k, m, suited),
+        op="weight", allows=suited[0], activation=None, scaled=False, residual=False, n=n, k=k,
+    )  # fmt: skip
+    blocks = triton.cdiv(n, tile["block_m"]) * triton.cdiv(k, tile["block_n"])
+    splits = tile.get("splits") or _splits(m, blocks, tile, multiprocessors(x))
     rows = triton.cdiv(triton.cdiv(m, splits), tile["block_k"]) * tile["block_k"]
     reduce = splits > 1 or gamma is not None
     need_sums = need_bias or bias is not None
@@ -300,7 +305,7 @@ def linear_weight_gradient(
         "PRECISION": precision(x.dtype),
     }
     options = {"num_warps": tile["warps"], "num_stages": tile["stages"], "hot": x.element_size() == 2}
-    launch(linear_weight_gradient_kernel, (tiles, splits), args, **options)
+    launch(linear_weight_gradient_kernel, (blocks, splits), args, **options)
     if reduce:
         block_k = min(triton.next_power_of_2(max(k, 1)), 512)
         block_n = 2048 // block_k  # 16 values a lane

@@ -229,12 +229,21 @@ def patch_embed_image_gradient_kernel(
     store(pixels, acc, row_mask[:, None] & k_mask[None, :])
 
 
-def _tile(tile: dict[str, Any] | None, kernel: str, size: int, like: Tensor) -> dict[str, Any]:
-    """The given tile, or the table's: the first row for ``kernel`` that ``size`` output rows are enough for."""
-    if tile is not None:
-        return tile
-    rows = tiles.rows("patch_embed", architecture(like), like.dtype)
-    return next(row for row in rows if row["kernel"] == kernel and size >= row["min_size"])
+def _tile(kernel: str, like: Tensor, size: int, rows: int, pixels: torch.dtype, weight: torch.Size) -> dict[str, Any]:
+    """The table's tile; of the derived ones the first for ``kernel`` that ``size`` output rows are enough for.
+
+    ``rows`` are those that grow with the batch, ``pixels`` the dtype of the images, ``weight`` its shape.
+    """
+
+    def derived() -> dict[str, Any]:
+        table = tiles.rows("patch_embed", architecture(like), like.dtype)
+        return next(row for row in table if row["kernel"] == kernel and size >= row["min_size"])
+
+    return tiles.choose(
+        "patch_embed", like, like.dtype, rows, derived,
+        kernel=kernel, pixels="uint8" if pixels == torch.uint8 else "floating",
+        dim=weight[0], channels=weight[1], patch_height=weight[2], patch_width=weight[3],
+    )  # fmt: skip
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: dict[str, Any], dtype: torch.dtype, args: dict[str, Any]) -> None:
@@ -286,7 +295,7 @@ def patch_embed_forward(
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
     tokens = prefix + (height // p) * (width // q)
     out = torch.empty((batch, tokens, dim), dtype=out_dtype or weight.dtype, device=images.device)
-    tile = _tile(tile, "forward", batch * tokens, weight)
+    tile = tile or _tile("forward", weight, batch * tokens, batch * tokens, images.dtype, weight.shape)
     args = {
         "images_ptr": images,
         "weight_ptr": weight.contiguous(),
@@ -332,7 +341,7 @@ def patch_embed_weight_gradient(
     images = _near(images, (p, q))
     per_image, size = (height // p) * (width // q), channels * p * q
     patches = batch * per_image
-    tile = _tile(tile, "weight_gradient", dim, dout)
+    tile = tile or _tile("weight_gradient", dout, dim, patches, images.dtype, torch.Size(weight_shape))
     grid = triton.cdiv(dim, tile["block_m"]) * triton.cdiv(size, tile["block_n"])
     # Enough splits for two programs on every multiprocessor, none shorter than eight steps.
     steps = triton.cdiv(patches, tile["block_k"])
@@ -388,13 +397,14 @@ def patch_embed_image_gradient(
     dim, _, p, q = weight.shape
     per_image, size = (height // p) * (width // q), channels * p * q
     dimages = torch.empty(image_shape, dtype=dtype, device=dout.device)
-    tile = _tile(tile, "image_gradient", batch * per_image, dout)
+    patches = batch * per_image
+    tile = tile or _tile("image_gradient", dout, patches, patches, dtype, weight.shape)
     args = {
         "dout_ptr": dout.contiguous(),
         "weight_ptr": weight.contiguous(),
         "std_ptr": std,
         "dimages_ptr": dimages,
-        "patches": batch * per_image,
+        "patches": patches,
         "per_image": per_image,
         "D": dim,
         "prefix_rows": prefix,
@@ -404,6 +414,6 @@ def patch_embed_image_gradient(
         "P": p,
         "Q": q,
     }
-    grid = triton.cdiv(batch * per_image, tile["block_m"]) * triton.cdiv(size, tile["block_n"])
+    grid = triton.cdiv(patches, tile["block_m"]) * triton.cdiv(size, tile["block_n"])
     _launch(patch_embed_image_gradient_kernel, (grid,), tile, dout.dtype, args)
     return dimages

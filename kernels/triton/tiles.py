@@ -1,23 +1,230 @@
-"""Tile choices, apart from the kernels: ``tables/<family>.json``, one list of rows per architecture and dtype."""
+"""Tile choices, apart from the kernels: derived for every architecture, measured for some GPUs.
+
+``tables/<family>.json`` holds derived rows, one list per architecture and dtype. A table measured on one GPU
+(``fastvit tune`` writes it) holds rows for exact problems and goes before them: first the user's own, in
+:func:`cache_folder`, then the one shipped in ``tables/measured/``, both named after the GPU. :func:`choose` is the one
+place where a launcher asks.
+"""
 
 from __future__ import annotations
 
 import json
-from functools import cache
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+from torch import Tensor
+
+from fastvit.triton.launch import device_name
+
+Row = dict[str, Any]
+
+FORMAT = 1  # of measured tables; raised when a kernel changes what a row means
+SHIPPED = Path(__file__).parent / "tables" / "measured"
+NEAR = 1.0  # octaves between the rows that were measured and those asked for
+
+# What tells problems of a family apart besides their dtype and number of rows, and what a tile consists of.
+KEYS = {
+    "linear": ("op", "allows", "activation", "scaled", "residual", "n", "k"),
+    "attention": ("kernel", "heads", "head_dim", "owned", "length"),
+    "patch_embed": ("kernel", "pixels", "dim", "channels", "patch_height", "patch_width"),
+}
+TILES = {
+    "linear": ("form", "block_m", "block_n", "block_k", "parts", "warps", "stages"),
+    "attention": ("rows", "block", "piece", "head_piece", "warps", "stages"),
+    "patch_embed": ("block_m", "block_n", "block_k", "warps", "stages"),
+}
+
+_log = logging.getLogger("fastvit")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a launcher asks the tables: two launches with equal problems run equal work."""
+
+    family: str
+    dtype: str  # "half" or "float32"
+    size: int  # what grows with the batch: rows of a product, images of an attention
+    key: tuple[str | int | None, ...]  # values of KEYS[family]
+
+    @property
+    def fields(self) -> Row:
+        """The key by name."""
+        return dict(zip(KEYS[self.family], self.key, strict=True))
+
+    def __str__(self) -> str:
+        named = [f"{name}={value}" for name, value in self.fields.items() if isinstance(value, int)]
+        words = [value for value in self.key if isinstance(value, str)]
+        return " ".join([self.family, *words, f"size={self.size}", *named, self.dtype])
+
+
+class TableError(ValueError):
+    """A measured table can't be used; the message says why."""
 
 
 @cache
-def _table(family: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def _table(family: str) -> dict[str, dict[str, list[Row]]]:
     return json.loads((Path(__file__).parent / "tables" / f"{family}.json").read_text())["tiles"]
 
 
-def rows(family: str, arch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The rows of ``family`` for ``arch`` (or the nearest older one) and for "half" or "float32"."""
+def kind(dtype: torch.dtype) -> str:
+    """The tables' word for a dtype."""
+    return "float32" if dtype == torch.float32 else "half"
+
+
+def rows(family: str, arch: int, dtype: torch.dtype) -> list[Row]:
+    """The derived rows of ``family`` for ``arch`` (or the nearest older one) and for "half" or "float32"."""
     table = _table(family)
     known = sorted(int(name.removeprefix("sm")) for name in table)
     nearest = max((a for a in known if a <= arch), default=known[0])
-    return table[f"sm{nearest}"]["float32" if dtype == torch.float32 else "half"]
+    return table[f"sm{nearest}"][kind(dtype)]
+
+
+def slug(gpu: str) -> str:
+    """The file name, without suffix, of a GPU's tables: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def cache_folder() -> Path:
+    """Where the user's own tables are: FASTVIT_CACHE, else fastvit in XDG_CACHE_HOME or ~/.cache; in its tiles/."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(os.environ.get("FASTVIT_CACHE") or os.path.join(base, "fastvit")) / "tiles"
+
+
+def triton_release() -> str:
+    """Major and minor version of the installed Triton: tiles that fit under one may spill under another."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def read(path: Path, gpu: str) -> dict[Problem, Row] | None:
+    """The rows of a measured table, checked; None where there is no such file.
+
+    Raises:
+        TableError: it is unreadable, of another format, GPU or Triton, or has a row that is no row.
+    """
+    try:
+        table = json.loads(path.read_text())
+        if table["format"] != FORMAT:
+            raise TableError(f"it has format {table['format']}, this version reads {FORMAT}")
+        if slug(table["gpu"]) != slug(gpu):
+            raise TableError(f"it was measured on {table['gpu']!r}, not on {gpu!r}")
+        measured_with = ".".join(table["versions"]["triton"].split(".")[:2])
+        if measured_with != triton_release():
+            raise TableError(f"it was measured with Triton {measured_with}, and this is {triton_release()}")
+        found = {}
+        for family, dtypes in table["rows"].items():
+            for dtype, family_rows in dtypes.items():
+                for row in family_rows:
+                    problem = Problem(family, dtype, row["size"], tuple(row["key"][name] for name in KEYS[family]))
+                    if problem.size < 1 or dtype not in ("half", "float32"):
+                        raise TableError(f"size {problem.size}, dtype {dtype}")
+                    numbers = [row["tile"][name] for name in TILES[family] if name != "form"]
+                    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+                        raise TableError(f"the tile {row['tile']} is none")
+                    found[problem] = row
+    except FileNotFoundError:
+        return None
+    except TableError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TableError(f"{type(error).__name__}: {error}") from error
+    return found
+
+
+@cache
+def _load(path: Path, gpu: str) -> dict[tuple[str, str, tuple[Any, ...]], list[tuple[int, Row]]] | str | None:
+    """A table by family, dtype and key; None: there is none; a string: why it is not used, which is logged once."""
+    try:
+        found = read(path, gpu)
+    except TableError as error:
+        message = f"{path} is not used: {error}. Derived tiles are; `fastvit tune` measures them anew"
+        _log.warning(message)
+        return message
+    if found is None:
+        return None
+    index: dict[tuple[str, str, tuple[Any, ...]], list[tuple[int, Row]]] = {}
+    for problem, row in found.items():
+        index.setdefault((problem.family, problem.dtype, problem.key), []).append((problem.size, row["tile"]))
+    return index
+
+
+def _paths(gpu: str) -> tuple[Path, Path]:
+    """Where the tables of a GPU would be, the user's own first."""
+    return cache_folder() / f"{slug(gpu)}.json", SHIPPED / f"{slug(gpu)}.json"
+
+
+@lru_cache(maxsize=8192)
+def _measured(gpu: str, problem: Problem) -> Row | None:
+    for path in _paths(gpu):
+        table = _load(path, gpu)
+        if isinstance(table, dict):
+            near = [
+                (abs(math.log2(problem.size / size)), tile)
+                for size, tile in table.get((problem.family, problem.dtype, problem.key), [])
+            ]
+            distance, tile = min(near, key=lambda one: one[0], default=(math.inf, None))
+            if distance <= NEAR:
+                return tile
+    return None
+
+
+def reload() -> None:
+    """Forget the measured tables that were read: the next launch reads them again."""
+    _load.cache_clear()
+    _measured.cache_clear()
+
+
+def sources(gpu: str) -> list[str]:
+    """Where tiles come from on a GPU of this name, in order, and which tables are refused and why."""
+    said = []
+    for path in _paths(gpu):
+        table = _load(path, gpu)
+        if isinstance(table, dict):
+            said.append(f"measured, {sum(map(len, table.values()))} problems: {path}")
+        elif table is not None:
+            said.append(table)
+    return [*said, "derived from the compiler's reports, where nothing was measured"]
+
+
+_asked: dict[Problem, Row] | None = None
+
+
+@contextmanager
+def asked() -> Iterator[dict[Problem, Row]]:
+    """Collect every problem that comes up inside, and the tile that it got."""
+    global _asked
+    before, _asked = _asked, {}
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+def choose(
+    family: str, tensor: Tensor, dtype: torch.dtype, size: int, derived: Callable[[], Row], **key: str | int | None
+) -> Row:
+    """The tile for a problem: what was measured near it on this GPU, else ``derived()``.
+
+    Args:
+        family: "linear", "attention" or "patch_embed".
+        tensor: tells the device.
+        dtype: that of the product.
+        size: what grows with the batch. A measured row serves sizes within a factor of two.
+        derived: the choice from the derived rows, where nothing near was measured.
+        key: the values of ``KEYS[family]``, in its order. A measured row serves no other.
+    """
+    problem = Problem(family, kind(dtype), size, tuple(key.values()))
+    gpu = device_name(tensor)
+    tile = (_measured(gpu, problem) if gpu is not None and size > 0 else None) or derived()
+    if _asked is not None:
+        _asked.setdefault(problem, tile)
+    return tile
