@@ -1,4 +1,4 @@
-"""What can be known about the kernels without a GPU: launches, saved bytes, and the compiler's own report.
+"""What can be known about the kernels without a GPU: launches, bytes, FLOPs, and the compiler's own report.
 
 Models run here on meta tensors: every op's launcher is called and its launches are collected instead of run,
 for any architecture. Each launch can then be compiled for that architecture, exactly as a GPU would get it.
@@ -6,6 +6,7 @@ for any architecture. Each launch can then be compiled for that architecture, ex
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastvit.layers import SwiGLU
 from fastvit.ops import backends
@@ -27,17 +29,33 @@ from fastvit.ops.library import KERNELS
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
+@dataclass(frozen=True)
+class AtenOp:
+    """An ATen op that ran, and the bytes of its inputs and outputs."""
+
+    name: str
+    moved: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
 @dataclass
 class Trace:
     """What ran inside :func:`trace`: kernel launches, and the ATen ops that are neither views nor allocations."""
 
     launches: list[Any] = field(default_factory=list)
-    aten: list[str] = field(default_factory=list)
+    aten: list[AtenOp] = field(default_factory=list)
 
     @property
     def count(self) -> int:
         """Launches plus ATen ops, as ``launches_per_block`` counts them."""
         return len(self.launches) + len(self.aten)
+
+    @property
+    def moved(self) -> int:
+        """Bytes moved if each of these reads its inputs once and writes its outputs once."""
+        return sum(moved(one) for one in self.launches) + sum(op.moved for op in self.aten)
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,7 @@ def launches(workload: Workload, arch: int) -> Trace:
     return result
 
 
-_ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh")
+_ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "lift_fresh")
 
 
 class _Tracer(TorchDispatchMode):
@@ -106,9 +124,24 @@ class _Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastvit":
             return KERNELS[func](*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket.__name__ not in (*_ALLOCATIONS, "_unsafe_view"):
-            self.trace.aten.append(str(func))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        nothing_runs = func.is_view or func.overloadpacket.__name__ in (*_ALLOCATIONS, "_unsafe_view")
+        if func.namespace != "prim" and not nothing_runs:
+            self.trace.aten.append(AtenOp(str(func), distinct_bytes((args, kwargs)) + distinct_bytes(out)))
+        return out
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Neither log nor keep what runs unfused inside: hooks that only look are nobody's fallback."""
+    noted, disabled = dict(backends._fallbacks), backends.log.disabled
+    backends.log.disabled = True
+    try:
+        yield
+    finally:
+        backends.log.disabled = disabled
+        backends._fallbacks.clear()
+        backends._fallbacks.update(noted)
 
 
 @contextmanager
@@ -119,6 +152,42 @@ def trace(arch: int) -> Iterator[Trace]:
     result = Trace()
     with backends.backend("triton"), launch.record(arch) as result.launches, _Tracer(result):
         yield result
+
+
+def distinct_bytes(tree: Any) -> int:
+    """Bytes of the tensors in nested arguments, each tensor once, and of an expanded one only what is in memory."""
+    seen: dict[tuple[Any, ...], int] = {}
+    for t in tree_leaves(tree):
+        t = getattr(t, "base", t)  # a tensor descriptor's tensor
+        if isinstance(t, Tensor):
+            sizes = [size for size, stride in zip(t.shape, t.stride(), strict=True) if stride]
+            key = (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride())
+            seen[key] = math.prod(sizes) * t.element_size()
+    return sum(seen.values())
+
+
+def moved(launch: Any) -> int:
+    """Bytes that a launch moves if it reads every input once and writes every output once."""
+    return distinct_bytes(launch.args)
+
+
+def flops(launch: Any) -> int:
+    """FLOPs of a forward kernel's matrix products, 2 for each multiply-add; 0 where it has none.
+
+    Raises:
+        LookupError: a kernel with products that has no formula here (those of backward passes).
+    """
+    args, name = launch.args, launch.kernel.fn.__name__
+    match name:
+        case "linear_pointer_kernel" | "linear_tma_kernel":
+            return 2 * args["M"] * args["N"] * args["K"]
+        case "attention_forward_kernel":
+            return 4 * args["q_ptr"].numel() * args["k_ptr"].shape[1]
+        case "patch_embed_forward_kernel":
+            return 2 * args["images_ptr"].numel() * args["D"]
+    if "PRECISION" in args:  # every kernel with a product is told its precision
+        raise LookupError(f"fastvit.static.flops has no formula for {name}")
+    return 0
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
