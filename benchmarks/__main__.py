@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,48 +11,87 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
-import fastvit
-from benchmarks import report, tables, throughput
+from benchmarks import accuracy, latency, memory, static, suites, throughput
+from benchmarks.cells import RESULTS, slug
+from benchmarks.report import tables
 from fastvit import env
 
+SUITES = (throughput.SUITE, latency.SUITE, memory.SUITE, accuracy.SUITE)
 
-def _throughput(arguments: argparse.Namespace) -> int:
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
+
+def _suite(arguments: argparse.Namespace) -> int:
+    suite: suites.Suite = arguments.suite
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: PyTorch sees no CUDA device", file=sys.stderr)
         return 2
-    if arguments.keep and device.type == "cpu":
-        print("--keep is for GPUs: benchmarks/results holds what README's GPU tables show; use --out", file=sys.stderr)
+    options = replace(suite.defaults["quick" if arguments.quick else device], device=device)
+    names = ("dtypes", "models", "sizes", "batches", "peers", "modes", "budget", "limit")
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    folder = RESULTS / slug(env.device(device)["name"]) if arguments.keep else Path(arguments.out)
+    try:
+        rows = suites.run(suite, replace(options, **given), folder, arguments.command, arguments.retry)
+    except ValueError as error:
+        print(f"python -m benchmarks {suite.name}: {error}", file=sys.stderr)
         return 2
-    settings = throughput.QUICK if arguments.quick else throughput.FULL[device.type]
-    given: dict[str, Any] = {key: getattr(arguments, key) for key in ("model", "batch", "budget", "dtypes")}
-    settings = replace(settings, device=device, **{key: value for key, value in given.items() if value is not None})
-
-    found = env.device(device.type)
-    slug = re.sub(r"[^a-z0-9]+", "-", found["name"].lower()).strip("-")
-    folder = tables.RESULTS / slug if arguments.keep else Path(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
-    print(f"{settings.model}, batch {settings.batch}, on {found['name']}; batches are cut from real photographs")
-    rows = throughput.as_json(throughput.measure(settings))
-    result = report.document(arguments.command, settings.model, device.type, rows)
-    print("\n" + report.table(rows) + "\n")
-    print("spread: half the distance from the 20th to the 80th percentile; logit diff: to timm, same weights and dtype")
-    print("saved " + " and ".join(str(path) for path in report.save(result, folder)))
-    return 1 if any(row["error"] for row in rows) else 0
+    print("\n" + tables.terminal(rows, suite.columns))
+    print("\nspread: half the distance from the 20th to the 80th percentile")
+    print(f"saved {folder / suite.name}.json and .csv")
+    return 1 if any(row["status"] == "failed" for row in rows) else 0
 
 
-def _tables(arguments: argparse.Namespace) -> int:
-    if arguments.check:
-        text = tables.README.read_text()
-        if tables.updated(text) != text:
-            print("README.md's tables differ from benchmarks/results: run `python -m benchmarks tables`")
-            return 1
-        return 0
-    print(f"wrote {tables.write()}")
-    return 0
+def _static(arguments: argparse.Namespace) -> int:
+    folder = RESULTS if arguments.keep else Path(arguments.out)
+    if arguments.quick and arguments.accept:
+        print("--accept needs a complete run: leave --quick out", file=sys.stderr)
+        return 2
+    return static.run(folder, quick=arguments.quick, accept=arguments.accept)
+
+
+def _add_suite(commands: Any, suite: suites.Suite) -> None:
+    command = commands.add_parser(
+        suite.name,
+        help=suite.help,
+        description=f"{suite.description} A cell that is finished in the output folder is not measured again. Exit "
+        "status 1: a contender failed (its row says why); one that can't be had here is no failure.",
+    )
+    cpu, gpu = suite.defaults["cpu"], suite.defaults["cuda"]
+
+    def add(name: str, option: str, **keywords: Any) -> None:
+        if getattr(cpu, name) == getattr(gpu, name):
+            default = f"default: {_shown(getattr(cpu, name))}"
+        else:
+            default = f"default: {_shown(getattr(cpu, name))}; on a GPU {_shown(getattr(gpu, name))}"
+        keywords["help"] = f"{keywords['help']} ({default})"
+        command.add_argument(option, dest=name, **keywords)
+
+    command.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("dtypes", "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], help="of weights and images")
+    add("models", "--models", nargs="+", metavar="NAME", help="networks")
+    add("sizes", "--sizes", nargs="+", type=_count, metavar="PIXELS", help="image sizes")
+    add("batches", "--batch", nargs="+", type=_count, metavar="N", help="batch sizes")
+    add("peers", "--peers", nargs="+", metavar="NAME", help="contenders")
+    add("modes", "--modes", nargs="+", choices=["inference", "training"], help="what to do")
+    add("budget", "--budget", type=_positive, metavar="S", help="seconds of timing for each group that is compared")
+    add("limit", "--limit", type=_positive, metavar="GIB", help="memory that may be used")
+    command.add_argument("--quick", action="store_true", help="a small network, seconds: does it run?")
+    command.add_argument("--retry", action="store_true", help="run cells again that have no result")
+    _add_out(command, "benchmarks/results/<device>")
+    command.set_defaults(run=_suite, suite=suite)
+
+
+def _add_out(command: argparse.ArgumentParser, kept: str) -> None:
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--out", default="bench-out", metavar="DIR", help="where to write (default: %(default)s)")
+    where.add_argument("--keep", action="store_true", help=f"write to {kept}, to be committed")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(str(item) for item in value)
+    return "all of the device's" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,41 +100,14 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description="Benchmarks of fastvit beside the libraries that people use."
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for suite in SUITES:
+        _add_suite(commands, suite)
 
-    cpu, gpu = throughput.FULL["cpu"], throughput.FULL["cuda"]
-    run = commands.add_parser(
-        "throughput",
-        help="inference: images/s, peak memory and logits",
-        description="Inference throughput of fastvit (every backend that can run here) beside timm, torchvision and "
-        "Hugging Face with the same weights, and a channels-last ResNet-50. Contenders take turns, so that drift hits "
-        "all alike. Writes throughput.json and throughput.png. Exit status 1: a contender failed (its row says why).",
-    )
-    run.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    run.add_argument(
-        "--model", type=_shared, metavar="NAME", help="a ViT of timm and fastvit (default: vit_base_patch16_224)"
-    )
-    run.add_argument(
-        "--batch", type=_count, metavar="N", help=f"images per batch (default: {cpu.batch}; on a GPU {gpu.batch})"
-    )
-    run.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], help="default: float32 bfloat16"
-    )
-    run.add_argument(
-        "--budget", type=_duration, metavar="S", help=f"seconds of rounds per dtype (default: {cpu.budget:.0f})"
-    )
-    run.add_argument("--quick", action="store_true", help="ViT-Ti/16, batch 2, two seconds per dtype: does it run?")
-    where = run.add_mutually_exclusive_group()
-    where.add_argument("--out", default="bench-out", metavar="FOLDER", help="where to write (default: %(default)s)")
-    where.add_argument("--keep", action="store_true", help="write to benchmarks/results/<device>, to be committed")
-    run.set_defaults(run=_throughput)
-
-    write = commands.add_parser(
-        "tables",
-        help="write README.md's GPU tables from benchmarks/results",
-        description="Write README.md's GPU tables from benchmarks/results/*/*.json.",
-    )
-    write.add_argument("--check", action="store_true", help="change nothing; exit status 1 where they differ")
-    write.set_defaults(run=_tables)
+    derived = commands.add_parser("static", help=static.HELP, description=static.DESCRIPTION)
+    derived.add_argument("--quick", action="store_true", help="ViT-B/16 alone, and only sm_90")
+    derived.add_argument("--accept", action="store_true", help="make these figures the baseline")
+    _add_out(derived, "benchmarks/results")
+    derived.set_defaults(run=_static)
     return top
 
 
@@ -106,21 +117,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _duration(text: str) -> float:
+def _positive(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
-
-
-def _shared(text: str) -> str:
-    if text not in fastvit.list_models() or not timm.is_model(text):
-        known = ", ".join(name for name in fastvit.list_models() if timm.is_model(name))
-        raise argparse.ArgumentTypeError(f"{text!r} is no model of both timm and fastvit; these are: {known}")
-    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,39 +1,23 @@
-"""Who is compared: each row of a comparison, and how to build it with the weights of one timm model."""
+"""Who is compared: a library and a way to run it, for example ``timm-compile``, each with one network's weights."""
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
-import timm
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastvit
-from fastvit.ops import backends
-
-TIMM = "timm"
-Weights = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One row: a library's model, and the backend that runs it."""
-
-    name: str
-    backend: str
-    build: Callable[[VisionTransformer], nn.Module]  # from timm's model, whose weights it takes
-    context: Callable[[], AbstractContextManager[object]] = nullcontext  # around every call
-    same_network: bool = True  # computes timm's logits
-    channels_last: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} ({self.backend})"
+from benchmarks.cells import Unavailable
+from benchmarks.layouts import Weights, to_hugging_face, to_torchvision
+from benchmarks.networks import Network
+from fastvit.ops.backends import BACKENDS
 
 
 class Logits(nn.Module):
@@ -48,75 +32,28 @@ class Logits(nn.Module):
         return logits
 
 
-def timm_vit(name: str, seed: int = 0) -> VisionTransformer:
-    """timm's model with random weights, in eval mode: every one, so that biases and norms take part too."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = timm.create_model(name).eval().requires_grad_(False)
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    return model
-
-
-def to_torchvision(weights: Weights) -> Weights:
-    """timm's state_dict in torchvision's layout."""
-    rules = [
-        (r"^cls_token$", "class_token"),
-        (r"^pos_embed$", "encoder.pos_embedding"),
-        (r"^patch_embed\.proj\.", "conv_proj."),
-        (r"^norm\.", "encoder.ln."),
-        (r"^head\.", "heads.head."),
-        (r"^blocks\.(\d+)\.norm([12])\.", r"encoder.layers.encoder_layer_\1.ln_\2."),
-        (r"^blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.encoder_layer_\1.self_attention.in_proj_"),
-        (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.encoder_layer_\1.self_attention.out_proj."),
-        (r"^blocks\.(\d+)\.mlp\.fc1\.", r"encoder.layers.encoder_layer_\1.mlp.0."),
-        (r"^blocks\.(\d+)\.mlp\.fc2\.", r"encoder.layers.encoder_layer_\1.mlp.3."),
-    ]
-    return {_rename(key, rules): value for key, value in weights.items()}
-
-
-def to_hugging_face(weights: Weights) -> Weights:
-    """timm's state_dict in the layout of transformers 5's ViTForImageClassification."""
-    rules = [
-        (r"^cls_token$", "vit.embeddings.cls_token"),
-        (r"^pos_embed$", "vit.embeddings.position_embeddings"),
-        (r"^patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
-        (r"^norm\.", "vit.layernorm."),
-        (r"^head\.", "classifier."),
-        (r"^blocks\.(\d+)\.norm1\.", r"vit.layers.\1.layernorm_before."),
-        (r"^blocks\.(\d+)\.norm2\.", r"vit.layers.\1.layernorm_after."),
-        (r"^blocks\.(\d+)\.attn\.proj\.", r"vit.layers.\1.attention.o_proj."),
-        (r"^blocks\.(\d+)\.mlp\.", r"vit.layers.\1.mlp."),
-    ]
-    renamed = {}
-    for key, value in weights.items():
-        if ".attn.qkv." in key:
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[re.sub(r"^blocks\.(\d+)\.attn\.qkv", rf"vit.layers.\1.attention.{letter}_proj", key)] = part
-        else:
-            renamed[_rename(key, rules)] = value
-    return renamed
-
-
-def _rename(key: str, rules: list[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        key, found = re.subn(pattern, replacement, key)
-        if found:
-            return key
-    raise ValueError(f"no rule for the weight {key!r}")
-
-
 def _loaded(model: nn.Module, weights: Weights) -> nn.Module:
     model.load_state_dict(weights)
     return model
 
 
-def _torchvision(source: VisionTransformer) -> nn.Module:
+def _itself(network: Network) -> nn.Module:
+    return copy.deepcopy(network.source)
+
+
+def _fastvit(network: Network) -> nn.Module:
+    sized: dict[str, Any] = {"img_size": network.size} if network.family == "vit" else {}
+    return _loaded(fastvit.create_model(network.name, **sized), network.source.state_dict())
+
+
+def _torchvision(network: Network) -> nn.Module:
     from torchvision.models import VisionTransformer as TorchvisionViT
 
+    source = network.source
+    assert isinstance(source, VisionTransformer)
     block = source.blocks[0]
     model = TorchvisionViT(
-        image_size=source.patch_embed.img_size[0],
+        image_size=network.size,
         patch_size=source.patch_embed.patch_size[0],
         num_layers=len(source.blocks),
         num_heads=block.attn.num_heads,
@@ -127,12 +64,14 @@ def _torchvision(source: VisionTransformer) -> nn.Module:
     return _loaded(model, to_torchvision(source.state_dict()))
 
 
-def _hugging_face(source: VisionTransformer) -> nn.Module:
+def _hugging_face(network: Network) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
+    source = network.source
+    assert isinstance(source, VisionTransformer)
     block = source.blocks[0]
     config = ViTConfig(
-        image_size=source.patch_embed.img_size[0],
+        image_size=network.size,
         patch_size=source.patch_embed.patch_size[0],
         num_hidden_layers=len(source.blocks),
         num_attention_heads=block.attn.num_heads,
@@ -145,33 +84,182 @@ def _hugging_face(source: VisionTransformer) -> nn.Module:
     return Logits(_loaded(ViTForImageClassification(config), to_hugging_face(source.state_dict())))
 
 
-def _resnet50(source: VisionTransformer) -> nn.Module:
-    from torchvision.models import resnet50
+def _xformers(network: Network) -> nn.Module:
+    """timm's model with xformers' attention in its blocks."""
+    import timm
+    from timm.layers import Attention
+    from xformers.ops import memory_efficient_attention
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return resnet50(num_classes=source.num_classes)
+    if not torch.cuda.is_available():
+        raise Unavailable("xformers' attention runs on CUDA devices only")
+
+    class XformersAttention(Attention):
+        def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+            batch, tokens, width = x.shape
+            q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).unbind(2)
+            out = memory_efficient_attention(self.q_norm(q), self.k_norm(k), v, scale=self.scale)
+            projected: Tensor = self.proj_drop(self.proj(self.norm(out.reshape(batch, tokens, width))))
+            return projected
+
+    model = timm.create_model(network.name, img_size=network.size, attn_layer=XformersAttention)
+    return _loaded(model, network.source.state_dict())
 
 
-def fastvit_backends() -> list[str]:
-    """The backends that can run every op on this device, fastest expected first."""
-    reasons = list(backends.availability().values())
-    return [name for name in ("triton", "onednn", "reference") if all(op.get(name) is None for op in reasons)]
+class Floor(nn.Module):
+    """No network, but what none with these shapes can do without: every product by cuBLAS (on a CPU, oneDNN), alone,
+    and a copy of what LayerNorm and attention must read and write.
+
+    Its time is the floor that README's "x floor" divides by: forward only.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        source = network.source
+        assert isinstance(source, VisionTransformer)
+        block = source.blocks[0]
+        self.depth = len(source.blocks)
+        products = {
+            "embed": source.patch_embed.proj.weight.flatten(1),
+            "qkv": block.attn.qkv.weight,
+            "proj": block.attn.proj.weight,
+            "fc1": block.mlp.fc1.weight,
+            "fc2": block.mlp.fc2.weight,
+            "head": source.head.weight,
+        }
+        self.weights = nn.ParameterDict({name: weight.clone() for name, weight in products.items()})
+        self.tokens = source.patch_embed.num_patches + source.num_prefix_tokens
+        self.inputs: dict[int, list[Tensor]] = {}  # by batch: random, as zeros would be quicker
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> (B, classes), of no meaning."""
+        batch, weights = len(images), self.weights
+        if batch not in self.inputs:
+            width, hidden_width = weights["fc2"].shape
+            widths = (width, 2 * width, hidden_width)
+            self.inputs[batch] = [torch.randn(batch * self.tokens, n).to(images) for n in widths]
+        x, qkv, hidden = self.inputs[batch]
+        F.linear(images.reshape(-1, weights["embed"].shape[1]), weights["embed"])  # as many bytes as real patches
+        for _ in range(self.depth):
+            x.clone()  # LayerNorm
+            F.linear(x, weights["qkv"])
+            qkv.clone()  # attention: 3 T D in and T D out are a copy of 2 T D
+            F.linear(x, weights["proj"])
+            x.clone()
+            F.linear(x, weights["fc1"])
+            F.linear(hidden, weights["fc2"])
+        return F.linear(x[:batch], weights["head"])
 
 
-def contenders(model: str) -> list[Contender]:
-    """Every row for one model name that timm and fastvit share (and a ResNet-50), timm's first."""
+Build = Callable[[Network], nn.Module]
 
-    def build_fastvit(source: VisionTransformer) -> nn.Module:
-        return _loaded(fastvit.create_model(model), source.state_dict())
 
-    def under(backend: str) -> Callable[[], AbstractContextManager[object]]:
-        return lambda: fastvit.backend(backend)
+@dataclass(frozen=True)
+class Library:
+    """Where a model comes from."""
 
-    return [
-        Contender(TIMM, "eager", copy.deepcopy),
-        *[Contender("fastvit", name, build_fastvit, under(name)) for name in fastvit_backends()],
-        Contender("torchvision", "eager", _torchvision),
-        Contender("Hugging Face", "sdpa", _hugging_face),
-        Contender("ResNet-50", "channels last", _resnet50, same_network=False, channels_last=True),
-    ]
+    title: str
+    builds: Mapping[str, Build]  # by the network's family
+    how: str = "eager"
+    backend: str = "auto"  # of fastvit's ops
+    same_function: bool = True  # computes the network
+    trains: bool = True
+
+
+LIBRARIES = {
+    "timm": Library("timm", {"vit": _itself, "bit": _itself}),
+    "fastvit": Library("fastvit", {"vit": _fastvit, "bit": _fastvit}),
+    **{f"fastvit-{name}": Library("fastvit", {"vit": _fastvit}, how=name, backend=name) for name in BACKENDS[1:]},
+    "torchvision": Library("torchvision", {"vit": _torchvision, "resnet": _itself}),
+    "huggingface": Library("Hugging Face", {"vit": _hugging_face}, how="sdpa"),
+    "timm-xformers": Library("timm", {"vit": _xformers}, how="xformers attention"),
+    "floor": Library("floor", {"vit": Floor}, how="products and copies alone", same_function=False, trains=False),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is run."""
+
+    title: str = ""
+    compile: str | None = None  # torch.compile's mode
+    autocast: bool = False  # float32 weights under torch.autocast, else weights in the dtype that is compared
+    graph: bool = False  # captured in a CUDA graph
+
+
+WAYS = {
+    "": Way(),
+    "compile": Way("torch.compile", compile="default"),
+    "compile-max": Way("torch.compile, max-autotune", compile="max-autotune"),
+    "autocast": Way("autocast", autocast=True),
+    "graph": Way("CUDA graph", graph=True),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A library and a way: one row of a comparison."""
+
+    id: str
+    library: Library
+    way: Way
+
+    @property
+    def how(self) -> str:
+        """What a table says of it beside the library's name."""
+        parts = [self.way.title, self.library.how if self.library.how != "eager" or not self.way.title else ""]
+        return ", ".join(part for part in parts if part)
+
+    def context(self, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+        """What every call runs in."""
+        return torch.autocast(device.type, dtype) if self.way.autocast else nullcontext()
+
+    def model(self, network: Network, dtype: torch.dtype, device: torch.device, *, training: bool) -> nn.Module:
+        """The network's model, ready to be called in :meth:`context`.
+
+        Raises:
+            Unavailable: this can't be had, for a reason that is no defect.
+        """
+        if self.way.autocast and dtype == torch.float32:
+            raise Unavailable("autocast is for float16 and bfloat16")
+        if self.way.graph and device.type != "cuda":
+            raise Unavailable("CUDA graphs need a CUDA device")
+        if training and not self.library.trains:
+            raise Unavailable("it is for inference only")
+        if training and self.way.graph:
+            raise Unavailable("the benchmarks capture no training steps")
+        try:
+            model = self.library.builds[network.family](network)
+        except ImportError as error:
+            raise Unavailable(f"it can't be imported: {error}") from error
+        model = model.to(device, torch.float32 if self.way.autocast else dtype)
+        if network.family != "vit":  # what convolutions are quickest in
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its types
+        model = model.train(training).requires_grad_(training)
+        if self.library.title == "fastvit":
+            fastvit.backend(self.library.backend)  # for good: the process is this contender's alone
+        if self.way.compile is not None:
+            if device.type == "cpu" and not training:
+                torch._inductor.config.freezing = True  # what makes inductor quickest on a CPU
+            # For the batch that is timed, once: torch.compile would else make the second batch that it sees dynamic.
+            model = torch.compile(model, mode=self.way.compile, dynamic=False)  # type: ignore[assignment]  # a module, for a module
+        return model
+
+
+def find(id: str) -> Contender:
+    """The contender of a name: a library's, or one and a way's, as ``timm-compile``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for way in sorted(WAYS, key=len, reverse=True):
+        library = id.removesuffix(f"-{way}") if way else id
+        if library in LIBRARIES and (not way or id.endswith(f"-{way}")):
+            return Contender(id, LIBRARIES[library], WAYS[way])
+    raise ValueError(
+        f"no contender {id!r}; accepted: {', '.join(LIBRARIES)}, each also with -{', -'.join(w for w in WAYS if w)}"
+    )
+
+
+def baseline(family: str) -> str:
+    """Whom the others of a family of networks are compared with."""
+    return "torchvision" if family == "resnet" else "timm"

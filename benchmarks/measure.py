@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+T = TypeVar("T")
 SLICE = 0.1  # seconds: one timing repeats the call until it lasts about this long
+WARM_UP = 3
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
@@ -29,65 +32,67 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -
     return (time.perf_counter() - begun) / repeats
 
 
-def plan(
-    runs: Mapping[str, Callable[[], object]], device: torch.device, budget: float, rounds: tuple[int, int]
-) -> tuple[dict[str, int], int]:
-    """How often to call each contender per timing, and how many rounds fit into ``budget`` seconds.
+def graphed(run: Callable[[], T]) -> Callable[[], T]:
+    """``run`` captured in a CUDA graph, to be replayed; its result is the same memory every time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
 
-    Args:
-        runs: what will be timed, already warm.
-        device: where it runs.
-        budget: seconds for all rounds together, from which their number follows,
-        rounds: but at least and at most this many.
+    def replay() -> T:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """What a row says of its timings, in seconds: median, 20th and 80th percentile, 99th where there are 100.
+
+    ``spread`` is (p80 - p20) / median: how far to trust the median.
     """
-    once = {name: max(seconds(run, device), 1e-6) for name, run in runs.items()}
-    repeats = {name: max(1, round(SLICE / t)) for name, t in once.items()}
-    one_round = sum(t * repeats[name] for name, t in once.items())
-    return repeats, min(max(int(budget / one_round), rounds[0]), rounds[1]) if runs else 0
+    ordered = sorted(samples)
+    low, high = ordered[0], ordered[-1]
+    if len(ordered) > 1:
+        fifths = statistics.quantiles(ordered, n=5, method="inclusive")
+        low, high = fifths[0], fifths[3]
+    median = statistics.median(ordered)
+    p99 = statistics.quantiles(ordered, n=100, method="inclusive")[98] if len(ordered) >= 100 else None
+    return {
+        "median_s": median,
+        "p20_s": low,
+        "p80_s": high,
+        "p99_s": p99,
+        "spread": (high - low) / median,
+        "timings": len(ordered),
+    }
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], object]], device: torch.device, repeats: Mapping[str, int], rounds: int
-) -> Iterator[tuple[str, float]]:
-    """Time all contenders in turn, round by round, so that drift of clocks and load hits all alike.
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
-    Yields (name, seconds per call); each round starts with another contender.
+
+def memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """(peak, kept): bytes that ``run`` adds to what is held before it, at its highest and after it.
+
+    Counted is what PyTorch's allocator of the device hands out. Not counted: the Python process, code on the device,
+    and what the allocator caches but nobody uses.
     """
-    names = list(runs)
-    for i in range(rounds):
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
-            yield name, seconds(runs[name], device, repeats[name])
-
-
-def quantiles(samples: list[float]) -> tuple[float, float, float]:
-    """The 20th percentile, the median and the 80th percentile."""
-    if len(samples) == 1:
-        return samples[0], samples[0], samples[0]
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return fifths[0], statistics.median(samples), fifths[3]
-
-
-def peak_memory(model: nn.Module, run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that inference with ``model`` holds at its peak, its weights included.
-
-    Counted are the parameters and buffers, and the highest sum of everything else that PyTorch's
-    allocator of the device handed out during the *first* two calls of ``run``: activations, workspace
-    and copies of weights that a backend packs on its first call and keeps. The input batch, the Python
-    process and code on the device are not counted, nor what the allocator caches but nobody uses.
-    """
-    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch._C._cuda_clearCublasWorkspaces()  # so that each contender that needs one counts its own
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
-        run()
         torch.cuda.synchronize(device)
-        return weights + torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-        run()
         run()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -95,4 +100,4 @@ def peak_memory(model: nn.Module, run: Callable[[], object], device: torch.devic
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()  # negative when memory is freed
         peak = max(peak, held)
-    return weights + peak
+    return peak, held

@@ -1,139 +1,160 @@
-"""``python -m benchmarks throughput``: images per second, peak memory and logits, side by side."""
+"""``python -m benchmarks throughput``: images per second at the best batch, as in the paper's Figure 11."""
 
 from __future__ import annotations
 
-import gc
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
-from tqdm import tqdm
 
-from benchmarks import images
-from benchmarks.contenders import TIMM, Contender, contenders, timm_vit
-from benchmarks.measure import interleaved, peak_memory, plan, quantiles
+from benchmarks import measure, networks
+from benchmarks.cells import Cell, CellFailed, Row
+from benchmarks.race import race
+from benchmarks.subjects import CHECKED, Expected, ModelSubject, Run, baseline, model_cells, starter
+from benchmarks.suites import Bar, Options, Suite
 
-ROUNDS = (3, 50)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to run."""
-
-    model: str = "vit_base_patch16_224"
-    batch: int = 4
-    dtypes: Sequence[str] = ("float32", "bfloat16")
-    budget: float = 40.0  # seconds of timed rounds per dtype
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+GIVE_UP = 0.97  # a batch slower than this times the best one ends the search: larger ones are no better
 
 
-FULL = {"cpu": Settings(), "cuda": Settings(batch=256)}  # on two cores: under three minutes
-QUICK = Settings("vit_tiny_patch16_224", batch=2, budget=2.0)
+class Throughput(ModelSubject):
+    """A :class:`benchmarks.race.Racer`: steps on the best of several batches."""
 
+    def __init__(self, cell: Cell, device: str, batches: Sequence[int]) -> None:
+        super().__init__(cell, device)
+        self.batches = sorted(batches)
+        self.run: Run = lambda: None
+        self.repeats = 1
 
-@dataclass
-class Row:
-    """One line of the table. None where a contender failed (``error`` says why) or a value has no meaning."""
+    def prepare(self, expected: Expected | None, baseline: Row | None) -> Row:
+        """Check, find the best batch, and count memory there.
 
-    name: str
-    backend: str
-    dtype: str
-    batch: int
-    images_per_s: float | None = None  # batch / median time
-    ratio_to_timm: float | None = None  # of images_per_s, in the same dtype
-    peak_memory_bytes: int | None = None  # see measure.peak_memory
-    max_abs_logit_diff: float | None = None  # to timm in the same dtype with the same weights
-    images_per_s_p20_p80: tuple[float, float] | None = None
-    spread: float | None = None  # (p80 - p20) / median of the times
-    timings: int = 0
-    error: str | None = None
+        A model that is compiled for every batch anew takes the baseline's best one.
+        """
+        compiled = self.contender.way.compile is not None
+        batches = [baseline["batch"]] if compiled and baseline else self.batches
+        few = self.call(batches[0] if compiled else CHECKED)
+        if compiled:
+            few()  # compiles: no memory of the model's
+        held = measure.held_bytes(self.model) + measure.memory(few, self.device)[1]  # what first calls keep
+        row = self.check(expected, batches[0])
+        batch = self._best(batches)
+        self.run = self.call(batch)
+        self.run()
+        peak = held + measure.memory(self.run, self.device)[0]
+        once = measure.seconds(self.run, self.device)
+        self.repeats = max(1, round(measure.SLICE / once))
+        self._release()
+        return row | {"batch": batch, "pixels": self.network.size, "peak_bytes": peak}
 
+    def _release(self) -> None:
+        """Give the memory that nobody uses back to the GPU: other contenders are on it too."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-Run = Callable[[], Tensor]
+    def _best(self, batches: Sequence[int]) -> int:
+        """The quickest of ``batches`` that fit, from small to large; the smallest is halved until it fits."""
+        if len(batches) == 1 and self.device.type == "cpu":
+            return batches[0]  # nothing to choose
+        best = batches[0]
+        speed = self._speed(best)
+        while speed is None:
+            best //= 2
+            if not best:
+                raise CellFailed(f"out of memory at batch 1 ({self.network.size} pixels)")
+            speed = self._speed(best)
+        for batch in [larger for larger in batches if larger > best]:
+            new = self._speed(batch)
+            if new is None or new < GIVE_UP * speed:
+                break
+            if new > speed:
+                best, speed = batch, new
+        return best
 
-
-def _prepare(contender: Contender, source: VisionTransformer, batch: Tensor) -> tuple[torch.nn.Module, Run]:
-    """The contender's model on the batch's device in its dtype, and a call of it."""
-    model = contender.build(source).eval().requires_grad_(False).to(batch.device, batch.dtype)
-    inputs = batch
-    if contender.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its types
-        inputs = batch.to(memory_format=torch.channels_last)
-
-    def run() -> Tensor:
-        with torch.no_grad(), contender.context():
-            logits: Tensor = model(inputs)
-        return logits
-
-    return model, run
-
-
-def measure(settings: Settings) -> list[Row]:
-    """Run the comparison with a progress bar and return its rows, dtype by dtype."""
-    source = timm_vit(settings.model)
-    photographs = images.crops(settings.batch, source.patch_embed.img_size[0])
-    rows = []
-    entries = contenders(settings.model)
-    pace = 0.1 if sys.stderr.isatty() else 15  # seconds between the bar's lines; a log wants few
-    with tqdm(total=len(settings.dtypes) * len(entries), unit="step", dynamic_ncols=True, mininterval=pace) as bar:
-        for dtype in settings.dtypes:
-            batch = photographs.to(settings.device, getattr(torch, dtype))
-            rows += _measure_dtype(settings, dtype, entries, source, batch, bar)
-            gc.collect()
-            if settings.device.type == "cuda":
-                torch.cuda.empty_cache()
-    return rows
-
-
-def _measure_dtype(
-    settings: Settings, dtype: str, entries: list[Contender], source: VisionTransformer, batch: Tensor, bar: tqdm
-) -> list[Row]:
-    rows = {c.label: Row(c.name, c.backend, dtype, settings.batch) for c in entries}
-    runs: dict[str, Run] = {}
-    expected: Tensor | None = None
-    for contender in entries:
-        row = rows[contender.label]
-        bar.set_description(f"{dtype}: preparing {contender.label}", refresh=False)
+    def _speed(self, batch: int) -> float | None:
+        """Images/s of a few steps; None where they don't fit."""
         try:
-            model, run = _prepare(contender, source, batch)
-            row.peak_memory_bytes = peak_memory(model, run, settings.device)
-            logits = run().float()
-        except Exception as error:  # a contender that fails is a row that says so; the others go on
-            row.error = f"{type(error).__name__}: {error}".splitlines()[0]
-            bar.write(f"{contender.label} in {dtype} failed: {row.error}")
-        else:
-            runs[contender.label] = run
-            if contender.name == TIMM:
-                expected = logits
-            if contender.same_network and expected is not None:
-                row.max_abs_logit_diff = (logits - expected).abs().max().item()
-        bar.update()
+            run = self.call(batch)
+            run()
+            speed = batch / measure.seconds(run, self.device, 3)
+        except torch.OutOfMemoryError:
+            speed = None
+        self._release()
+        return speed
 
-    samples: dict[str, list[float]] = {label: [] for label in runs}
-    repeats, rounds = plan(runs, settings.device, settings.budget, ROUNDS)
-    bar.total += rounds * len(runs)
-    for label, duration in interleaved(runs, settings.device, repeats, rounds):
-        samples[label].append(duration)
-        bar.set_description(f"{dtype}: timing {label}", refresh=False)
-        bar.update()
-
-    for label, times in samples.items():
-        fast, median, slow = quantiles(times)
-        row = rows[label]
-        row.images_per_s = settings.batch / median
-        row.images_per_s_p20_p80 = (settings.batch / slow, settings.batch / fast)
-        row.spread = (slow - fast) / median
-        row.timings = len(times)
-    baseline = rows[entries[0].label].images_per_s
-    for row in rows.values():
-        if row.images_per_s is not None and baseline is not None:
-            row.ratio_to_timm = row.images_per_s / baseline
-    return list(rows.values())
+    def sample(self) -> list[float]:
+        """One timing of as many steps as last :data:`measure.SLICE` seconds."""
+        if self.device.type == "cuda":
+            self.run()  # takes memory again, and finds clocks and caches as another process left them
+        found = measure.seconds(self.run, self.device, self.repeats)
+        self._release()
+        return [found]
 
 
-def as_json(rows: list[Row]) -> list[dict[str, object]]:
-    """The rows as they stand in throughput.json."""
-    return [asdict(row) for row in rows]
+def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tuple[Cell, Row]]:
+    start = starter(Throughput, options, options.batches)
+    for cell, row in race(group, baseline(group[0]), start, options.budget, bar):
+        if row["status"] == "ok":
+            row["images_per_s"] = row["batch"] / row["median_s"]
+        yield cell, row
+
+
+EVERYONE = (
+    "timm",
+    "timm-compile",
+    "timm-compile-max",
+    "timm-autocast",
+    "timm-xformers",
+    "fastvit",
+    "fastvit-compile",
+    "fastvit-autocast",
+    "fastvit-reference",
+    "torchvision",
+    "torchvision-compile",
+    "huggingface",
+    "floor",
+)
+SUITE = Suite(
+    name="throughput",
+    help="images/s at the best batch, inference and training",
+    description="Images per second of one network as several libraries run it, with the same weights, at the best of "
+    "the batches given; inference, or a training step (forward, cross entropy, backward, AdamW). Contenders take "
+    "turns, each in a process of its own, and are checked against float64 before they are timed.",
+    defaults={
+        "cpu": Options(
+            models=("vit_base_patch16_224", "resnet50"),
+            peers=("timm", "timm-compile", "fastvit", "fastvit-compile", "torchvision", "huggingface"),
+        ),
+        "cuda": Options(
+            device="cuda",
+            dtypes=("bfloat16",),
+            models=networks.FIGURE_11 + networks.RESNETS,
+            sizes=(64, 128, 224, 384, 512),
+            batches=(32, 64, 128, 256, 512, 1024),
+            peers=EVERYONE,
+            modes=("inference", "training"),
+            budget=10.0,
+        ),
+        "quick": Options(
+            models=("vit_tiny_patch16_224",),
+            sizes=(64,),
+            batches=(2,),
+            peers=("timm", "fastvit", "fastvit-reference", "torchvision", "huggingface", "floor"),
+            modes=("inference", "training"),
+            budget=1.0,
+        ),
+    },
+    cells=model_cells,
+    measure=_measure,
+    columns=(
+        ("model", lambda row: networks.title(row["model"])),
+        ("px", "size"),
+        ("mode", "mode"),
+        ("dtype", "dtype"),
+        ("contender", "contender"),
+        ("batch", "batch"),
+        ("images/s", "images_per_s"),
+        ("spread", "spread"),
+        ("x baseline", "ratio"),
+        ("peak MiB", "peak_bytes"),
+        ("logit error", "max_abs_logit_error"),
+    ),
+)

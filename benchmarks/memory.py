@@ -1,0 +1,156 @@
+"""``python -m benchmarks memory``: bytes at a fixed batch, and the largest batch that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from benchmarks import measure, networks
+from benchmarks.cells import Cell, CellFailed, Row, Unavailable
+from benchmarks.race import blank
+from benchmarks.subjects import ModelSubject, cells_by_batch, starter
+from benchmarks.suites import Bar, Options, Suite
+
+LARGEST = 1 << 16
+PRECISION = 32  # the bisection ends when it knows the largest batch to one part in this many
+
+
+class Memory(ModelSubject):
+    """Peak bytes of a step, and the largest batch whose step fits."""
+
+    def __init__(self, cell: Cell, device: str, limit: float | None) -> None:
+        super().__init__(cell, device)
+        self.limit = None if limit is None else int(limit * 2**30)
+        if self.device.type == "cuda" and self.limit is not None:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(self.limit / total, 1.0))
+        self.held = 0
+
+    def measure(self) -> Row:
+        """Bytes at the cell's batch, and the bisection."""
+        weights, run = measure.held_bytes(self.model), self.call(self.cell["batch"])
+        if self.contender.way.compile is not None:
+            run()  # compiles: no memory of the model's
+        peak, kept = measure.memory(lambda: (run(), run()), self.device)
+        self.held = weights + kept  # with gradients, optimizer states and what a backend packed
+        activations = self._activations() if self.training else None
+        compiled = self.contender.way.compile is not None  # for every batch anew, which would take an hour
+        largest, too_large = (None, None) if compiled else self._bisect()
+        return {
+            "status": "ok",
+            "reason": None,
+            "pixels": self.network.size,
+            "weights_bytes": weights,
+            "peak_bytes": weights + peak,
+            "activation_bytes": activations,
+            "limit_bytes": self._limit(),
+            "largest_batch": largest,
+            "too_large_batch": too_large,
+        }
+
+    def _activations(self) -> int:
+        """Bytes that the forward pass of a step leaves for the backward pass, the logits included."""
+        inputs, kept = self._images(self.cell["batch"]), []
+
+        def forward() -> None:
+            with self.contender.context(self.dtype, self.device):
+                kept.append(self.model(inputs))
+
+        return measure.memory(forward, self.device)[1]
+
+    def _limit(self) -> int:
+        """Bytes that may be used: those that were given, or all that the device has."""
+        if self.limit is not None:
+            return self.limit
+        return torch.cuda.get_device_properties(self.device).total_memory
+
+    def _fits(self, batch: int) -> bool:
+        """Whether a step on ``batch`` images stays under the limit: on a GPU tried, on a CPU counted."""
+        try:
+            run = self.call(batch)
+            if self.device.type == "cuda":
+                run()
+                torch.cuda.synchronize(self.device)
+                return True
+            inputs = batch * 3 * self.network.size**2 * self.dtype.itemsize
+            return self.held + inputs + measure.memory(run, self.device)[0] <= self._limit()
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _bisect(self) -> tuple[int, int | None]:
+        """(a batch that fits, the smallest one tried that does not), by doubling and then halving the gap."""
+        fits, fails, batch = 0, None, 1
+        while fails is None and batch <= LARGEST:
+            fits, fails = (batch, None) if self._fits(batch) else (fits, batch)
+            batch *= 2
+        if fails is None:
+            return fits, None
+        while fails - fits > max(1, fits // PRECISION):
+            middle = (fits + fails) // 2
+            fits, fails = (middle, fails) if self._fits(middle) else (fits, middle)
+        return fits, fails
+
+
+def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tuple[Cell, Row]]:
+    start = starter(Memory, options, options.limit)
+    for cell in group:
+        bar.say(str(cell))
+        try:
+            with start(cell) as worker:
+                row = worker.call("measure")
+        except (CellFailed, Unavailable) as error:
+            row = blank(error)
+        bar.update(2)
+        yield cell, row
+
+
+SUITE = Suite(
+    name="memory",
+    help="peak bytes at a fixed batch, and the largest batch that fits",
+    description="Peak bytes of inference and of a training step at one batch, weights included; in training also what "
+    "the forward pass keeps for the backward pass; and the largest batch that fits, by bisection. On a GPU steps are "
+    "tried until memory runs out; on a CPU their allocations are counted against --limit.",
+    defaults={
+        "cpu": Options(
+            dtypes=("bfloat16",),
+            models=("vit_small_patch16_224", "resnet50"),
+            peers=("timm", "fastvit", "torchvision", "huggingface"),
+            modes=("inference", "training"),
+            limit=1.0,
+        ),
+        "cuda": Options(
+            device="cuda",
+            dtypes=("bfloat16",),
+            models=(*networks.FIGURE_11, "resnet50"),
+            batches=(64,),
+            peers=("timm", "timm-compile", "fastvit", "torchvision", "huggingface"),
+            modes=("inference", "training"),
+        ),
+        "quick": Options(
+            dtypes=("bfloat16",),
+            models=("vit_tiny_patch16_224",),
+            sizes=(64,),
+            batches=(2,),
+            modes=("inference", "training"),
+            limit=0.1,
+        ),
+    },
+    cells=cells_by_batch,
+    measure=_measure,
+    columns=(
+        ("model", lambda row: networks.title(row["model"])),
+        ("px", "size"),
+        ("mode", "mode"),
+        ("dtype", "dtype"),
+        ("contender", "contender"),
+        ("batch", "batch"),
+        ("peak MiB", "peak_bytes"),
+        ("activations MiB", "activation_bytes"),
+        ("largest batch", "largest_batch"),
+        ("too large", "too_large_batch"),
+    ),
+)

@@ -1,0 +1,55 @@
+"""What results look like: tables, plots, README.md's part and the page. Nothing here measures.
+
+The modules that draw are imported when they are needed: other commands need only :mod:`benchmarks.report.tables`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.cells import RESULTS, ROOT
+
+STATIC = RESULTS / "static.json"  # what `python -m benchmarks static --out benchmarks/results` writes
+README = ROOT / "README.md"
+
+
+def write(results: Path, static: Path | None, out: Path, readme: Path | None) -> list[Path]:
+    """Draw every plot, make the page, and bring README.md's part up to date.
+
+    Args:
+        results: the folder that has a folder for every device, with SUITE.json in it.
+        static: static.json; None, or a path where there is none: page and README say "not measured yet".
+        out: gets the page, index.html, and the plots, DEVICE/PLOT.png and static/PLOT.png.
+        readme: a file with the marks of :mod:`benchmarks.report.readme`; None: no README is touched.
+
+    Returns:
+        What was written, the page first.
+
+    Raises:
+        ValueError: a file is no result file, or the README has no marks.
+    """
+    from benchmarks.report import derived, page, plots
+    from benchmarks.report import readme as part
+    from benchmarks.report.results import read
+
+    devices, found = read(results), derived.read(static)
+    text = part.updated(readme.read_text(), part.render(devices, found)) if readme else ""
+    drawn = {device.folder: plots.draw(device, out / device.folder) for device in devices}
+    static_plots = derived.plots(found, out / "static") if found else []
+    index = out / "index.html"
+    out.mkdir(parents=True, exist_ok=True)
+    index.write_text(page.render(devices, drawn, found, static_plots))
+    if readme:
+        readme.write_text(text)
+    pictures = [plot.path for by_suite in drawn.values() for some in by_suite.values() for plot in some]
+    return [index, *pictures, *(plot.path for plot in static_plots), *([readme] if readme else [])]
+
+
+def is_current(results: Path, static: Path | None, readme: Path) -> bool:
+    """Whether README.md's part is what :func:`write` would write; arguments and errors are its."""
+    from benchmarks.report import derived
+    from benchmarks.report import readme as part
+    from benchmarks.report.results import read
+
+    text = readme.read_text()
+    return part.updated(text, part.render(read(results), derived.read(static))) == text

@@ -1,0 +1,237 @@
+"""``make gpu`` and ``make tune``: what a machine with a GPU is needed for, in order of value, stage by stage.
+
+Each stage is a command with a time limit, and is finished when that command succeeded with this code: what is finished
+is not run again, and a benchmark that was cut off goes on where it was. It takes the Python that is there, with PyTorch
+and Triton, and no network. The list itself can be had with any Python: this file imports the rest when it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 470  # seconds: under 8 minutes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Args:
+        name: of the stage.
+        command: arguments of Python.
+        about: what it runs on, and what for.
+        rehearsal: the same on a CPU at toy size; {out} is a folder.
+        limit: seconds.
+    """
+
+    name: str
+    command: str
+    about: str
+    rehearsal: str
+    limit: int = LIMIT
+
+
+def _suite(name: str, suite: str, options: str, about: str, limit: int = LIMIT) -> Stage:
+    """A stage that is a suite of ``python -m benchmarks``."""
+    command = f"-m benchmarks {suite} --device cuda --keep {options}".rstrip()
+    return Stage(name, command, about, f"-m benchmarks {suite} --device cpu --quick --out {{out}}/{name}", limit)
+
+
+def _at_224(name: str, models: str, mode: str) -> Stage:
+    options = f"--models {models} --sizes 224 --modes {mode}"
+    return _suite(name, "throughput", options, f"{mode} at 224 px, every peer, the best batch of 32 to 1024")
+
+
+def _figure_11(part: str, models: str) -> Stage:
+    peers = "--peers timm fastvit torchvision torchvision-compile timm-compile --budget 3"
+    options = f"--models {models} --modes inference {peers}"
+    return _suite(f"figure-11-{part}", "throughput", options, "images/s at 64, 128, 224, 384 and 512 px")
+
+
+def _tune(name: str, model: str, batch: int) -> Stage:
+    options = f"--models {model} --batch {batch} --training"
+    return Stage(
+        f"tune-{name}-{batch}",
+        f"-m fastvit tune {options} --budget 420 --out kernels/triton/tables/measured",
+        f"the tiles of a training step of ViT-{name} at batch {batch}",
+        f"-m fastvit tune {options} --dry-run --arch 90",
+    )
+
+
+INSTALL = Stage(
+    "install",
+    "-m pip install --no-index --no-deps --no-build-isolation --quiet -e .",
+    "this checkout, editable, into this Python",
+    "-m pip install --no-index --no-deps --no-build-isolation --quiet -e .",
+    120,
+)
+TUNING = (
+    INSTALL,
+    _tune("B", "vit_base_patch16_224", 256),
+    _tune("L", "vit_large_patch16_224", 256),
+    _tune("H", "vit_huge_patch14_224", 128),
+    _tune("B", "vit_base_patch16_224", 32),
+    _tune("B", "vit_base_patch16_224", 1),
+)
+STAGES = (
+    INSTALL,
+    Stage(
+        "tests",
+        "-m pytest -q -n 8 -m gpu tests --ignore tests/interpreted",  # compiling the kernels is most of it
+        "every op and model at real sizes on the GPU",
+        "-m pytest -q -n 2 -m gpu tests --ignore tests/interpreted",
+    ),
+    _suite("kernels", "kernels", "", "each op beside its rivals at the shapes of ViT-B, L and H, cold L2"),
+    _at_224("throughput-B", "vit_base_patch16_224", "inference"),
+    _at_224("throughput-L", "vit_large_patch16_224", "inference"),
+    _at_224("throughput-H", "vit_huge_patch14_224", "inference"),
+    _at_224("training-B", "vit_base_patch16_224", "training"),
+    _at_224("training-L", "vit_large_patch16_224", "training"),
+    _suite("latency", "latency", "", "batch 1, 8 and 32, eager and as a CUDA graph"),
+    _suite("memory", "memory", "--sizes 224", "peak bytes at batch 64, and the largest batch by bisection"),
+    _suite("waterfall", "waterfall", "", "ViT-B/16, one fusion after another", 240),
+    _suite("accuracy", "accuracy", "", "ViT-B, L and H against float64, every backend and dtype", 300),
+    _at_224("throughput-resnets", "resnet50 resnet152 resnetv2_50x1_bit resnetv2_152x2_bit", "inference"),
+    _figure_11("vits", "vit_base_patch32_224 vit_base_patch16_224 vit_large_patch16_224"),
+    _figure_11("resnets", "resnetv2_50x1_bit resnetv2_50x2_bit resnetv2_101x1_bit resnet50"),
+    _figure_11("large-vits", "vit_large_patch32_224 vit_huge_patch14_224"),
+    _figure_11("large-resnets", "resnetv2_152x2_bit resnetv2_200x3_bit"),
+    Stage(
+        "report",
+        "-m benchmarks report",
+        "README.md's tables, the plots and the page, from every result so far",
+        "-m benchmarks report --results {out} --out {out}/report --check",
+        120,
+    ),
+)
+
+
+def listing(stages: Sequence[Stage]) -> str:
+    """The stages with their limits, commands and inputs."""
+    lines = []
+    for number, stage in enumerate(stages, 1):
+        lines += [f"{number:2}. {stage.name} (at most {stage.limit} s): {stage.about}", f"    python {stage.command}"]
+    return "\n".join([*lines, f"in all at most {sum(stage.limit for stage in stages) / 60:.0f} minutes"])
+
+
+def run(command: Sequence[str], limit: float, log: Path) -> tuple[int, float]:
+    """(exit status, seconds) of a command in the checkout; its output goes to ``log`` and to the terminal.
+
+    What runs past its limit is ended with everything that it started, and counts as status 124.
+    """
+    begun = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        alarm = threading.Timer(limit, lambda: os.killpg(process.pid, signal.SIGTERM))
+        alarm.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+                file.write(line)
+            status = process.wait()
+        finally:
+            alarm.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+    seconds = time.monotonic() - begun
+    return 124 if seconds >= limit else status, seconds
+
+
+class Record:
+    """``stages.json``: the stages that were run, with which code, and how they ended."""
+
+    def __init__(self, folder: Path, code: str) -> None:
+        self.path, self.code = folder / "stages.json", code
+        self.stages: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def finished(self, stage: Stage) -> bool:
+        """Whether the stage succeeded with this code."""
+        found = self.stages.get(stage.name)
+        return found is not None and found["status"] == 0 and found["code"] == self.code
+
+    def add(self, stage: Stage, status: int, seconds: float) -> None:
+        """Keep how a stage ended, on disk."""
+        self.stages[stage.name] = {"status": status, "seconds": round(seconds, 1), "code": self.code}
+        self.path.write_text(json.dumps(self.stages, indent=1) + "\n")
+
+
+def _folder(rehearse: str | None) -> Path:
+    """Where stages.json goes: beside the GPU's results; exits with a sentence where there is no GPU."""
+    if rehearse:
+        return Path(rehearse)
+    try:
+        import torch
+    except ImportError:
+        sys.exit(f"make gpu: {sys.executable} has no PyTorch; choose another Python: make PYTHON=... gpu")
+    if not torch.cuda.is_available():
+        sys.exit(
+            "make gpu: PyTorch sees no CUDA device (torch.cuda.is_available() is False). `make gpu DRY=1` lists the "
+            "stages, and `make rehearse` runs them on a CPU at toy size"
+        )
+    from benchmarks.cells import RESULTS, slug
+
+    return RESULTS / slug(torch.cuda.get_device_name())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's); 0 where every stage succeeded."""
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="list the stages and run none; needs no GPU")
+    parser.add_argument(
+        "--tune", action="store_true", help="the stages that measure tiles, instead of those of make gpu"
+    )
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="only stages of these names")
+    parser.add_argument("--rehearse", metavar="DIR", help="every stage on the CPU at toy size, results into DIR")
+    arguments = parser.parse_args(argv)
+    all_stages = TUNING if arguments.tune else STAGES
+    unknown = set(arguments.only or ()) - {stage.name for stage in all_stages}
+    if unknown:
+        parser.error(
+            f"no stage {', '.join(sorted(unknown))}; there are {', '.join(stage.name for stage in all_stages)}"
+        )
+    stages = [stage for stage in all_stages if not arguments.only or stage.name in arguments.only]
+    if arguments.dry_run:
+        print(listing(stages))
+        return 0
+    sys.path.insert(0, str(ROOT))
+    folder = _folder(arguments.rehearse)
+    from benchmarks.cells import code
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage is ended too
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = Path(arguments.rehearse or ROOT / "bench-out") / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    record = Record(folder, code())
+    for number, stage in enumerate(stages, 1):
+        print(f"== {number}/{len(stages)} {stage.name}: {stage.about}", flush=True)
+        if record.finished(stage):
+            print("   finished before")
+            continue
+        command = stage.rehearsal.format(out=folder) if arguments.rehearse else stage.command
+        status, seconds = run([sys.executable, *shlex.split(command)], stage.limit, logs / f"{stage.name}.log")
+        record.add(stage, status, seconds)
+        print(f"   {'finished' if status == 0 else f'exit status {status}'} after {seconds:.0f} s", flush=True)
+    failed = [stage.name for stage in stages if not record.finished(stage)]
+    print(f"not finished: {', '.join(failed)}" if failed else "every stage finished")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""What is known without a GPU: launches, bytes, FLOPs, roofline floors, and the compiler's report on every kernel.
+
+Nothing here is timed, so two runs write the same bytes. :func:`run` fails where a limit is passed, or where a figure
+is worse than in ``static_baseline.json``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import triton
+from tqdm import tqdm
+
+from benchmarks import static_chart
+from benchmarks.static_counts import BATCH, MODEL, REFERENCE, derive
+from fastvit import static
+from fastvit.triton import launch
+
+HELP = "launches, bytes, FLOPs, floors, registers and spills, against the committed baseline; needs no GPU"
+DESCRIPTION = (
+    "Derive and compile, with no GPU: launches and bytes of a block, bytes kept for backward beside timm's, FLOPs, "
+    "roofline floors from data sheets, table 6 of the ViT paper, and registers, spills and shared memory of every "
+    "kernel configuration on six architectures. Writes static.json, static.csv (the kernels) and static.png. "
+    "Exit status 1: a limit is passed, or a figure is worse than benchmarks/static_baseline.json (--accept rewrites "
+    "it). The first run compiles for minutes; Triton caches the rest."
+)
+BASELINE = Path(__file__).with_name("static_baseline.json")
+
+MAX_LAUNCHES_PER_BLOCK = 7
+MAX_SAVED_RATIO = 0.63
+
+
+# --- compiling --------------------------------------------------------------------------------------------------
+
+Task = tuple[int, int, tuple[int, ...]]  # architecture, index of the workload, positions among its launches
+
+
+def _tasks(architectures: Iterable[int], workloads: int) -> Iterator[Task]:
+    """One launch of every configuration, by the first workload that has it."""
+    for arch in architectures:
+        known: set[Any] = set()
+        for index in range(workloads):
+            found: dict[Any, int] = {}
+            for i, one in enumerate(static.launches(static.WORKLOADS[index], arch).launches):
+                found.setdefault(static.configuration(one), i)
+            yield arch, index, tuple(i for key, i in found.items() if key not in known)
+            known |= found.keys()
+
+
+def _compile(task: Task) -> list[dict[str, Any]]:
+    """The compiler's report on a task's launches, which are recorded again here: they do not travel."""
+    arch, index, positions = task
+    workload = static.WORKLOADS[index]
+    launches = static.launches(workload, arch).launches
+    reports = [static.compile_launch(launches[i], arch) for i in positions]
+    return [
+        {
+            "name": one.name,
+            "target": f"sm_{one.arch}",
+            "registers": one.registers,
+            "spill_bytes": one.spill_bytes,
+            "shared_bytes": one.shared_bytes,
+            "hot": one.hot,
+            "constants": one.constants,
+            "workload": str(workload),
+        }
+        for one in reports
+    ]
+
+
+def compile_kernels(quick: bool = False) -> list[dict[str, Any]]:
+    """Compile every configuration of every workload for every architecture, on all cores (quick: see :func:`run`)."""
+    tasks = [
+        task for task in (_tasks((90,), 1) if quick else _tasks(launch.ARCHITECTURES, len(static.WORKLOADS))) if task[2]
+    ]
+    rows: list[dict[str, Any]] = []
+    workers = min(len(tasks), len(os.sched_getaffinity(0)))
+    with tqdm(total=sum(len(task[2]) for task in tasks), desc="compiling kernels", unit="kernel") as bar:
+
+        def collect(results: Iterable[list[dict[str, Any]]]) -> None:
+            for found in results:
+                rows.extend(found)
+                bar.update(len(found))
+
+        if workers == 1:
+            collect(map(_compile, tasks))
+        else:
+            # Not forked: PyTorch has threads.
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                collect(pool.imap_unordered(_compile, tasks))
+    return sorted(rows, key=lambda row: (int(row["target"][3:]), row["name"], row["constants"], row["workload"]))
+
+
+# --- gates -----------------------------------------------------------------------------------------------------
+
+
+def limits(found: dict[str, Any]) -> list[str]:
+    """The limits that are passed, whatever the baseline says."""
+    failures = []
+    if found["launches_per_block"] > MAX_LAUNCHES_PER_BLOCK:
+        failures.append(f"launches_per_block: {found['launches_per_block']}, at most {MAX_LAUNCHES_PER_BLOCK} allowed")
+    if found["saved_bytes_ratio_to_timm"] > MAX_SAVED_RATIO:
+        ratio = found["saved_bytes_ratio_to_timm"]
+        failures.append(f"saved_bytes_ratio_to_timm: {ratio:.4f}, at most {MAX_SAVED_RATIO} allowed")
+    for row in found["kernels"]:
+        if row["hot"] and row["spill_bytes"]:
+            failures.append(
+                f"{row['name']} on {row['target']} spills {row['spill_bytes']} bytes: {row['constants']} "
+                f"({row['workload']})"
+            )
+    return failures
+
+
+def figures(found: dict[str, Any]) -> dict[str, float]:
+    """The figures that the baseline holds, by name; less is better in all. Of the kernels, the most of each."""
+    held = {
+        "launches_per_block": found["launches_per_block"],
+        "saved_bytes_ratio_to_timm": round(found["saved_bytes_ratio_to_timm"], 6),
+    }
+    for key in ("launches_per_training_block", "launches_per_model"):
+        held |= {f"{key} {name}": value for name, value in found[key].items()}
+    for kind, by_scale in found["bytes_per_block"].items():
+        held |= {f"bytes_per_block {kind} {scale}": value for scale, value in by_scale.items()}
+    for kind, by_name in found["saved_bytes_per_image"].items():
+        held |= {f"saved_bytes_per_image {kind} {name}": value["fastvit"] for name, value in by_name.items()}
+    for row in found["kernels"]:
+        for what in ("spill_bytes", "shared_bytes"):
+            key = f"{row['target']} {row['name']} {what}"
+            held[key] = max(held.get(key, 0), row[what])
+    return dict(sorted(held.items()))
+
+
+def compare(held: dict[str, float], baseline: dict[str, float], complete: bool) -> tuple[list[str], list[str]]:
+    """(what fails, what got better) against the baseline.
+
+    A ``complete`` run fails as well where it has a figure that the baseline lacks, or lacks one that it has.
+    """
+    worse, better = [], []
+    for key in sorted(held.keys() | baseline.keys()):
+        if key in held and key in baseline:
+            line = f"{key}: {held[key]}, baseline {baseline[key]}"
+            if held[key] > baseline[key]:
+                worse.append(line)
+            elif held[key] < baseline[key] and complete:
+                better.append(line)
+        elif complete:
+            worse.append(f"{key}: in {'the run' if key in held else 'the baseline'} only")
+    return worse, better
+
+
+def _versions() -> dict[str, str]:
+    return {"timm": timm.__version__, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def run(out: Path, *, quick: bool = False, accept: bool = False) -> int:
+    """Write static.json, static.csv and static.png into ``out`` and compare with the baseline.
+
+    Args:
+        out: a folder; made where it is not there.
+        quick: ViT-B/16 alone, and only sm_90.
+        accept: rewrite the baseline.
+
+    Returns:
+        The exit status: 1 where a limit is passed or a figure is worse than the baseline.
+
+    Raises:
+        ValueError: quick and accept, which would drop most of the baseline.
+        RuntimeError: TRITON_INTERPRET=1.
+    """
+    if quick and accept:
+        raise ValueError("--accept needs a complete run: leave --quick out")
+    if launch.INTERPRETING:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: Triton interprets kernels and can't compile them; unset it")
+    found = {"versions": _versions(), **derive(quick), "kernels": compile_kernels(quick)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "static.json").write_text(json.dumps(found, indent=1) + "\n")
+    with (out / "static.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(found["kernels"][0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found["kernels"])
+    static_chart.draw(found, MODEL, BATCH, out / "static.png")
+    print(summary(found))
+    print(f"wrote {out / 'static.json'}, {out / 'static.csv'} and {out / 'static.png'}")
+
+    failures = limits(found)
+    held = figures(found)
+    if accept:
+        BASELINE.write_text(json.dumps({"versions": found["versions"], "figures": held}, indent=1) + "\n")
+        print(f"wrote {BASELINE}")
+    else:
+        worse, better = against_baseline(held, found["versions"]["triton"], complete=not quick)
+        failures += worse
+        if better:
+            print("Better than the baseline; `python -m benchmarks static --accept` keeps it:", *better, sep="\n  ")
+    if failures:
+        print("Failed:", *failures, sep="\n  ")
+    return 1 if failures else 0
+
+
+def against_baseline(held: dict[str, float], triton_version: str, complete: bool) -> tuple[list[str], list[str]]:
+    """:func:`compare` with the committed baseline; kernels only where the same version of Triton compiled them."""
+    baseline = json.loads(BASELINE.read_text())
+    kept = baseline["figures"]
+    if baseline["versions"]["triton"] != triton_version:
+        theirs = baseline["versions"]["triton"]
+        print(f"The baseline is for triton {theirs}, this is {triton_version}: kernels are not compared")
+        held, kept = ({k: v for k, v in d.items() if not k.startswith("sm_")} for d in (held, kept))
+    return compare(held, kept, complete)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The figures that matter, for a terminal."""
+    block = found["saved_bytes_per_image"]["block"]
+    lines = [
+        f"launches per block: {found['launches_per_block']} (timm eager: {found['timm_eager']['plain']['launches']})",
+        f"bytes moved per block, batch {BATCH}: {found['bytes_per_block']['forward']['plain'] / 1e9:.2f} GB "
+        f"(timm eager: {found['timm_eager']['plain']['bytes'] / 1e9:.2f} GB)",
+        "kept for backward, of timm's: "
+        + ", ".join(f"{row['ratio']:.3f} {name}" for name, row in block.items())
+        + f" ({MODEL}'s block)",
+        "",
+        f"{'kernels':10}{'configurations':>15}{'registers':>11}{'hot spills':>12}{'shared KiB':>12}",
+    ]
+    for target in dict.fromkeys(row["target"] for row in found["kernels"]):
+        rows = [row for row in found["kernels"] if row["target"] == target]
+        spilling = sum(row["hot"] and row["spill_bytes"] > 0 for row in rows)
+        most = [max(row[key] for row in rows) for key in ("registers", "shared_bytes")]
+        lines.append(f"{target:10}{len(rows):15}{most[0]:11}{spilling:12}{most[1] / 1024:12.0f}")
+    gpus = dict.fromkeys(row["gpu"] for row in found["floors"])
+    lines += [
+        "",
+        f"Images/s at batch {BATCH} if every launch ran at its data sheet's peak: limits, not measured",
+        f"{'':24}{'GFLOPs':>8}" + "".join(f"{gpu:>15}" for gpu in gpus),
+    ]
+    for model, counts in found["flops_per_image"].items():
+        floors = [row for row in found["floors"] if row["model"] == model and row["batch"] == BATCH]
+        cells = "".join(f"{row['images_per_s']:15,.0f}" for row in floors)
+        lines.append(f"{model:24}{counts['forward'] / 1e9:8.1f}{cells}")
+    lines += [
+        "",
+        f"{'table 6':18}{'epochs':>7}{'exaFLOPs':>10}{'paper':>8}{'deviation':>11} (paper's unit: {REFERENCE} agrees)",
+    ]
+    for row in found["table6"]:
+        ours = "-" if row["exaflops"] is None else f"{row['exaflops']:.0f}"
+        deviation = "-" if row["deviation"] is None else f"{row['deviation']:+.1%}"
+        lines.append(f"{row['model']:18}{row['epochs']:7}{ours:>10}{row['paper_exaflops']:8}{deviation:>11}")
+    return "\n".join(lines) + "\n"

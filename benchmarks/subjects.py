@@ -1,0 +1,189 @@
+"""What runs in a cell's process when the cell is a model: build it, check it against float64, call it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import contenders, images, measure, networks
+from benchmarks.cells import Cell, CellFailed
+from benchmarks.suites import Options
+from benchmarks.workers import Worker
+
+CHECKED = 2  # images whose logits (in training: and whose gradients) are checked
+Run = Callable[[], object]
+
+
+class Expected(NamedTuple):
+    """What a contender must compute, from its baseline's process."""
+
+    exact: list[Tensor]  # float64: logits, and in training the images' gradient
+    eager: list[Tensor]  # the baseline's own, in the dtype that is compared
+    errors: list[float]  # its largest absolute error in each
+
+
+class ModelSubject:
+    """A contender's model on a device.
+
+    Args:
+        cell: has model, size, dtype and mode ("inference" or "training").
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, cell: Cell, device: str) -> None:
+        self.cell, self.device = cell, torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, cell["dtype"])
+        self.training: bool = cell["mode"] == "training"
+        self.contender = self._find(cell.contender)
+        self.network = networks.build(cell["model"], cell["size"])
+        self.model: nn.Module = self.contender.model(self.network, self.dtype, self.device, training=self.training)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True) if self.training else None
+
+    def _find(self, name: str) -> contenders.Contender:
+        """Who has the name; a suite of its own contenders has another answer."""
+        return contenders.find(name)
+
+    def _images(self, batch: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(batch, 3, size, size) of photographs, in the layout and dtype in which the model takes them."""
+        dtype = dtype or (torch.float32 if self.contender.way.autocast else self.dtype)
+        found = images.crops(batch, self.network.size).to(self.device, dtype)
+        return found if self.network.family == "vit" else found.to(memory_format=torch.channels_last)
+
+    def _labels(self, batch: int) -> Tensor:
+        return torch.arange(batch, device=self.device) * 7 % 1000
+
+    def _outputs(self, model: nn.Module, batch: Tensor) -> list[Tensor]:
+        """float64 on the CPU: logits of the first images, and in training the first layer's gradient of their loss."""
+
+        def forward() -> Tensor:
+            with self.contender.context(self.dtype, self.device), torch.set_grad_enabled(self.training):
+                logits: Tensor = model(batch)
+            return logits
+
+        logits = (measure.graphed(forward) if self.contender.way.graph else forward)()[:CHECKED]
+        found = [logits]
+        if self.training:
+            model.zero_grad(set_to_none=True)
+            F.cross_entropy(logits.float(), self._labels(len(logits))).backward()
+            first = next(
+                p for p in model.parameters() if p.ndim == 4 and p.shape[1] == 3
+            )  # (D, 3, p, q), of the patches
+            assert first.grad is not None
+            found.append(first.grad)
+        return [tensor.detach().double().cpu() for tensor in found]
+
+    def expected(self) -> Expected:
+        """What the network computes in float64, and how far this contender is from it."""
+        exact_model = copy.deepcopy(self.network.source).to(self.device, torch.float64).train(self.training)
+        exact = self._outputs(exact_model.requires_grad_(self.training), self._images(CHECKED, torch.float64))
+        eager = self._outputs(self.model, self._images(CHECKED))
+        return Expected(exact, eager, [_error(a, b) for a, b in zip(eager, exact, strict=True)])
+
+    def check(self, expected: Expected | None, batch: int = CHECKED) -> dict[str, Any]:
+        """Hold the model against what it must compute: at most twice the baseline's error, as the kernels' tests do.
+
+        Args:
+            expected: from the baseline.
+            batch: how many images it is given. A model that is compiled for one batch is checked on that one, of which
+                the first images count; but not with batch norms, where all of a batch matter.
+
+        Raises:
+            CellFailed: it computes something else (see :func:`largest_error`).
+        """
+        row: dict[str, Any] = {"max_abs_logit_error": None, "max_abs_logit_diff": None}
+        if expected is None or not self.contender.library.same_function:
+            return row
+        if self.contender.way.compile is None or (self.training and self.network.family == "resnet"):
+            batch = CHECKED
+        found = self._outputs(self.model, self._images(batch))
+        rows = len(found[0])
+        row["max_abs_logit_diff"] = _error(found[0], expected.eager[0][:rows])
+        exact = [expected.exact[0][:rows], *expected.exact[1:]]
+        whats = ("logits", "gradients")[: len(found)]
+        for what, tensor, right, eager in zip(whats, found, exact, expected.errors, strict=True):
+            error = largest_error(what, tensor, right, eager)
+            row["max_abs_logit_error"] = row["max_abs_logit_error"] or error
+        return row
+
+    def call(self, batch: int) -> Run:
+        """One step on a batch: the logits, or in training forward, loss, backward and AdamW."""
+        inputs, labels, optimizer = self._images(batch), self._labels(batch), self.optimizer
+
+        def infer() -> Tensor:
+            with torch.no_grad(), self.contender.context(self.dtype, self.device):
+                logits: Tensor = self.model(inputs)
+            return logits
+
+        def step() -> None:
+            assert optimizer is not None
+            optimizer.zero_grad(set_to_none=True)
+            with self.contender.context(self.dtype, self.device):
+                logits = self.model(inputs)
+            F.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+
+        if self.contender.way.graph:
+            return measure.graphed(infer)
+        return step if self.training else infer
+
+
+def model_cells(options: Options) -> list[Cell]:
+    """Every model, size, mode and dtype with every contender that has such a network.
+
+    Raises:
+        ValueError: a model, contender or size that does not exist.
+    """
+    found = []
+    for model in options.models:
+        family = networks.family(model)
+        peers = [peer for peer in options.peers if family in contenders.find(peer).library.builds]
+        for size in options.sizes:
+            networks.check_size(model, size)
+            for mode in options.modes:
+                for dtype in options.dtypes:
+                    what = (("model", model), ("size", size), ("mode", mode), ("dtype", dtype))
+                    found += [Cell(peer, what) for peer in peers]
+    return found
+
+
+def cells_by_batch(options: Options) -> list[Cell]:
+    """:func:`model_cells` for every batch."""
+    return [
+        Cell(cell.contender, (*cell.what, ("batch", batch)))
+        for batch in options.batches
+        for cell in model_cells(options)
+    ]
+
+
+def starter(subject: Callable[..., object], options: Options, *arguments: Any) -> Callable[[Cell], Worker]:
+    """What starts the process of a cell's subject."""
+    return lambda cell: Worker(subject, cell, options.device, *arguments)
+
+
+def baseline(cell: Cell) -> Cell:
+    """The cell that ``cell`` is checked against and compared with."""
+    return Cell(contenders.baseline(networks.family(cell["model"])), cell.what)
+
+
+def largest_error(what: str, found: Tensor, exact: Tensor, eager: float) -> float:
+    """The largest absolute error: at most twice the baseline's, ``eager``, as the kernels' tests demand it.
+
+    Raises:
+        CellFailed: it is larger, or not a number.
+    """
+    error, tiny = _error(found, exact), 1e-6 * exact.abs().max().item()
+    if not error <= 2 * eager + tiny:
+        raise CellFailed(
+            f"wrong {what}: the largest error is {error:.2g}, the baseline's {eager:.2g} (accepted: twice that)"
+        )
+    return error
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference; not-a-number where there is one, which no limit accepts."""
+    return (found - exact).abs().max().item()
