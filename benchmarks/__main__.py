@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, latency, memory, static, suites, throughput
+from benchmarks import accuracy, latency, memory, report, static, suites, throughput
 from benchmarks.cells import RESULTS, slug
 from benchmarks.report import tables
 from fastvit import env
@@ -43,11 +43,27 @@ def _suite(arguments: argparse.Namespace) -> int:
 
 
 def _static(arguments: argparse.Namespace) -> int:
-    folder = RESULTS if arguments.keep else Path(arguments.out)
-    if arguments.quick and arguments.accept:
-        print("--accept needs a complete run: leave --quick out", file=sys.stderr)
+    try:
+        return static.run(Path(arguments.out), quick=arguments.quick, accept=arguments.accept)
+    except (ValueError, RuntimeError) as error:
+        print(f"python -m benchmarks static: {error}", file=sys.stderr)
         return 2
-    return static.run(folder, quick=arguments.quick, accept=arguments.accept)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    try:
+        if arguments.check:
+            current = report.is_current(arguments.results, report.STATIC, report.README)
+            if not current:
+                print("README.md is behind its results: run `python -m benchmarks report`", file=sys.stderr)
+            return 0 if current else 1
+        readme = None if arguments.no_readme else report.README
+        written = report.write(arguments.results, report.STATIC, arguments.out, readme)
+    except ValueError as error:
+        print(f"python -m benchmarks report: {error}", file=sys.stderr)
+        return 2
+    print("wrote " + "\n      ".join(str(path) for path in written))
+    return 0
 
 
 def _add_suite(commands: Any, suite: suites.Suite) -> None:
@@ -78,14 +94,10 @@ def _add_suite(commands: Any, suite: suites.Suite) -> None:
     add("limit", "--limit", type=_positive, metavar="GIB", help="memory that may be used")
     command.add_argument("--quick", action="store_true", help="a small network, seconds: does it run?")
     command.add_argument("--retry", action="store_true", help="run cells again that have no result")
-    _add_out(command, "benchmarks/results/<device>")
-    command.set_defaults(run=_suite, suite=suite)
-
-
-def _add_out(command: argparse.ArgumentParser, kept: str) -> None:
     where = command.add_mutually_exclusive_group()
     where.add_argument("--out", default="bench-out", metavar="DIR", help="where to write (default: %(default)s)")
-    where.add_argument("--keep", action="store_true", help=f"write to {kept}, to be committed")
+    where.add_argument("--keep", action="store_true", help="write to benchmarks/results/<device>, to be committed")
+    command.set_defaults(run=_suite, suite=suite)
 
 
 def _shown(value: object) -> str:
@@ -105,9 +117,22 @@ def parser() -> argparse.ArgumentParser:
 
     derived = commands.add_parser("static", help=static.HELP, description=static.DESCRIPTION)
     derived.add_argument("--quick", action="store_true", help="ViT-B/16 alone, and only sm_90")
-    derived.add_argument("--accept", action="store_true", help="make these figures the baseline")
-    _add_out(derived, "benchmarks/results")
+    derived.add_argument("--accept", action="store_true", help="keep static.json as the baseline")
+    derived.add_argument("--out", default="bench-out", metavar="DIR", help="where to write (default: %(default)s)")
     derived.set_defaults(run=_static)
+
+    shown = commands.add_parser(
+        "report",
+        help="README.md's tables, plots and a page, from results",
+        description="Make README.md's tables (between their marks), the plots and one self-contained page from result "
+        "files: DIR/<device>/<suite>.json, or DIR/<suite>.json for one device. Nothing is measured.",
+    )
+    shown.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    shown.add_argument("--out", type=Path, default=report.OUT, metavar="DIR", help="default: bench-out/report")
+    readme = shown.add_mutually_exclusive_group()
+    readme.add_argument("--no-readme", action="store_true", help="leave README.md alone")
+    readme.add_argument("--check", action="store_true", help="write nothing; exit status 1 where README.md is behind")
+    shown.set_defaults(run=_report)
     return top
 
 

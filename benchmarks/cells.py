@@ -116,6 +116,7 @@ class Store:
                 )
         folder.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
         self.number = len(self.content["runs"])
+        self.device = device
 
     def finished(self, cell: Cell, retry: bool = False) -> bool:
         """Whether the cell's row is there, measured by this code; with ``retry`` a row without a result is not."""
@@ -135,6 +136,8 @@ class Store:
         cells, runs = self.content["cells"], self.content["runs"]
         if len(runs) == self.number:
             runs.append(self.run)
+        if self.device == "cuda":
+            self.run["device_after"] = env.device(self.device)  # clocks and power while it is warm
         old = self.row(cell)
         new = {**cell.row(), **row, "run": self.number}
         if old is None:

@@ -1,7 +1,7 @@
 """What is known without a GPU: launches, bytes, FLOPs, roofline floors, and the compiler's report on every kernel.
 
 Nothing here is timed, so two runs write the same bytes. :func:`run` fails where a limit is passed, or where a figure
-is worse than in ``static_baseline.json``.
+is worse than in the committed ``results/static.json``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import triton
 from tqdm import tqdm
 
 from benchmarks import static_chart
+from benchmarks.cells import RESULTS
 from benchmarks.static_counts import BATCH, MODEL, REFERENCE, derive
 from fastvit import static
 from fastvit.triton import launch
@@ -29,10 +30,10 @@ DESCRIPTION = (
     "Derive and compile, with no GPU: launches and bytes of a block, bytes kept for backward beside timm's, FLOPs, "
     "roofline floors from data sheets, table 6 of the ViT paper, and registers, spills and shared memory of every "
     "kernel configuration on six architectures. Writes static.json, static.csv (the kernels) and static.png. "
-    "Exit status 1: a limit is passed, or a figure is worse than benchmarks/static_baseline.json (--accept rewrites "
-    "it). The first run compiles for minutes; Triton caches the rest."
+    "Exit status 1: a limit is passed, or a figure is worse than in benchmarks/results/static.json (--accept "
+    "rewrites it). The first run compiles for minutes; Triton caches the rest."
 )
-BASELINE = Path(__file__).with_name("static_baseline.json")
+BASELINE = RESULTS / "static.json"
 
 MAX_LAUNCHES_PER_BLOCK = 7
 MAX_SAVED_RATIO = 0.63
@@ -181,7 +182,8 @@ def run(out: Path, *, quick: bool = False, accept: bool = False) -> int:
         raise RuntimeError("TRITON_INTERPRET=1 is set: Triton interprets kernels and can't compile them; unset it")
     found = {"versions": _versions(), **derive(quick), "kernels": compile_kernels(quick)}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "static.json").write_text(json.dumps(found, indent=1) + "\n")
+    text = json.dumps(found, indent=1) + "\n"
+    (out / "static.json").write_text(text)
     with (out / "static.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(found["kernels"][0]), lineterminator="\n")
         writer.writeheader()
@@ -193,7 +195,7 @@ def run(out: Path, *, quick: bool = False, accept: bool = False) -> int:
     failures = limits(found)
     held = figures(found)
     if accept:
-        BASELINE.write_text(json.dumps({"versions": found["versions"], "figures": held}, indent=1) + "\n")
+        BASELINE.write_text(text)
         print(f"wrote {BASELINE}")
     else:
         worse, better = against_baseline(held, found["versions"]["triton"], complete=not quick)
@@ -208,7 +210,7 @@ def run(out: Path, *, quick: bool = False, accept: bool = False) -> int:
 def against_baseline(held: dict[str, float], triton_version: str, complete: bool) -> tuple[list[str], list[str]]:
     """:func:`compare` with the committed baseline; kernels only where the same version of Triton compiled them."""
     baseline = json.loads(BASELINE.read_text())
-    kept = baseline["figures"]
+    kept = figures(baseline)
     if baseline["versions"]["triton"] != triton_version:
         theirs = baseline["versions"]["triton"]
         print(f"The baseline is for triton {theirs}, this is {triton_version}: kernels are not compared")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -215,7 +216,8 @@ def compute(models: Iterable[str]) -> dict[str, Any]:
         {"gpu": gpu.name, "flops_per_s": gpu.flops_per_s, "bytes_per_s": gpu.bytes_per_s, "source": gpu.source}
         for gpu in roofline.GPUS.values()
     ]
-    return {"flops_per_image": counts, "floors": floors, "data_sheets": sheets}
+    launched = [{**one._asdict(), "times": times} for one, times in Counter(roofline.work(MODEL, BATCH)).items()]
+    return {"flops_per_image": counts, "floors": floors, "data_sheets": sheets, "work": launched}
 
 
 def table6(rows: Sequence[Row6] = TABLE6) -> list[dict[str, Any]]:

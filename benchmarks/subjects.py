@@ -70,9 +70,7 @@ class ModelSubject:
         if self.training:
             model.zero_grad(set_to_none=True)
             F.cross_entropy(logits.float(), self._labels(len(logits))).backward()
-            first = next(
-                p for p in model.parameters() if p.ndim == 4 and p.shape[1] == 3
-            )  # (D, 3, p, q), of the patches
+            first = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] == 3)  # (D, 3, p, q)
             assert first.grad is not None
             found.append(first.grad)
         return [tensor.detach().double().cpu() for tensor in found]

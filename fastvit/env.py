@@ -56,22 +56,31 @@ def device(kind: str | None = None) -> dict[str, Any]:
         "capability": f"{gpu.major}.{gpu.minor}",
         "multiprocessors": gpu.multi_processor_count,
         "memory_bytes": gpu.total_memory,
-        "driver": _nvidia_smi("driver_version"),
-        "power_limit": _nvidia_smi("power.limit"),
-        "sm_clock": _nvidia_smi("clocks.sm"),
-        "sm_clock_max": _nvidia_smi("clocks.max.sm"),
+        **_nvidia_smi(str(gpu.uuid)),
     }
 
 
-def _nvidia_smi(query: str) -> str | None:
-    """One property of the current device as nvidia-smi prints it; None where that tool is missing or hangs."""
-    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
+# What nvidia-smi tells of a GPU as it is found; nothing here changes it.
+_STATE = {
+    "driver": "driver_version",
+    "power_limit": "power.limit",
+    "power_draw": "power.draw",
+    "sm_clock": "clocks.sm",
+    "sm_clock_max": "clocks.max.sm",
+    "memory_clock": "clocks.mem",
+    "temperature": "temperature.gpu",
+}
+
+
+def _nvidia_smi(uuid: str) -> dict[str, str | None]:
+    """:data:`_STATE` of a GPU as nvidia-smi prints it; None where that tool is missing, refuses or hangs."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_STATE.values())}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return run.stdout.strip() if run.returncode == 0 else None
+        return dict.fromkeys(_STATE)
+    found = [value.strip() for value in run.stdout.split(",")]
+    return dict(zip(_STATE, found, strict=True)) if run.returncode == 0 else dict.fromkeys(_STATE)
 
 
 def tiles() -> list[str]:

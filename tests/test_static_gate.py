@@ -61,13 +61,13 @@ def test_two_runs_write_the_same_bytes(quick: tuple[int, Path], tmp_path: Path) 
 def test_the_committed_baseline_holds() -> None:
     """Launches, bytes and memory for backward of every model. (The kernels: in a complete run, and above for sm_90.)"""
     now = gate.figures({**counts.launches_and_bytes(counts.MODELS), **counts.saved(counts.MODELS), "kernels": []})
-    kept = json.loads(gate.BASELINE.read_text())["figures"]
+    kept = gate.figures(json.loads(gate.BASELINE.read_text()))
     worse, _ = gate.compare(now, {key: kept[key] for key in kept if not key.startswith("sm_")}, complete=True)
     assert not worse
 
 
 def test_the_baseline_has_every_architecture() -> None:
-    kept = json.loads(gate.BASELINE.read_text())["figures"]
+    kept = gate.figures(json.loads(gate.BASELINE.read_text()))
     targets = {key.split()[0] for key in kept if key.startswith("sm_")}
     assert targets == {f"sm_{arch}" for arch in launch.ARCHITECTURES}
     assert all(value == 0 for key, value in kept.items() if key.endswith("linear_tma_kernel spill_bytes"))
@@ -107,7 +107,7 @@ def test_one_tensor_more_kept_for_backward_is_caught(monkeypatch: pytest.MonkeyP
 
 
 def _worse(found: dict[str, Any]) -> list[str]:
-    return gate.compare(gate.figures(found), json.loads(gate.BASELINE.read_text())["figures"], complete=False)[0]
+    return gate.compare(gate.figures(found), gate.figures(json.loads(gate.BASELINE.read_text())), complete=False)[0]
 
 
 def test_a_spill_is_caught_where_it_is_hot(found: dict[str, Any]) -> None:
@@ -135,14 +135,14 @@ def test_compare() -> None:
 def test_other_tritons_kernels_are_not_compared(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    baseline = tmp_path / "baseline.json"
-    kept = {"versions": {"triton": "3.0"}, "figures": {"launches_per_block": 7, "sm_90 some_kernel spill_bytes": 0}}
-    baseline.write_text(json.dumps(kept))
-    monkeypatch.setattr(gate, "BASELINE", baseline)
-    now = {"launches_per_block": 8, "sm_90 some_kernel spill_bytes": 4}
-    assert gate.against_baseline(now, "3.6.0", complete=True) == (["launches_per_block: 8, baseline 7"], [])
+    kept = {**json.loads(gate.BASELINE.read_text()), "versions": {"triton": "3.0"}}
+    (tmp_path / "static.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(gate, "BASELINE", tmp_path / "static.json")
+    now = {**gate.figures(kept), "launches_per_block": 8, "sm_90 linear_tma_kernel spill_bytes": 4}
+    launch_line, spill_line = "launches_per_block: 8, baseline 7", "sm_90 linear_tma_kernel spill_bytes: 4, baseline 0"
+    assert gate.against_baseline(now, "3.6.0", complete=True) == ([launch_line], [])
     assert "is for triton 3.0" in capsys.readouterr().out
-    assert gate.against_baseline(now, "3.0", complete=True)[0][1] == "sm_90 some_kernel spill_bytes: 4, baseline 0"
+    assert gate.against_baseline(now, "3.0", complete=True) == ([launch_line, spill_line], [])
 
 
 def test_a_quick_run_is_no_baseline(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from benchmarks.cells import RESULTS, ROOT
 
 STATIC = RESULTS / "static.json"  # what `python -m benchmarks static --out benchmarks/results` writes
 README = ROOT / "README.md"
+OUT = Path("bench-out/report")  # where the command writes, unless it is told
 
 
 def write(results: Path, static: Path | None, out: Path, readme: Path | None) -> list[Path]:
     """Draw every plot, make the page, and bring README.md's part up to date.
 
     Args:
-        results: the folder that has a folder for every device, with SUITE.json in it.
+        results: the folder that has a folder for every device, with SUITE.json in it; or one of these.
         static: static.json; None, or a path where there is none: page and README say "not measured yet".
         out: gets the page, index.html, and the plots, DEVICE/PLOT.png and static/PLOT.png.
         readme: a file with the marks of :mod:`benchmarks.report.readme`; None: no README is touched.
