@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --durations 5
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test test-all test-peers gpu lint format dist clean
+.PHONY: help install bench speed test test-all test-peers gpu rehearse tune lint format dist clean
 
 help: ## what the commands are
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,14 +21,21 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-bench: $(STAMP) ## throughput of fastvit beside timm, torchvision, Hugging Face and a ResNet, on this device
-	$(PY) -m benchmarks throughput
+bench: $(STAMP) ## ViT-B/16 from fastvit, timm, torchvision and Hugging Face beside a ResNet-50, on this device
+	$(PY) -m benchmarks throughput --models vit_base_patch16_224 resnet50 --sizes 224 --modes inference \
+	  --peers timm fastvit torchvision huggingface
+	$(PY) -m benchmarks report --results bench-out --out bench-out/report --no-readme
+
+speed: $(STAMP) ## micro-benchmarks of every op and backend (pytest-benchmark)
+	$(PY) -m pytest benchmarks --benchmark-only
 
 # Two test processes, since one can't both compile Triton kernels and interpret them. All parts always run.
 define run-tests
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
 	echo "== compiled, and on the CPU"; $(PYTEST) $(1) tests --ignore tests/interpreted || status=1; \
+	echo "== launches, bytes and registers against the baseline"; \
+	$(PY) -m benchmarks static --out bench-out/static || status=1; \
 	echo "== Triton kernels in the interpreter"; TRITON_INTERPRET=1 $(PYTEST) $(1) tests/interpreted || status=1; \
 	exit $$status
 endef
@@ -42,12 +49,16 @@ test-all: $(STAMP) ## the same and the tests that take minutes
 test-peers: $(STAMP) ## timm's own model tests on our models
 	$(PY) tests/check_timm.py
 
-gpu: $(STAMP) ## on a CUDA device: its tests, the benchmark, and the tables in README.md
-	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
-	  "make gpu needs a CUDA device, and PyTorch sees none (torch.cuda.is_available() is False)")'
-	$(PY) -m pytest -m gpu tests --ignore tests/interpreted
-	$(PY) -m benchmarks throughput --device cuda --keep
-	$(PY) -m benchmarks tables
+# On a machine with a GPU, without a network: the Python that is there, with its PyTorch and Triton, and no .venv.
+gpu: ## on a CUDA device: tests, every benchmark, README's tables; DRY=1 lists the stages, ONLY="a b" picks some
+	$(PYTHON) benchmarks/stages.py $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
+
+rehearse: $(STAMP) ## the stages of make gpu on a CPU at toy size, into bench-out/rehearsal
+	$(PY) benchmarks/stages.py --rehearse bench-out/rehearsal
+	$(PY) benchmarks/stages.py --rehearse bench-out/rehearsal --tune
+
+tune: ## the same way: measure the tiles of this GPU into kernels/triton/tables/measured; DRY=1, ONLY="a b"
+	$(PYTHON) benchmarks/stages.py --tune $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
 
 lint: $(STAMP) ## ruff and mypy
 	@status=0; set -x; \

@@ -7,18 +7,26 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import accuracy, latency, memory, report, static, suites, throughput
+from benchmarks import accuracy, kernels, latency, memory, report, static, suites, throughput, waterfall
 from benchmarks.cells import RESULTS, slug
 from benchmarks.report import tables
 from fastvit import env
 
-SUITES = (throughput.SUITE, latency.SUITE, memory.SUITE, accuracy.SUITE)
+SUITES = (throughput.SUITE, latency.SUITE, memory.SUITE, kernels.SUITE, waterfall.SUITE, accuracy.SUITE)
+
+
+def options(arguments: argparse.Namespace, device: str) -> suites.Options:
+    """What a suite's command line asks for on a device: the suite's defaults, and what was given instead."""
+    defaults = arguments.suite.defaults["quick" if arguments.quick else device]
+    names = [field.name for field in fields(suites.Options) if field.name != "device"]
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return replace(defaults, device=device, **given)
 
 
 def _suite(arguments: argparse.Namespace) -> int:
@@ -27,12 +35,9 @@ def _suite(arguments: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: PyTorch sees no CUDA device", file=sys.stderr)
         return 2
-    options = replace(suite.defaults["quick" if arguments.quick else device], device=device)
-    names = ("dtypes", "models", "sizes", "batches", "peers", "modes", "budget", "limit")
-    given: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     folder = RESULTS / slug(env.device(device)["name"]) if arguments.keep else Path(arguments.out)
     try:
-        rows = suites.run(suite, replace(options, **given), folder, arguments.command, arguments.retry)
+        rows = suites.run(suite, options(arguments, device), folder, arguments.command, arguments.retry)
     except ValueError as error:
         print(f"python -m benchmarks {suite.name}: {error}", file=sys.stderr)
         return 2

@@ -50,6 +50,12 @@ def _suite(name: str, suite: str, options: str, about: str, limit: int = LIMIT) 
     return Stage(name, command, about, f"-m benchmarks {suite} --device cpu --quick --out {{out}}/{name}", limit)
 
 
+def _kernels(name: str, model: str, batch: int) -> Stage:
+    options = f"--models {model} --batch {batch}"
+    about = f"each op beside its rivals, cold L2, at the shapes of ViT-{name}, batch {batch}"
+    return _suite(f"kernels-{name}", "kernels", options, about)
+
+
 def _at_224(name: str, models: str, mode: str) -> Stage:
     options = f"--models {models} --sizes 224 --modes {mode}"
     return _suite(name, "throughput", options, f"{mode} at 224 px, every peer, the best batch of 32 to 1024")
@@ -94,12 +100,14 @@ STAGES = (
         "every op and model at real sizes on the GPU",
         "-m pytest -q -n 2 -m gpu tests --ignore tests/interpreted",
     ),
-    _suite("kernels", "kernels", "", "each op beside its rivals at the shapes of ViT-B, L and H, cold L2"),
+    _kernels("B", "vit_base_patch16_224", 256),
     _at_224("throughput-B", "vit_base_patch16_224", "inference"),
     _at_224("throughput-L", "vit_large_patch16_224", "inference"),
     _at_224("throughput-H", "vit_huge_patch14_224", "inference"),
     _at_224("training-B", "vit_base_patch16_224", "training"),
     _at_224("training-L", "vit_large_patch16_224", "training"),
+    _kernels("L", "vit_large_patch16_224", 256),
+    _kernels("H", "vit_huge_patch14_224", 128),
     _suite("latency", "latency", "", "batch 1, 8 and 32, eager and as a CUDA graph"),
     _suite("memory", "memory", "--sizes 224", "peak bytes at batch 64, and the largest batch by bisection"),
     _suite("waterfall", "waterfall", "", "ViT-B/16, one fusion after another", 240),
@@ -113,7 +121,7 @@ STAGES = (
         "report",
         "-m benchmarks report",
         "README.md's tables, the plots and the page, from every result so far",
-        "-m benchmarks report --results {out} --out {out}/report --check",
+        "-m benchmarks report --results {out} --out {out}/report --no-readme",
         120,
     ),
 )

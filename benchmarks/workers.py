@@ -22,6 +22,7 @@ LIMIT = 900.0  # seconds for one answer; torch.compile with max-autotune takes m
 
 def _serve(connection: Connection, make: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """The child: make the subject, then answer (method, arguments) until the pipe closes."""
+    gc.freeze()  # what the server imported stays: to look through it on every collection takes longer than most answers
     subject: object | None = None
     while True:
         try:

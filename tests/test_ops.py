@@ -163,6 +163,53 @@ def test_backend_is_a_setting_and_a_context() -> None:
     assert backends.setting() == "auto"
 
 
+def test_backend_of_some_ops_leaves_the_others() -> None:
+    fc1, x = torch.nn.Parameter(torch.randn(8, 8)), torch.randn(3, 8)
+    with fastvit.backend("reference"):
+        with fastvit.backend("triton", only=("linear",)), torch.no_grad():
+            assert backends.setting("linear") == "triton"
+            assert backends.setting("mlp") == "reference"
+            assert "linear triton" in backends.setting()
+            assert "mlp reference" in backends.setting()
+            assert backends.choose("mlp", x, needs_grad=False) == "reference"
+            if not torch.cuda.is_available():
+                with pytest.raises(fastvit.BackendUnavailable, match="ops.linear: backend 'triton'"):
+                    ops.linear(x, fc1)
+            with fastvit.backend("auto", only="mlp"):
+                assert [backends.setting(op) for op in ("layer_norm", "linear", "mlp")] == [
+                    "reference",
+                    "triton",
+                    "auto",
+                ]
+            assert backends.setting("mlp") == "reference"
+        assert backends.setting() == "reference"
+    assert backends.setting() == "auto"
+
+
+def test_unknown_op_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown op 'linnear'; accepted: patch_embed, layer_norm, linear"):
+        fastvit.backend("triton", only=("mlp", "linnear"))
+    assert backends.setting() == "auto"
+
+
+def test_compiled_code_follows_the_setting_of_its_ops() -> None:
+    compiled: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    run = torch.compile(lambda x: ops.layer_norm(x, None, None), backend=keep, fullgraph=True)
+    x = torch.randn(3, 8)
+    run(x)
+    with fastvit.backend("onednn", only=("mlp",)):
+        run(x)
+    assert len(compiled) == 1  # another op's setting is nothing to it
+    with fastvit.backend("reference", only=("layer_norm",)):
+        run(x)
+    assert len(compiled) == 2
+
+
 def test_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="'tritn'.*accepted: auto, reference, onednn, triton"):
         fastvit.backend("tritn")

@@ -679,6 +679,17 @@ def test_a_pickled_file_is_refused(tmp_path: Path) -> None:
         ViT(**SMALL).load_pretrained(tmp_path / "evil.npz")
 
 
+def test_checkpointing_compiles() -> None:
+    model = ViT(img_size=32, patch_size=16, embed_dim=64, depth=2, num_heads=2, num_classes=10)
+    model.set_grad_checkpointing()
+    images, gradients = torch.randn(2, 3, 32, 32), []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        run(images).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_checkpointing_recomputes_on_the_backend_of_forward() -> None:
     model = fastvit.ViT(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2)
     model.set_grad_checkpointing()

@@ -483,10 +483,10 @@ class ViT(nn.Module):
             return block(x, attn_mask=attn_mask, is_causal=is_causal)
         options: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
         if self.grad_checkpointing:
-            chosen = backends.setting()  # now; the setting may be another when backward recomputes
-            return checkpoint(
-                block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), backends.backend(chosen)), **options
-            )
+            if torch.compiler.is_compiling():  # compiled code keeps the setting that it was compiled for
+                return checkpoint(block, x, use_reentrant=False, **options)
+            chosen = backends.again()  # now; the setting may be another when backward recomputes
+            return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), chosen), **options)
         return block(x, **options)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -44,7 +44,7 @@ def attention(
     if not autocasting(q):
         checks.same_dtype("attention", q=q, k=k, v=v)
     if backends.choose("attention", q, needs_grad=needs_grad(q, k, v)) != "triton":
-        with _differentiable_twice(q, k, v):
+        with _differentiable_twice("attention", q, k, v):
             return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
     q, k, v = cast_for_autocast(q, q, k, v)
     out, lse = _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -70,16 +70,16 @@ def attention_qkvpacked(
     if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
         raise ValueError(f"ops.attention_qkvpacked: qkv has shape {tuple(qkv.shape)}, expected (B, T, 3, H, d)")
     if backends.choose("attention_qkvpacked", qkv, needs_grad=needs_grad(qkv)) != "triton":
-        with _differentiable_twice(qkv):
+        with _differentiable_twice("attention_qkvpacked", qkv):
             return reference.attention_qkvpacked(qkv, scale=scale, return_lse=return_lse)
     (qkv,) = cast_for_autocast(qkv, qkv)
     out, lse = _attention_qkvpacked(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)
     return (out, lse) if return_lse else out
 
 
-def _differentiable_twice(*tensors: Tensor) -> AbstractContextManager[None]:
+def _differentiable_twice(op: str, *tensors: Tensor) -> AbstractContextManager[None]:
     """PyTorch's fused attention has no second (or forward-mode) derivatives; who names the reference gets them."""
-    if backends.setting() == "reference" and (needs_grad(*tensors) or backends.transformed()):
+    if backends.setting(op) == "reference" and (needs_grad(*tensors) or backends.transformed()):
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 

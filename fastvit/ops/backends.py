@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Iterable
 from types import TracebackType
 
 import torch
@@ -40,7 +41,6 @@ def _import_triton() -> str | None:
 
 TRITON_MISSING = _import_triton()
 
-_setting = "auto"
 _fallbacks: dict[str, None] = {}  # messages, in the order of their first appearance
 
 
@@ -50,36 +50,62 @@ def _checked(name: str, source: str = "") -> str:
     return name
 
 
+# Replaced as a whole and never written into: contexts put back the one that was before them.
+_settings = dict.fromkeys(OPS, _checked(os.environ.get("FASTVIT_BACKEND") or "auto", "FASTVIT_BACKEND: "))
+
+
 class backend:
-    """Set the backend of every op: ``fastvit.backend("triton")``, for good or as a context manager.
+    """Set who runs the ops: ``fastvit.backend("triton")``, for good or as a context manager.
 
     Args:
         name: "auto", "reference", "onednn" or "triton".
+        only: the ops it is set for, or one (names of :data:`OPS`); the others stay as they are. Default: every op.
 
     Raises:
-        ValueError: the name is none of these. (Whether it can run is known, and said, at the first op.)
+        ValueError: the name is none of these, or no op has a name in ``only``. (Whether it can run is known, and said,
+            at the first op.)
     """
 
-    def __init__(self, name: str) -> None:
-        global _setting
-        self.name, self.before = _checked(name), _setting
-        _setting = name
+    def __init__(self, name: str, *, only: Iterable[str] = OPS) -> None:
+        ops = (only,) if isinstance(only, str) else tuple(only)
+        for op in ops:
+            if op not in OPS:
+                raise ValueError(f"unknown op {op!r}; accepted: {', '.join(OPS)}")
+        self._set(dict.fromkeys(ops, _checked(name)))
+
+    def _set(self, chosen: dict[str, str]) -> None:
+        global _settings
+        self.chosen, self.before = chosen, _settings
+        self.after = _settings = {**_settings, **chosen}
 
     def __enter__(self) -> backend:
-        global _setting
-        _setting = self.name
+        if _settings is not self.after:  # made earlier; since then another was set
+            self._set(self.chosen)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        global _setting
-        _setting = self.before
+        global _settings
+        _settings = self.before
 
 
-def setting() -> str:
-    """The backend that is set: one of :data:`BACKENDS`."""
-    return _setting
+def setting(op: str | None = None) -> str:
+    """The backend that is set for an op: one of :data:`BACKENDS`.
+
+    Without an op, that of all; where they differ, every op with its own ("linear onednn, mlp reference, ...").
+    """
+    if op is not None:
+        return _settings[op]
+    names = set(_settings.values())
+    return names.pop() if len(names) == 1 else ", ".join(f"{op} {name}" for op, name in _settings.items())
+
+
+def again() -> backend:
+    """What is set now, as a context to be entered later: what is recomputed runs as it ran."""
+    made = backend("auto", only=())
+    made.chosen = _settings
+    return made
 
 
 def fallbacks() -> list[str]:
@@ -145,9 +171,10 @@ def choose(op: str, x: Tensor, *, needs_grad: bool) -> str:
     Raises:
         BackendUnavailable: a backend was named and can't run this; the message says why.
     """
-    if _setting == "reference":
+    asked = _settings[op]
+    if asked == "reference":
         return "reference"
-    if _setting == "auto":
+    if asked == "auto":
         if x.is_cuda:
             if torch.compiler.is_exporting():
                 return "reference"
@@ -157,10 +184,10 @@ def choose(op: str, x: Tensor, *, needs_grad: bool) -> str:
             note_fallback(f"ops.{op} runs on the reference: {reason}")
             return "reference"
         return "onednn" if op in ONEDNN_OPS and _refuse_onednn(x, needs_grad) is None else "reference"
-    reason = _refuse_triton(op, x) if _setting == "triton" else _refuse_onednn(x, needs_grad)
+    reason = _refuse_triton(op, x) if asked == "triton" else _refuse_onednn(x, needs_grad)
     if reason is not None:
-        raise BackendUnavailable(f"ops.{op}: backend {_setting!r} can't run here: {reason}")
-    return _setting
+        raise BackendUnavailable(f"ops.{op}: backend {asked!r} can't run here: {reason}")
+    return asked
 
 
 def availability() -> dict[str, dict[str, str | None]]:
@@ -168,6 +195,3 @@ def availability() -> dict[str, dict[str, str | None]]:
     probe = torch.empty(1, 1, device="cuda" if torch.cuda.is_available() else "cpu")
     onednn = _refuse_onednn(torch.empty(1, 1), needs_grad=False)
     return {op: {"reference": None, "onednn": onednn, "triton": _refuse_triton(op, probe)} for op in OPS}
-
-
-_setting = _checked(os.environ.get("FASTVIT_BACKEND") or "auto", "FASTVIT_BACKEND: ")

@@ -1,0 +1,290 @@
+"""The ops as a Vision Transformer calls them, and who else can compute each: the same arguments for all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastvit
+from benchmarks import networks
+from benchmarks.cells import Unavailable
+from benchmarks.roofline import Work
+from fastvit import ops, reference, static
+from fastvit.ops.backends import BACKENDS
+
+Arguments = dict[str, Any]
+Random = Callable[..., nn.Parameter]  # of a shape; a Parameter, since oneDNN packs nothing else
+Function = Callable[..., Any]  # takes the arguments, returns a tensor or several
+Make = Callable[[str, Arguments], Function]  # from the op's name and the arguments that it will take
+
+BASELINE = "torch"
+
+
+class Sizes(NamedTuple):
+    """What the shapes of a Vision Transformer's ops are made of."""
+
+    batch: int
+    pixels: int
+    patch: int
+    tokens: int
+    width: int
+    heads: int
+    hidden: int
+
+
+def sizes(model: str, pixels: int, batch: int) -> Sizes:
+    """The sizes of a model by name, on square images of so many pixels or the next smaller number that patches divide.
+
+    Raises:
+        ValueError: no Vision Transformer has the name, or the images are too small for it.
+    """
+    if networks.family(model) != "vit":
+        raise ValueError(f"{model} has none of the ops; accepted: vit_base_patch16_224 and other Vision Transformers")
+    networks.check_size(model, pixels)
+    vit = fastvit.create_model(model, depth=1, device="meta")
+    patch = vit.patch_embed.patch_size[0]
+    block: Any = vit.blocks[0]
+    return Sizes(
+        batch,
+        pixels // patch * patch,
+        patch,
+        (pixels // patch) ** 2 + vit.num_prefix_tokens,
+        vit.embed_dim,
+        block.attn.num_heads,
+        block.mlp.fc1.out_features,
+    )
+
+
+# --- who computes ---------------------------------------------------------------------------------------------
+
+
+def _eager(op: str, arguments: Arguments) -> Function:
+    """PyTorch's ops one after the other, as timm calls them: fastvit's reference."""
+    function: Function = getattr(reference, op)
+    return function
+
+
+def _compiled(op: str, arguments: Arguments) -> Function:
+    torch._functorch.config.donated_buffer = False  # it forbids to run one backward pass again and again
+    return torch.compile(_eager(op, arguments), dynamic=False)
+
+
+def _fastvit(backend: str) -> Make:
+    def make(op: str, arguments: Arguments) -> Function:
+        fastvit.backend(backend)  # for good: the process is this contender's alone
+        function: Function = getattr(ops, op)
+        return function
+
+    return make
+
+
+def _sdpa(name: str) -> Make:
+    """F.scaled_dot_product_attention with one of its backends only."""
+
+    def make(op: str, arguments: Arguments) -> Function:
+        for other in ("flash", "cudnn", "mem_efficient", "math"):
+            getattr(torch.backends.cuda, f"enable_{other}_sdp")(other == name)  # for good, and on CPUs too
+        function = _eager(op, arguments)
+        with warnings.catch_warnings(record=True) as reasons:
+            warnings.simplefilter("always")
+            try:
+                function(**arguments)
+            except RuntimeError as error:
+                if not str(error).startswith(("No viable backend", "No available kernel")):
+                    raise
+                device = arguments["qkv"].device.type
+                said = "".join(f"; {reason.message}" for reason in reasons)
+                raise Unavailable(f"this backend has no kernel for these tensors ({device}){said}") from error
+        return function
+
+    return make
+
+
+def _xformers(op: str, arguments: Arguments) -> Function:
+    if arguments["qkv"].device.type != "cuda":
+        raise Unavailable("xformers' attention runs on CUDA devices only")
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise Unavailable(f"xformers can't be imported: {error}") from error
+
+    def run(qkv: Tensor) -> Tensor:
+        out: Tensor = memory_efficient_attention(*qkv.unbind(2))
+        return out
+
+    try:
+        run(**arguments)
+    except NotImplementedError as error:  # its word for: none of its kernels takes these tensors
+        raise Unavailable(str(error)) from error
+    return run
+
+
+def _varlen(op: str, arguments: Arguments) -> Function:
+    """PyTorch's attention for sequences of different lengths, here all of one."""
+    qkv = arguments["qkv"]
+    if qkv.device.type != "cuda":
+        raise Unavailable("varlen_attn runs on CUDA devices only")
+    if qkv.dtype == torch.float32:
+        raise Unavailable("varlen_attn takes float16 and bfloat16")
+    batch, tokens, _, heads, dim = qkv.shape
+    starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=qkv.device)
+
+    def run(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.flatten(0, 1).unbind(1)
+        out = varlen_attn(q, k, v, starts, starts, tokens, tokens)
+        assert isinstance(out, Tensor)
+        return out.view(batch, tokens, heads, dim)
+
+    return run
+
+
+def _unfolded(op: str, arguments: Arguments) -> Function:
+    """The patches copied out as rows, then one matrix product."""
+
+    def run(images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, prefix_tokens: Tensor) -> Tensor:
+        patch = weight.shape[-1]
+        x = F.linear(F.unfold(images, patch, stride=patch).mT, weight.flatten(1), bias)
+        return torch.cat([prefix_tokens.expand(len(x), -1, -1), x], dim=1) + pos_embed
+
+    return run
+
+
+OURS = {"fastvit": _fastvit("auto")} | {f"fastvit-{name}": _fastvit(name) for name in BACKENDS[1:]}
+COMMON: dict[str, Make] = {BASELINE: _eager, "torch-compile": _compiled, **OURS}
+ATTENTION: dict[str, Make] = {  # torch.compile has nothing to fuse in it
+    BASELINE: _eager,
+    "sdpa-flash": _sdpa("flash"),
+    "sdpa-cudnn": _sdpa("cudnn"),
+    "sdpa-efficient": _sdpa("mem_efficient"),
+    "sdpa-math": _sdpa("math"),
+    "xformers": _xformers,
+    "varlen": _varlen,
+    **OURS,
+}
+
+# --- what is computed -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op with the arguments that a model gives it.
+
+    Args:
+        op: the function's name in :mod:`fastvit.ops` and :mod:`fastvit.reference`.
+        arguments: makes them; random and of no other scale than a model's.
+        rivals: who can compute it, by name; the first is the baseline.
+    """
+
+    op: str
+    arguments: Callable[[Random, Sizes], Arguments]
+    rivals: Mapping[str, Make] = field(default_factory=lambda: COMMON)
+
+
+def _norm(random: Random, width: int) -> tuple[Tensor, Tensor, float]:
+    return random(width), random(width), 1e-6
+
+
+def _product(random: Random, s: Sizes, out: int) -> Arguments:
+    return {
+        "x": random(s.batch, s.tokens, s.width),
+        "weight": random(out, s.width, scale=0.02),
+        "bias": random(out),
+    }
+
+
+def _mlp(random: Random, s: Sizes) -> Arguments:
+    x = random(s.batch, s.tokens, s.width)
+    return {
+        "x": x,
+        "fc1_weight": random(s.hidden, s.width, scale=0.02),
+        "fc1_bias": random(s.hidden),
+        "fc2_weight": random(s.width, s.hidden, scale=0.02),
+        "fc2_bias": random(s.width),
+        "norm": _norm(random, s.width),
+        "residual": x,
+    }
+
+
+def _patch_embed(random: Random, s: Sizes) -> Arguments:
+    return {
+        "images": random(s.batch, 3, s.pixels, s.pixels).detach(),  # need no gradient
+        "weight": random(s.width, 3, s.patch, s.patch, scale=0.02),
+        "bias": random(s.width),
+        "pos_embed": random(1, s.tokens, s.width),
+        "prefix_tokens": random(1, s.tokens - (s.pixels // s.patch) ** 2, s.width),
+    }
+
+
+def _layer_norm(random: Random, s: Sizes) -> Arguments:
+    return {"x": random(s.batch, s.tokens, s.width), "weight": random(s.width), "bias": random(s.width)}
+
+
+def _residual(random: Random, s: Sizes) -> Arguments:
+    return {"residual": random(s.batch, s.tokens, s.width)}
+
+
+CASES = {
+    "attention": Case(
+        "attention_qkvpacked",
+        lambda random, s: {"qkv": random(s.batch, s.tokens, 3, s.heads, s.width // s.heads)},
+        ATTENTION,
+    ),
+    "linear+norm": Case(
+        "linear", lambda random, s: {**_product(random, s, 3 * s.width), "norm": _norm(random, s.width)}
+    ),
+    "linear+residual": Case("linear", lambda random, s: {**_product(random, s, s.width), **_residual(random, s)}),
+    "linear+gelu": Case("linear", lambda random, s: {**_product(random, s, s.hidden), "activation": "gelu"}),
+    "mlp": Case("mlp", _mlp),
+    "layer_norm": Case("layer_norm", _layer_norm),
+    "layer_norm+residual": Case("layer_norm", lambda random, s: {**_layer_norm(random, s), **_residual(random, s)}),
+    "patch_embed": Case("patch_embed", _patch_embed, {**COMMON, "unfold": _unfolded}),
+}
+
+
+def tensors(found: Any) -> list[Tensor]:
+    """The tensors in nested arguments or results, each once."""
+    return list({id(t): t for t in tree_leaves(found) if isinstance(t, Tensor)}.values())
+
+
+def leaves(arguments: Arguments) -> list[Tensor]:
+    """The tensors of which the gradient is wanted."""
+    return [t for t in tensors(arguments) if t.requires_grad]
+
+
+def shapes(case: Case, s: Sizes, dtype: torch.dtype) -> Arguments:
+    """The arguments without data."""
+
+    def empty(*shape: int, scale: float = 1.0) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+
+    return case.arguments(empty, s)
+
+
+def work(case: Case, s: Sizes, dtype: torch.dtype, *, backward: bool) -> Work:
+    """What has to be done at least: FLOPs of the matrix products, and bytes.
+
+    FLOPs are those that PyTorch's counter finds by the formulas of :mod:`fastvit.ops.flops`. Bytes are those of every
+    input read once and every output written once. A backward pass reads the outputs' gradients and the arguments and
+    writes the arguments' gradients; a residual has no part in it, for its gradient is the outputs' own.
+    """
+    arguments = shapes(case, s, dtype)
+    with fastvit.backend("triton"), FlopCounterMode(display=False) as counter:
+        outputs = tensors(getattr(ops, case.op)(**arguments))
+        flops = counter.get_total_flops()
+        if backward:
+            upstream = [torch.empty_like(output) for output in outputs]
+            torch.autograd.grad(outputs, leaves(arguments), upstream)
+            flops = counter.get_total_flops() - flops
+    if not backward:
+        return Work(case.op, flops, static.distinct_bytes((arguments, outputs)))
+    arguments.pop("residual", None)
+    return Work(case.op, flops, sum(map(static.distinct_bytes, (outputs, arguments, leaves(arguments)))))
