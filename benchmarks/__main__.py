@@ -25,7 +25,7 @@ def options(arguments: argparse.Namespace, device: str) -> suites.Options:
     """What a suite's command line asks for on a device: the suite's defaults, and what was given instead."""
     defaults = arguments.suite.defaults["quick" if arguments.quick else device]
     names = [field.name for field in fields(suites.Options) if field.name != "device"]
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     return replace(defaults, device=device, **given)
 
 
@@ -42,8 +42,10 @@ def _suite(arguments: argparse.Namespace) -> int:
         print(f"python -m benchmarks {suite.name}: {error}", file=sys.stderr)
         return 2
     print("\n" + tables.terminal(rows, suite.columns))
-    print("\nspread: half the distance from the 20th to the 80th percentile")
-    print(f"saved {folder / suite.name}.json and .csv")
+    if any(field == "spread" for _, field in suite.columns):
+        print("\nspread: half the distance from the 20th to the 80th percentile")
+    pictures = report.draw(folder / f"{suite.name}.json")
+    print("saved " + ", ".join(map(str, [folder / f"{suite.name}.json", folder / f"{suite.name}.csv", *pictures])))
     return 1 if any(row["status"] == "failed" for row in rows) else 0
 
 
@@ -94,9 +96,12 @@ def _add_suite(commands: Any, suite: suites.Suite) -> None:
     add("sizes", "--sizes", nargs="+", type=_count, metavar="PIXELS", help="image sizes")
     add("batches", "--batch", nargs="+", type=_count, metavar="N", help="batch sizes")
     add("peers", "--peers", nargs="+", metavar="NAME", help="contenders")
-    add("modes", "--modes", nargs="+", choices=["inference", "training"], help="what to do")
-    add("budget", "--budget", type=_positive, metavar="S", help="seconds of timing for each group that is compared")
-    add("limit", "--limit", type=_positive, metavar="GIB", help="memory that may be used")
+    if "modes" in suite.extras:
+        add("modes", "--modes", nargs="+", choices=["inference", "training"], help="what to do")
+    if "budget" in suite.extras:
+        add("budget", "--budget", type=_positive, metavar="S", help="seconds of timing for each group that is compared")
+    if "limit" in suite.extras:
+        add("limit", "--limit", type=_positive, metavar="GIB", help="memory that may be used")
     command.add_argument("--quick", action="store_true", help="a small network, seconds: does it run?")
     command.add_argument("--retry", action="store_true", help="run cells again that have no result")
     where = command.add_mutually_exclusive_group()
@@ -162,7 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_args(argv)
     arguments.command = shlex.join(["python", "-m", "benchmarks", *argv])
-    status: int = arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        return 130
+    except OSError as error:  # a folder that can't be written, say
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
+        return 2
     return status
 
 

@@ -99,7 +99,7 @@ SUITE = Suite(
             dtypes=("float32", "bfloat16", "float16"),
             models=("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"),
             batches=(8,),
-            peers=EVERYONE,
+            peers=tuple(peer for peer in EVERYONE if peer != "fastvit-onednn"),
         ),
         "quick": Options(
             models=("vit_tiny_patch16_224",),

@@ -54,17 +54,16 @@ class Cell:
 
 
 def commit() -> str | None:
-    """The commit that is measured, with ``-dirty`` where files differ from it; None outside a clone."""
+    """The commit that is measured, with ``-dirty`` where its code differs from it; None outside a clone."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
     try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *MEASURED, ":!benchmarks/results")
     except FileNotFoundError:
         return None
-    return run.stdout.strip() or None
+    return head + "-dirty" * bool(changed) if head else None
 
 
 def slug(device: str) -> str:
@@ -105,6 +104,7 @@ class Store:
             "versions": env.versions(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": found,
+            "tiles": env.tiles(),
         }
         self.content: dict[str, Any] = {"suite": name, "device": found["name"], "runs": [], "cells": []}
         if self.path.exists():
@@ -114,7 +114,6 @@ class Store:
                     f"{self.path} holds results of {self.content['device']}, and this is {found['name']}; "
                     "give another folder with --out"
                 )
-        folder.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
         self.number = len(self.content["runs"])
         self.device = device
 

@@ -128,16 +128,17 @@ class Floor(nn.Module):
         }
         self.weights = nn.ParameterDict({name: weight.clone() for name, weight in products.items()})
         self.tokens = source.patch_embed.num_patches + source.num_prefix_tokens
-        self.inputs: dict[int, list[Tensor]] = {}  # by batch: random, as zeros would be quicker
+        self.inputs: list[Tensor] = []  # of the latest batch: random, as zeros would be quicker
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> (B, classes), of no meaning."""
         batch, weights = len(images), self.weights
-        if batch not in self.inputs:
+        rows = batch * self.tokens
+        if not self.inputs or len(self.inputs[0]) != rows:
             width, hidden_width = weights["fc2"].shape
             widths = (width, 2 * width, hidden_width)
-            self.inputs[batch] = [torch.randn(batch * self.tokens, n).to(images) for n in widths]
-        x, qkv, hidden = self.inputs[batch]
+            self.inputs = [torch.randn(rows, n, device=images.device, dtype=images.dtype) for n in widths]
+        x, qkv, hidden = self.inputs
         F.linear(images.reshape(-1, weights["embed"].shape[1]), weights["embed"])  # as many bytes as real patches
         for _ in range(self.depth):
             x.clone()  # LayerNorm

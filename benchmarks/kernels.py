@@ -276,6 +276,7 @@ SUITE = Suite(
     },
     cells=_cells,
     measure=_measure,
+    extras=("modes", "budget"),
     columns=(
         ("op", "op"),
         ("model", lambda row: networks.title(row["model"])),

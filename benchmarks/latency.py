@@ -67,6 +67,7 @@ SUITE = Suite(
                 "fastvit-graph",
                 "torchvision",
                 "torchvision-graph",
+                "torchvision-compile",
                 "huggingface",
             ),
             budget=15.0,
@@ -75,6 +76,7 @@ SUITE = Suite(
     },
     cells=cells_by_batch,
     measure=_measure,
+    extras=("budget",),
     columns=(
         ("model", lambda row: networks.title(row["model"])),
         ("px", "size"),

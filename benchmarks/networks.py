@@ -49,10 +49,10 @@ def family(name: str) -> str:
         return "resnet"
     if name in BIT:
         return "bit"
-    if name.startswith("vit_") and timm.is_model(name):
+    vits = [vit for vit in registry.list_models("vit_*_224") if timm.is_model(vit)]
+    if name in vits:
         return "vit"
-    vits = ", ".join(timm.list_models("vit_*_patch*_224"))
-    raise ValueError(f"{name!r} is no network of the benchmarks; these are {vits}, {', '.join([*BIT, *RESNETS])}")
+    raise ValueError(f"{name!r} is no network of the benchmarks; these are {', '.join([*vits, *BIT, *RESNETS])}")
 
 
 def title(name: str) -> str:
@@ -94,7 +94,7 @@ def _create(name: str, size: int) -> tuple[nn.Module, int]:
         conv, layers = partial(StdConv2d, eps=1e-8), registry.RESNET_LAYERS[depth]
         return ResNetV2(layers, width_factor=int(width), stem_type="fixed", conv_layer=conv), size
     size = size // _patch(name) * _patch(name)
-    return timm.create_model(name, img_size=size), size
+    return timm.create_model(name, img_size=size, num_classes=1000), size  # timm has no head for some names
 
 
 def build(name: str, size: int, seed: int = 0) -> Network:

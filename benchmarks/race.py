@@ -61,6 +61,9 @@ def race(
         workers = {cell: stack.enter_context(start(cell)) for cell in everyone}
         rows: dict[Cell, Row] = {}
         expected: Any = None
+        for cell, worker in workers.items():  # all at the same time; what follows is for a quiet machine
+            bar.say(f"starting {cell}")
+            worker.ready()
         for cell in everyone:
             bar.say(f"checking {cell}")
             try:

@@ -35,6 +35,7 @@ class Stage:
         about: what it runs on, and what for.
         rehearsal: the same on a CPU at toy size; {out} is a folder.
         limit: seconds.
+        always: run it even if it has succeeded before: the machine or the results may be others now.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage:
     about: str
     rehearsal: str
     limit: int = LIMIT
+    always: bool = False
 
 
 def _suite(name: str, suite: str, options: str, about: str, limit: int = LIMIT) -> Stage:
@@ -56,14 +58,35 @@ def _kernels(name: str, model: str, batch: int) -> Stage:
     return _suite(f"kernels-{name}", "kernels", options, about)
 
 
-def _at_224(name: str, models: str, mode: str) -> Stage:
-    options = f"--models {models} --sizes 224 --modes {mode}"
-    return _suite(name, "throughput", options, f"{mode} at 224 px, every peer, the best batch of 32 to 1024")
+EAGER = "timm fastvit floor timm-autocast fastvit-autocast fastvit-reference torchvision huggingface timm-xformers"
+COMPILED = "timm timm-compile timm-compile-max fastvit-compile"
 
 
-def _figure_11(part: str, models: str) -> Stage:
-    peers = "--peers timm fastvit torchvision torchvision-compile timm-compile --budget 3"
-    options = f"--models {models} --modes inference {peers}"
+def _at_224(name: str, model: str, mode: str) -> list[Stage]:
+    """Two stages: what is cut off within a race is lost, and compilers take minutes."""
+    options = f"--models {model} --sizes 224 --modes {mode}"
+    about = f"{mode} of ViT-{name} at 224 px, best batch of 32 to 1024"
+    stage = "throughput" if mode == "inference" else "training"
+    return [
+        _suite(f"{stage}-{name}", "throughput", f"{options} --peers {EAGER} --budget 60", f"{about}, eager peers"),
+        _suite(
+            f"{stage}-{name}-compiled", "throughput", f"{options} --peers {COMPILED} --budget 30", f"{about}, compiled"
+        ),
+    ]
+
+
+def _accuracy(name: str, model: str) -> Stage:
+    about = f"ViT-{name} against float64, every backend and dtype"
+    return _suite(f"accuracy-{name}", "accuracy", f"--models {model}", about)
+
+
+def _memory(part: str, models: str) -> Stage:
+    about = "peak bytes at batch 64, and the largest batch by bisection"
+    return _suite(f"memory-{part}", "memory", f"--models {models} --sizes 224", about)
+
+
+def _figure_11(part: str, models: str, peers: str) -> Stage:
+    options = f"--models {models} --modes inference --peers {peers} --budget 3"
     return _suite(f"figure-11-{part}", "throughput", options, "images/s at 64, 128, 224, 384 and 512 px")
 
 
@@ -83,6 +106,7 @@ INSTALL = Stage(
     "this checkout, editable, into this Python",
     "-m pip install --no-index --no-deps --no-build-isolation --quiet -e .",
     120,
+    always=True,
 )
 TUNING = (
     INSTALL,
@@ -101,28 +125,36 @@ STAGES = (
         "-m pytest -q -n 2 -m gpu tests --ignore tests/interpreted",
     ),
     _kernels("B", "vit_base_patch16_224", 256),
-    _at_224("throughput-B", "vit_base_patch16_224", "inference"),
-    _at_224("throughput-L", "vit_large_patch16_224", "inference"),
-    _at_224("throughput-H", "vit_huge_patch14_224", "inference"),
-    _at_224("training-B", "vit_base_patch16_224", "training"),
-    _at_224("training-L", "vit_large_patch16_224", "training"),
+    *_at_224("B", "vit_base_patch16_224", "inference"),
+    *_at_224("L", "vit_large_patch16_224", "inference"),
+    *_at_224("H", "vit_huge_patch14_224", "inference"),
+    *_at_224("B", "vit_base_patch16_224", "training"),
+    *_at_224("L", "vit_large_patch16_224", "training"),
     _kernels("L", "vit_large_patch16_224", 256),
     _kernels("H", "vit_huge_patch14_224", 128),
     _suite("latency", "latency", "", "batch 1, 8 and 32, eager and as a CUDA graph"),
-    _suite("memory", "memory", "--sizes 224", "peak bytes at batch 64, and the largest batch by bisection"),
-    _suite("waterfall", "waterfall", "", "ViT-B/16, one fusion after another", 240),
-    _suite("accuracy", "accuracy", "", "ViT-B, L and H against float64, every backend and dtype", 300),
-    _at_224("throughput-resnets", "resnet50 resnet152 resnetv2_50x1_bit resnetv2_152x2_bit", "inference"),
-    _figure_11("vits", "vit_base_patch32_224 vit_base_patch16_224 vit_large_patch16_224"),
-    _figure_11("resnets", "resnetv2_50x1_bit resnetv2_50x2_bit resnetv2_101x1_bit resnet50"),
-    _figure_11("large-vits", "vit_large_patch32_224 vit_huge_patch14_224"),
-    _figure_11("large-resnets", "resnetv2_152x2_bit resnetv2_200x3_bit"),
+    _memory("B", "vit_base_patch16_224"),
+    _memory("L", "vit_large_patch16_224"),
+    _memory("resnets", "resnet50 resnetv2_50x1_bit resnetv2_152x2_bit"),
+    _suite("waterfall", "waterfall", "", "ViT-B, L and H, one fusion after another"),
+    _accuracy("B", "vit_base_patch16_224"),
+    _accuracy("L", "vit_large_patch16_224"),
+    _accuracy("H", "vit_huge_patch14_224"),
+    _figure_11("B16", "vit_base_patch16_224", "timm fastvit timm-compile"),
+    _figure_11("resnets", "resnet50 resnet152", "torchvision torchvision-compile"),
+    _figure_11("bits", "resnetv2_50x1_bit resnetv2_101x1_bit", "timm timm-compile"),
+    _figure_11("L16", "vit_large_patch16_224", "timm fastvit timm-compile"),
+    _figure_11("wide-bits", "resnetv2_50x2_bit resnetv2_152x2_bit resnetv2_200x3_bit", "timm timm-compile"),
+    _figure_11("H14", "vit_huge_patch14_224", "timm fastvit timm-compile"),
+    _figure_11("patches-32", "vit_base_patch32_224 vit_large_patch32_224", "timm fastvit timm-compile"),
+    _memory("H", "vit_huge_patch14_224"),
     Stage(
         "report",
         "-m benchmarks report",
         "README.md's tables, the plots and the page, from every result so far",
         "-m benchmarks report --results {out} --out {out}/report --no-readme",
         120,
+        always=True,
     ),
 )
 
@@ -163,21 +195,30 @@ def run(command: Sequence[str], limit: float, log: Path) -> tuple[int, float]:
 
 
 class Record:
-    """``stages.json``: the stages that were run, with which code, and how they ended."""
+    """``stages.json``: the stages that were run, with which code and versions, and how they ended.
 
-    def __init__(self, folder: Path, code: str) -> None:
-        self.path, self.code = folder / "stages.json", code
-        self.stages: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+    Raises:
+        ValueError: the file is there and is none.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.path, self.identity = folder / "stages.json", identity
+        try:
+            self.stages: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path} is damaged ({error}): delete it, and stages run again") from error
 
     def finished(self, stage: Stage) -> bool:
-        """Whether the stage succeeded with this code."""
+        """Whether the stage succeeded with this code and these versions."""
         found = self.stages.get(stage.name)
-        return found is not None and found["status"] == 0 and found["code"] == self.code
+        return found is not None and found["status"] == 0 and self.identity.items() <= found.items()
 
     def add(self, stage: Stage, status: int, seconds: float) -> None:
         """Keep how a stage ended, on disk."""
-        self.stages[stage.name] = {"status": status, "seconds": round(seconds, 1), "code": self.code}
-        self.path.write_text(json.dumps(self.stages, indent=1) + "\n")
+        self.stages[stage.name] = {"status": status, "seconds": round(seconds, 1), **self.identity}
+        temporary = self.path.with_suffix(".json.part")
+        temporary.write_text(json.dumps(self.stages, indent=1) + "\n")
+        os.replace(temporary, self.path)
 
 
 def _folder(rehearse: str | None) -> Path:
@@ -221,21 +262,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     folder = _folder(arguments.rehearse)
     from benchmarks.cells import code
+    from fastvit import env
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage is ended too
     folder.mkdir(parents=True, exist_ok=True)
     logs = Path(arguments.rehearse or ROOT / "bench-out") / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    record = Record(folder, code())
+    try:
+        record = Record(folder, {"code": code(), "versions": env.versions()})
+    except ValueError as error:
+        sys.exit(f"make gpu: {error}")
     for number, stage in enumerate(stages, 1):
         print(f"== {number}/{len(stages)} {stage.name}: {stage.about}", flush=True)
-        if record.finished(stage):
+        if record.finished(stage) and not stage.always:
             print("   finished before")
             continue
         command = stage.rehearsal.format(out=folder) if arguments.rehearse else stage.command
         status, seconds = run([sys.executable, *shlex.split(command)], stage.limit, logs / f"{stage.name}.log")
         record.add(stage, status, seconds)
         print(f"   {'finished' if status == 0 else f'exit status {status}'} after {seconds:.0f} s", flush=True)
+        if stage is INSTALL and status:
+            print("nothing runs without it; its setuptools must be 77 or later, and its pip allowed to install")
+            return 1
     failed = [stage.name for stage in stages if not record.finished(stage)]
     print(f"not finished: {', '.join(failed)}" if failed else "every stage finished")
     return 1 if failed else 0

@@ -15,14 +15,15 @@ from benchmarks.cells import Cell, CellFailed
 from benchmarks.suites import Options
 from benchmarks.workers import Worker
 
-CHECKED = 2  # images whose logits (in training: and whose gradients) are checked
+CHECKED = 8  # images whose logits, and in training the gradients of whose loss, are checked
+DISTINCT = 32  # different images in a batch, which repeats them: more would take long to make and change no timing
 Run = Callable[[], object]
 
 
 class Expected(NamedTuple):
     """What a contender must compute, from its baseline's process."""
 
-    exact: list[Tensor]  # float64: logits, and in training the images' gradient
+    exact: list[Tensor]  # float64: logits, and in training the first layer's gradient
     eager: list[Tensor]  # the baseline's own, in the dtype that is compared
     errors: list[float]  # its largest absolute error in each
 
@@ -42,6 +43,7 @@ class ModelSubject:
         self.contender = self._find(cell.contender)
         self.network = networks.build(cell["model"], cell["size"])
         self.model: nn.Module = self.contender.model(self.network, self.dtype, self.device, training=self.training)
+        self.photographs = torch.empty(0)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True) if self.training else None
 
     def _find(self, name: str) -> contenders.Contender:
@@ -51,7 +53,11 @@ class ModelSubject:
     def _images(self, batch: int, dtype: torch.dtype | None = None) -> Tensor:
         """(batch, 3, size, size) of photographs, in the layout and dtype in which the model takes them."""
         dtype = dtype or (torch.float32 if self.contender.way.autocast else self.dtype)
-        found = images.crops(batch, self.network.size).to(self.device, dtype)
+        distinct = min(batch, DISTINCT)
+        if len(self.photographs) < distinct:
+            self.photographs = images.crops(distinct, self.network.size)
+        found = self.photographs[:distinct].to(self.device, dtype)
+        found = found[torch.arange(batch, device=self.device) % distinct]
         return found if self.network.family == "vit" else found.to(memory_format=torch.channels_last)
 
     def _labels(self, batch: int) -> Tensor:
@@ -96,7 +102,8 @@ class ModelSubject:
         row: dict[str, Any] = {"max_abs_logit_error": None, "max_abs_logit_diff": None}
         if expected is None or not self.contender.library.same_function:
             return row
-        if self.contender.way.compile is None or (self.training and self.network.family == "resnet"):
+        together = self.training and (batch < CHECKED or self.network.family == "resnet")
+        if self.contender.way.compile is None or together:
             batch = CHECKED
         found = self._outputs(self.model, self._images(batch))
         rows = len(found[0])
@@ -128,6 +135,25 @@ class ModelSubject:
         if self.contender.way.graph:
             return measure.graphed(infer)
         return step if self.training else infer
+
+    def first_calls(self, batch: int) -> int:
+        """Bytes held from the first calls on: weights, optimizer states, and what a backend packs and keeps."""
+        run, packed = self.call(batch), 0
+        if self.training or self.contender.way.compile is not None:
+            run()  # what it keeps are the optimizer's states, and what a compiler keeps
+        else:
+            packed = measure.memory(run, self.device)[1]
+        states = [] if self.optimizer is None else self.optimizer.state.values()
+        tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return measure.held_bytes(self.model) + packed + sum(tensor.nbytes for tensor in tensors)
+
+    def peak_bytes(self, held: int, run: Run) -> int | None:
+        """``held`` and the highest that a step adds; None where a CUDA graph has its own memory, which is not seen."""
+        if self.device.type == "cuda" and (self.contender.way.graph or self.contender.way.compile == "max-autotune"):
+            return None
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)  # so that gradients are the step's
+        return held + measure.memory(run, self.device)[0]
 
 
 def model_cells(options: Options) -> list[Cell]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -57,6 +60,7 @@ class Suite:
         measure: (cells that differ by their contender only, options, progress bar) -> (cell, row) as they are done; two
             steps of the bar for every cell.
         columns: of the table: (title, field or how to make the text from a row).
+        extras: options that it takes beside device, dtypes, models, sizes, batches and peers.
     """
 
     name: str
@@ -66,16 +70,39 @@ class Suite:
     cells: Callable[[Options], list[Cell]]
     measure: Measure
     columns: Sequence[tuple[str, str | Callable[[Row], str]]]
+    extras: Sequence[str] = ()
 
 
 def run(suite: Suite, options: Options, folder: Path, command: str, retry: bool = False) -> list[Row]:
     """Measure every cell that is not finished, keep each, and return the rows of all that were asked for.
 
     Raises:
-        ValueError: the folder holds another device's results, or an option that the suite can't take.
+        ValueError: the folder holds another device's results, or is being written to by another run; or an option that
+            the suite can't take, or options that leave nothing to do.
     """
     cells = suite.cells(options)
-    store = Store(folder, suite.name, options.device, command)
+    if not cells:
+        peers, models = ", ".join(options.peers), ", ".join(options.models)
+        raise ValueError(f"nothing to measure: none of the contenders {peers} has any of {models}")
+    with locked(folder):
+        return _run(suite, options, cells, Store(folder, suite.name, options.device, command), retry)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of ``folder``, and off the machine while this one measures."""
+    folder.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, not after
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"another benchmark is running into {folder}") from error
+    finally:
+        os.close(place)
+
+
+def _run(suite: Suite, options: Options, cells: Sequence[Cell], store: Store, retry: bool) -> list[Row]:
     todo = [cell for cell in cells if not store.finished(cell, retry)]
     if len(todo) < len(cells):
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are finished in {store.path}")

@@ -9,8 +9,9 @@ import torch
 from benchmarks import measure, networks
 from benchmarks.cells import Cell, CellFailed, Row
 from benchmarks.race import race
-from benchmarks.subjects import CHECKED, Expected, ModelSubject, Run, baseline, model_cells, starter
+from benchmarks.subjects import Expected, ModelSubject, Run, baseline, model_cells, starter
 from benchmarks.suites import Bar, Options, Suite
+from fastvit.ops import backends
 
 GIVE_UP = 0.97  # a batch slower than this times the best one ends the search: larger ones are no better
 
@@ -31,19 +32,17 @@ class Throughput(ModelSubject):
         """
         compiled = self.contender.way.compile is not None
         batches = [baseline["batch"]] if compiled and baseline else self.batches
-        few = self.call(batches[0] if compiled else CHECKED)
-        if compiled:
-            few()  # compiles: no memory of the model's
-        held = measure.held_bytes(self.model) + measure.memory(few, self.device)[1]  # what first calls keep
+        held = self.first_calls(batches[0] if compiled else 1)
         row = self.check(expected, batches[0])
         batch = self._best(batches)
         self.run = self.call(batch)
         self.run()
-        peak = held + measure.memory(self.run, self.device)[0]
+        peak = self.peak_bytes(held, self.run)
         once = measure.seconds(self.run, self.device)
         self.repeats = max(1, round(measure.SLICE / once))
         self._release()
-        return row | {"batch": batch, "pixels": self.network.size, "peak_bytes": peak}
+        more = {"batch": batch, "pixels": self.network.size, "peak_bytes": peak, "fallbacks": backends.fallbacks()}
+        return row | more
 
     def _release(self) -> None:
         """Give the memory that nobody uses back to the GPU: other contenders are on it too."""
@@ -134,6 +133,7 @@ SUITE = Suite(
             budget=10.0,
         ),
         "quick": Options(
+            dtypes=("float32",),
             models=("vit_tiny_patch16_224",),
             sizes=(64,),
             batches=(2,),
@@ -144,6 +144,7 @@ SUITE = Suite(
     },
     cells=model_cells,
     measure=_measure,
+    extras=("modes", "budget"),
     columns=(
         ("model", lambda row: networks.title(row["model"])),
         ("px", "size"),

@@ -104,6 +104,7 @@ SUITE = Suite(
     },
     cells=_cells,
     measure=_measure,
+    extras=("budget",),
     columns=(
         ("model", lambda row: networks.title(row["model"])),
         ("px", "size"),

@@ -14,14 +14,17 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from benchmarks.cells import CellFailed, Unavailable
 from fastvit.ops.backends import BackendUnavailable
 
-LIMIT = 900.0  # seconds for one answer; torch.compile with max-autotune takes minutes
+LIMIT = 420.0  # seconds for one answer: torch.compile with max-autotune takes minutes, a stage of make gpu has 470 s
 
 
 def _serve(connection: Connection, make: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """The child: make the subject, then answer (method, arguments) until the pipe closes."""
+    torch.backends.cudnn.allow_tf32 = False  # products in float32 are IEEE by default; so are convolutions here
     gc.freeze()  # what the server imported stays: to look through it on every collection takes longer than most answers
     subject: object | None = None
     while True:
@@ -62,6 +65,11 @@ class Worker:
         theirs.close()
         self.connection.send(("__init__", ()))  # answered at the first call, so that workers start at the same time
         self.made = False
+
+    def ready(self) -> None:
+        """Wait until the subject is made, or has failed to be: :meth:`call` says which."""
+        if not self.made:
+            self.connection.poll(self.limit)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The answer of the subject's method.

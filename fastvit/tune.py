@@ -414,4 +414,4 @@ def main(arguments: Any) -> int:
         return 130
     print(render(asked, table))
     print(f"{table.path}: {len(table.rows)} problems" + (f"; {left} left: run the same again" if left else ""))
-    return 0
+    return 1 if left else 0

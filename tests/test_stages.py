@@ -96,3 +96,24 @@ def test_without_a_gpu_it_says_so() -> None:
     assert run.returncode == 1
     assert "PyTorch sees no CUDA device" in run.stderr
     assert "DRY=1" in run.stderr
+
+
+def test_what_has_to_run_each_time_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = f"-c \"open(r'{tmp_path}/ran', 'a').write('x')\""
+    monkeypatch.setattr(stages, "STAGES", (Stage("again", "", "", count, always=True),))
+    for _ in range(2):
+        assert stages.main(["--rehearse", str(tmp_path)]) == 0
+    assert (tmp_path / "ran").read_text() == "xx"
+    assert {stage.name for stage in (*stages.STAGES, stages.INSTALL) if stage.always} == {"again", "install"}
+    (tmp_path / "stages.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"stages\.json is damaged"):
+        stages.main(["--rehearse", str(tmp_path)])
+
+
+def test_nothing_runs_where_the_package_can_not_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install = Stage("install", "", "", '-c "import sys; sys.exit(1)"', always=True)
+    after = Stage("after", "", "", f"-c \"open(r'{tmp_path}/ran', 'a')\"")
+    monkeypatch.setattr(stages, "INSTALL", install)
+    monkeypatch.setattr(stages, "STAGES", (install, after))
+    assert stages.main(["--rehearse", str(tmp_path)]) == 1
+    assert not (tmp_path / "ran").exists()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.cells import RESULTS, ROOT
+from benchmarks.cells import RESULTS, ROOT, load
 
 STATIC = RESULTS / "static.json"  # what `python -m benchmarks static --out benchmarks/results` writes
 README = ROOT / "README.md"
@@ -44,6 +44,19 @@ def write(results: Path, static: Path | None, out: Path, readme: Path | None) ->
         readme.write_text(text)
     pictures = [plot.path for by_suite in drawn.values() for some in by_suite.values() for plot in some]
     return [index, *pictures, *(plot.path for plot in static_plots), *([readme] if readme else [])]
+
+
+def draw(path: Path) -> list[Path]:
+    """Draw the plots of one result file, SUITE.json, beside it, and return their paths.
+
+    Raises:
+        ValueError: it is no result file.
+    """
+    from benchmarks.report import plots
+    from benchmarks.report.results import Device
+
+    device = Device(path.parent.name, {path.stem: load(path)})
+    return [plot.path for some in plots.draw(device, path.parent).values() for plot in some]
 
 
 def is_current(results: Path, static: Path | None, readme: Path) -> bool:

@@ -62,7 +62,7 @@ def _batches(rows: Sequence[Row]) -> str:
 
 def _fastest_first(rows: Sequence[Row], field: str, sign: int) -> list[Row]:
     """By ``field`` (``sign`` -1: most first), the floor and rows without a result last."""
-    return sorted(rows, key=lambda row: (is_floor(row), inf if row["status"] != "ok" else sign * row[field]))
+    return sorted(rows, key=lambda row: (is_floor(row), inf if row.get(field) is None else sign * row[field]))
 
 
 def _size(rows: Sequence[Row]) -> list[Row]:
@@ -230,8 +230,10 @@ def memory(device: Device) -> Figure | None:
     def bar(row: Row) -> Bar:
         if row["status"] != "ok":
             return _missing(row)
+        if row["peak_bytes"] is None:
+            return Bar(str(row["contender"]), None, "not seen from outside")
         peak, weights = row["peak_bytes"] / 2**20, row["weights_bytes"] / 2**20
-        text = f"{peak:,.0f} MiB, fits {row['largest_batch']:,}"
+        text = f"{peak:,.0f} MiB" + (f", fits {row['largest_batch']:,}" if row["largest_batch"] is not None else "")
         return Bar(row["contender"], peak, text, _color(row), lower=weights, bold=is_ours(row))
 
     groups = []

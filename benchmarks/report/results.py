@@ -79,8 +79,10 @@ def read(folder: Path) -> list[Device]:
     """The devices whose results lie in ``folder/DEVICE/SUITE.json``, or in ``folder/SUITE.json``: GPUs first.
 
     Raises:
-        ValueError: a file is no result file.
+        ValueError: there is no such folder, or a file is no result file.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
     devices = []
     for place in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]:
         paths = {name: place / f"{name}.json" for name in SUITES}
