@@ -123,7 +123,7 @@ SUITE = Suite(
             models=("vit_small_patch16_224", "resnet50"),
             peers=("timm", "fastvit", "torchvision", "huggingface"),
             modes=("inference", "training"),
-            limit=1.0,
+            limit=0.25,
         ),
         "cuda": Options(
             device="cuda",
