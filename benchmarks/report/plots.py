@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
@@ -80,8 +81,10 @@ def figure_11(device: Device) -> Figure | None:
     shown = []
     for suite, field, label in parts:
         rows = [row for row in device.done(suite, mode="inference") if not is_floor(row) and row.get(field)]
-        dtypes = dict.fromkeys(row["dtype"] for row in rows)
-        dtype = "bfloat16" if "bfloat16" in dtypes else next(iter(dtypes), None)
+        sizes = {
+            dtype: len({row["size"] for row in rows if row["dtype"] == dtype}) for (dtype,) in distinct(rows, "dtype")
+        }
+        dtype = max(sizes, key=lambda dtype: (sizes[dtype], dtype == "bfloat16"), default=None)  # of most sizes
         rows = [row for row in rows if row["dtype"] == dtype]
         if len({row["size"] for row in rows}) > 1:
             shown.append((suite, rows, field, f"{label}, {dtype}"))
