@@ -81,9 +81,7 @@ def figure_11(device: Device) -> Figure | None:
     shown = []
     for suite, field, label in parts:
         rows = [row for row in device.done(suite, mode="inference") if not is_floor(row) and row.get(field)]
-        sizes = {
-            dtype: len({row["size"] for row in rows if row["dtype"] == dtype}) for (dtype,) in distinct(rows, "dtype")
-        }
+        sizes = Counter(dtype for dtype, _ in distinct(rows, "dtype", "size"))
         dtype = max(sizes, key=lambda dtype: (sizes[dtype], dtype == "bfloat16"), default=None)  # of most sizes
         rows = [row for row in rows if row["dtype"] == dtype]
         if len({row["size"] for row in rows}) > 1:
