@@ -100,7 +100,7 @@ def test_a_launch_takes_the_measured_tile() -> None:
 
 def test_the_command_says_what_is_left(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["--models", "vit_tiny_patch16_224", "--batch", "1", "--inference", "--budget", "0"]
-    assert cli.main(["tune", *arguments, "--out", str(tmp_path / "mine.json")]) == 1  # so that a stage of `make tune` runs again
+    assert cli.main(["tune", *arguments, "--out", str(tmp_path / "mine.json")]) == 1
     said = capsys.readouterr().out
     assert f"{tmp_path / 'mine.json'}: 0 problems;" in said
     assert "left: run the same again" in said
