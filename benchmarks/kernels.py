@@ -150,8 +150,7 @@ class Kernel:
 
     def sample(self) -> list[float]:
         """One timing of about :data:`measure.SLICE` seconds: the mean of its calls."""
-        if self.device.type == "cuda":
-            self.run()  # the clocks that another process left
+        self.run()  # the clocks and caches that another process left
         return [measure.seconds(self.run, self.device, self.repeats) / self.calls]
 
 

@@ -81,8 +81,7 @@ class Throughput(ModelSubject):
 
     def sample(self) -> list[float]:
         """One timing of as many steps as last :data:`measure.SLICE` seconds."""
-        if self.device.type == "cuda":
-            self.run()  # takes memory again, and finds clocks and caches as another process left them
+        self.run()  # takes memory again, and finds clocks and caches as another process left them
         found = measure.seconds(self.run, self.device, self.repeats)
         self._release()
         return [found]
