@@ -1,7 +1,8 @@
 """Who runs an op: the one place where an implementation is chosen, and where a refusal gets its reason.
 
-``auto`` takes Triton on a GPU; on a CPU it takes oneDNN's fused linears in eager inference and the
-reference otherwise. A named backend either runs or raises :class:`BackendUnavailable` with the reason.
+``auto`` takes Triton on a GPU, or the CUDA kernels where Triton can't run; on a CPU it takes oneDNN's fused linears in
+eager inference and the reference otherwise. A named backend either runs or raises :class:`BackendUnavailable` with the
+reason.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 
 log = logging.getLogger("fastvit")
 
-BACKENDS = ("auto", "reference", "onednn", "triton")
+BACKENDS = ("auto", "reference", "onednn", "triton", "cuda")
+KERNELS = ("triton", "cuda")  # those that run through torch.ops.fastvit
 ONEDNN_OPS = ("linear", "mlp")  # the others run PyTorch's own kernels under onednn, as on the reference
 OPS = ("patch_embed", "layer_norm", "linear", "mlp", "attention", "attention_qkvpacked")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,7 +60,7 @@ class backend:
     """Set who runs the ops: ``fastvit.backend("triton")``, for good or as a context manager.
 
     Args:
-        name: "auto", "reference", "onednn" or "triton".
+        name: "auto", "reference", "onednn", "triton" or "cuda".
         only: the ops it is set for, or one (names of :data:`OPS`); the others stay as they are. Default: every op.
 
     Raises:
@@ -158,13 +160,37 @@ def _refuse_triton(op: str, x: Tensor) -> str | None:
     return None
 
 
+def _refuse_cuda(op: str, x: Tensor, product: Tensor | None) -> str | None:
+    from fastvit.ops import cuda
+
+    if cuda.MISSING:
+        return cuda.MISSING
+    if x.device.type not in ("cuda", "cpu" if cuda.EMULATED else "cuda"):
+        return f"the tensors are on {x.device}; cuda takes CUDA tensors"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    dtype = (x if product is None else product).dtype
+    if op != "layer_norm" and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    accepted = KERNEL_DTYPES if op == "layer_norm" else KERNEL_DTYPES[1:]
+    if dtype not in accepted:
+        return f"dtype {dtype} is not supported; accepted: {', '.join(str(d).removeprefix('torch.') for d in accepted)}"
+    if op.startswith("attention") and (x.shape[-1] % 8 or not 32 <= x.shape[-1] <= MAX_HEAD_DIM):
+        return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8 from 32 to {MAX_HEAD_DIM}"
+    if product is not None and (product.shape[0] % 8 or (product.ndim == 2 and product.shape[1] % 8)):
+        return f"a weight of {tuple(product.shape)} is not supported; accepted: widths that are multiples of 8"
+    if transformed():
+        return "a torch.func transform is active; only the reference runs under one"
+    return None
+
+
 def transformed() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp...) is active."""
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def choose(op: str, x: Tensor, *, needs_grad: bool) -> str:
-    """The backend that runs ``op`` on ``x``: "reference", "onednn" or "triton".
+def choose(op: str, x: Tensor, *, needs_grad: bool, product: Tensor | None = None) -> str:
+    """The backend that runs ``op`` on ``x``, with ``product`` the weight of its matrix product: not "auto".
 
     Called once per op, in forward; backward and checkpoint recomputation follow what was chosen.
 
@@ -181,10 +207,15 @@ def choose(op: str, x: Tensor, *, needs_grad: bool) -> str:
             reason = _refuse_triton(op, x)
             if reason is None:
                 return "triton"
+            if _refuse_cuda(op, x, product) is None:
+                return "cuda"
             note_fallback(f"ops.{op} runs on the reference: {reason}")
             return "reference"
         return "onednn" if op in ONEDNN_OPS and _refuse_onednn(x, needs_grad) is None else "reference"
-    reason = _refuse_triton(op, x) if asked == "triton" else _refuse_onednn(x, needs_grad)
+    if asked == "cuda":
+        reason = _refuse_cuda(op, x, product)
+    else:
+        reason = _refuse_triton(op, x) if asked == "triton" else _refuse_onednn(x, needs_grad)
     if reason is not None:
         raise BackendUnavailable(f"ops.{op}: backend {asked!r} can't run here: {reason}")
     return asked
@@ -194,4 +225,13 @@ def availability() -> dict[str, dict[str, str | None]]:
     """For every op and backend: None where it can run on this machine, else the reason why not."""
     probe = torch.empty(1, 1, device="cuda" if torch.cuda.is_available() else "cpu")
     onednn = _refuse_onednn(torch.empty(1, 1), needs_grad=False)
-    return {op: {"reference": None, "onednn": onednn, "triton": _refuse_triton(op, probe)} for op in OPS}
+    half = torch.empty(1, 32, device=probe.device, dtype=torch.float16)
+    return {
+        op: {
+            "reference": None,
+            "onednn": onednn,
+            "triton": _refuse_triton(op, probe),
+            "cuda": _refuse_cuda(op, half, None),
+        }
+        for op in OPS
+    }

@@ -30,7 +30,7 @@ def linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
 @register_flop_formula(torch.ops.fastvit.linear_backward)
 def linear_backward(dout: Shape, x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
     """One product for each gradient that is wanted: input, weight."""
-    return _product(x, weight) * sum(rest[-1])
+    return _product(x, weight) * sum(rest[-2])
 
 
 @register_flop_formula(torch.ops.fastvit.mlp)
@@ -42,7 +42,7 @@ def mlp(x: Shape, fc1: Shape, fc1_bias: Shape | None, fc2: Shape, *_: Any, **__:
 @register_flop_formula(torch.ops.fastvit.mlp_backward)
 def mlp_backward(dout: Shape, x: Shape, fc1: Shape, fc1_bias: Shape | None, fc2: Shape, *rest: Any, **_: Any) -> int:
     """The hidden gradient always, the others where they are wanted."""
-    needs_x, needs_fc1, needs_fc2 = rest[-1]
+    needs_x, needs_fc1, needs_fc2 = rest[-2]
     return _product(x, fc1) * (needs_x + needs_fc1) + _product(x, fc2) * (1 + needs_fc2)
 
 
@@ -81,5 +81,5 @@ def patch_embed_backward(
     dout: Shape, images: Shape | None, image_shape: Shape, dtype: Any, weight: Shape, *rest: Any, **_: Any
 ) -> int:
     """As the convolution's backward: one product for the images' gradient, one for the weight's."""
-    needs_images, needs_weight, _ = rest[-1]
+    needs_images, needs_weight, _ = rest[-2]
     return 2 * prod(image_shape) * weight[0] * (needs_images + needs_weight)

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from fastvit import reference
 from fastvit.ops import backends, checks
-from fastvit.ops.library import as_rows, autocasting, cast_gradients, needs_grad, none_if_empty, or_empty, register
+from fastvit.ops.library import (
+    as_rows,
+    autocasting,
+    cast_gradients,
+    launchers,
+    needs_grad,
+    none_if_empty,
+    or_empty,
+    register,
+)
 
 
 def layer_norm(
@@ -50,13 +59,13 @@ def layer_norm(
     checks.merging("layer_norm", x.shape[:-1], width, residual, gamma, row_scale)
     checks.same_device("layer_norm", x, weight=weight, bias=bias, residual=residual, gamma=gamma, row_scale=row_scale)
     chosen = backends.choose("layer_norm", x, needs_grad=needs_grad(x, weight, bias, residual, gamma))
-    if chosen != "triton":
+    if chosen not in backends.KERNELS:
         return reference.layer_norm(
             x, weight, bias, eps, residual=residual, gamma=gamma, row_scale=row_scale, out_dtype=out_dtype
         )
     if out_dtype is None and autocasting(x):
         out_dtype = torch.float32  # as autocast does for F.layer_norm
-    y, stream, _, _ = _layer_norm(x, weight, bias, eps, residual, gamma, row_scale, out_dtype)
+    y, stream, _, _ = _layer_norm(x, weight, bias, eps, residual, gamma, row_scale, out_dtype, chosen)
     return y if residual is None else (y, stream)
 
 
@@ -69,10 +78,9 @@ def _forward(
     gamma: Tensor | None,
     row_scale: Tensor | None,
     out_dtype: torch.dtype | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastvit.triton.layer_norm import layer_norm_forward
-
-    y, stream, mean, rstd = layer_norm_forward(
+    y, stream, mean, rstd = launchers(backend).layer_norm_forward(
         as_rows(x),
         weight,
         bias,
@@ -85,7 +93,7 @@ def _forward(
     return y.view(x.shape), x.new_empty(0) if stream is None else stream.view(x.shape), mean, rstd
 
 
-def _fake(x, weight, bias, eps, residual, gamma, row_scale, out_dtype):
+def _fake(x, weight, bias, eps, residual, gamma, row_scale, out_dtype, backend):
     normalised = x if residual is None else residual
     statistics = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     stream = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
@@ -103,10 +111,9 @@ def _backward(
     gamma: Tensor | None,
     row_scale: Tensor | None,
     needs_params: bool,
+    backend: str,
 ) -> tuple[Tensor, ...]:
-    from fastvit.triton.layer_norm import layer_norm_backward
-
-    dx, dresidual, dweight, dbias, dgamma = layer_norm_backward(
+    dx, dresidual, dweight, dbias, dgamma = launchers(backend).layer_norm_backward(
         as_rows(dy),
         None if dstream is None else as_rows(dstream),
         as_rows(normalised),
@@ -123,7 +130,7 @@ def _backward(
     return dx.view(shape), *(or_empty(g, dx) for g in (dresidual, dweight, dbias, dgamma))
 
 
-def _backward_fake(dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params):
+def _backward_fake(dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params, backend):
     def params(present):
         if not present:
             return dx.new_empty(0)
@@ -136,7 +143,7 @@ def _backward_fake(dy, dstream, normalised, weight, mean, rstd, branch, gamma, r
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, residual, gamma, row_scale, _ = inputs
+    x, weight, bias, _, residual, gamma, row_scale, _, ctx.backend = inputs
     _, stream, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd, *([stream] if residual is None else []))
     ctx.set_materialize_grads(False)
@@ -151,7 +158,9 @@ def _gradient(ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None) -> 
     needs_params = any(ctx.needs_input_grad[i] for i in (1, 2, 5))
     dx, dresidual, dweight, dbias, dgamma = map(
         none_if_empty,
-        _layer_norm_backward(dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params),
+        _layer_norm_backward(
+            dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params, ctx.backend
+        ),
     )
     if (
         ctx.merged and branch is None and dx is not None
@@ -161,18 +170,19 @@ def _gradient(ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None) -> 
             dx = dx * row_scale.view(-1, *[1] * (dx.ndim - 1))
         dx = dx.to(ctx.branch_dtype)
     dweight, dbias, dgamma = cast_gradients((dweight, weight), (dbias, bias), (dgamma, gamma))
-    return dx, dweight, dbias, None, dresidual, dgamma, None, None
+    return dx, dweight, dbias, None, dresidual, dgamma, None, None, None
 
 
 _layer_norm_backward = register(
     "layer_norm_backward(Tensor dy, Tensor? dstream, Tensor normalised, Tensor? weight, Tensor mean, Tensor rstd, "
-    "Tensor? branch, Tensor? gamma, Tensor? row_scale, bool needs_params) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? branch, Tensor? gamma, Tensor? row_scale, bool needs_params, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _layer_norm = register(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, Tensor? gamma, "
-    "Tensor? row_scale, ScalarType? out_dtype) -> (Tensor y, Tensor stream, Tensor mean, Tensor rstd)",
+    "Tensor? row_scale, ScalarType? out_dtype, str backend) -> (Tensor y, Tensor stream, Tensor mean, Tensor rstd)",
     _forward,
     _fake,
     backward=_gradient,

@@ -7,6 +7,7 @@ What such rules can't do is torch.func; there :mod:`fastvit.ops.backends` takes 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,12 @@ from fastvit.ops.backends import INTERPRETING
 
 LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
 KERNELS: dict[Any, Callable[..., Any]] = {}  # torch.ops.fastvit.<name>.default -> its implementation
-DEVICES = ("CUDA", "CPU") if INTERPRETING else ("CUDA",)
+_devices = ["CUDA", "CPU"] if INTERPRETING else ["CUDA"]
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
     raise RuntimeError(
-        "fastvit: the Triton kernels have no second derivatives; "
+        "fastvit: the kernels have no second derivatives; "
         'compute this under fastvit.backend("reference"), which has them'
     )
 
@@ -38,7 +39,7 @@ def register(
     """Define ``torch.ops.fastvit.<name>`` and return it. Without ``backward`` its derivative is refused."""
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
-    for device in DEVICES:
+    for device in _devices:
         LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"fastvit::{name}", fake, lib=LIBRARY)
     rule = backward or _refuse_second_derivative
@@ -46,6 +47,19 @@ def register(
     op = getattr(torch.ops.fastvit, name).default
     KERNELS[op] = kernel
     return op
+
+
+def implement_on_cpu() -> None:
+    """Let the kernel ops take CPU tensors too, as their kernels do when the tests emulate CUDA."""
+    if "CPU" not in _devices:
+        _devices.append("CPU")
+        for op, kernel in KERNELS.items():
+            LIBRARY.impl(op.name().removeprefix("fastvit::"), kernel, "CPU")
+
+
+def launchers(backend: str) -> Any:
+    """The module that launches a backend's kernels; all have the same functions."""
+    return importlib.import_module("fastvit.ops.cuda" if backend == "cuda" else "fastvit.triton.launchers")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

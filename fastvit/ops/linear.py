@@ -15,6 +15,7 @@ from fastvit.ops.library import (
     cast_for_autocast,
     cast_gradients,
     dense,
+    launchers,
     needs_grad,
     none_if_empty,
     or_empty,
@@ -58,14 +59,16 @@ def linear(
         raise ValueError(f"ops.linear: unknown activation {activation!r}; accepted: None, {', '.join(ACTIVATIONS)}")
     norm_weight, norm_bias, eps = norm or (None, None, None)
     grad = needs_grad(x, weight, bias, norm_weight, norm_bias, residual, gamma)
-    chosen = backends.choose("linear", x, needs_grad=grad)
-    if chosen == "triton":
+    chosen = backends.choose("linear", x, needs_grad=grad, product=weight)
+    if chosen in backends.KERNELS:
         x, weight = operands("linear", x, weight, normed=norm is not None)
         if activation is not None and residual is not None:  # no model has both: merged in a second step
-            y, _, _, _ = _linear(x, weight, bias, norm_weight, norm_bias, eps, activation, None, None, None, grad)
+            y, _, _, _ = _linear(
+                x, weight, bias, norm_weight, norm_bias, eps, activation, None, None, None, grad, chosen
+            )
             return reference.merge(y, residual, gamma, row_scale)
         out, _, _, _ = _linear(
-            x, weight, bias, norm_weight, norm_bias, eps, activation, residual, gamma, row_scale, grad
+            x, weight, bias, norm_weight, norm_bias, eps, activation, residual, gamma, row_scale, grad, chosen
         )
         return out
     run = onednn.linear if chosen == "onednn" else reference.linear
@@ -117,18 +120,22 @@ def operands(op: str, x: Tensor, *weights: Tensor, normed: bool) -> tuple[Any, .
 
 
 def normalise(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float | None, dtype: torch.dtype
+    kernels: Any,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(LN(x), mean, rstd) as rows in ``dtype`` by the kernel, or (x as rows, None, None) where eps is None."""
     if eps is None:
         return as_rows(x), None, None
-    from fastvit.triton.layer_norm import layer_norm_forward
-
-    y, _, mean, rstd = layer_norm_forward(as_rows(x), norm_weight, norm_bias, eps, out_dtype=dtype)
+    y, _, mean, rstd = kernels.layer_norm_forward(as_rows(x), norm_weight, norm_bias, eps, out_dtype=dtype)
     return y, mean, rstd
 
 
 def normalise_gradient(
+    kernels: Any,
     dnormed: Tensor,
     dstream: Tensor | None,
     x: Tensor,
@@ -138,11 +145,9 @@ def normalise_gradient(
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dx, dnorm_weight, dnorm_bias) from the gradient of LN(x), plus dstream where x also is the residual."""
-    from fastvit.triton.layer_norm import layer_norm_backward
-
     dstream = None if dstream is None else as_rows(dstream)
     needs_params = norm_weight is not None or norm_bias is not None
-    dx, _, dweight, dbias, _ = layer_norm_backward(
+    dx, _, dweight, dbias, _ = kernels.layer_norm_backward(
         dnormed, dstream, as_rows(x), norm_weight, mean, rstd, need_params=needs_params
     )
     return dx.view(x.shape), None if norm_weight is None else dweight, None if norm_bias is None else dbias
@@ -160,12 +165,12 @@ def _forward(
     gamma: Tensor | None,
     row_scale: Tensor | None,
     save: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastvit.triton.linear import linear_forward
-
+    kernels = launchers(backend)
     weight, bias, gamma, row_scale = dense(weight, bias, gamma, row_scale)
-    rows, mean, rstd = normalise(x, norm_weight, norm_bias, eps, weight.dtype)
-    out, preact = linear_forward(
+    rows, mean, rstd = normalise(kernels, x, norm_weight, norm_bias, eps, weight.dtype)
+    out, preact = kernels.linear_forward(
         rows,
         weight,
         bias,
@@ -185,7 +190,7 @@ def statistics_fake(x, eps):
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
-def _fake(x, weight, bias, norm_weight, norm_bias, eps, activation, residual, gamma, row_scale, save):
+def _fake(x, weight, bias, norm_weight, norm_bias, eps, activation, residual, gamma, row_scale, save, backend):
     out = (weight if residual is None else residual).new_empty((*x.shape[:-1], weight.shape[0]))
     keep = save and activation is not None
     preact = weight.new_empty((x.numel() // x.shape[-1], weight.shape[0])) if keep else out.new_empty(0)
@@ -207,32 +212,31 @@ def _backward(
     gamma: Tensor | None,
     row_scale: Tensor | None,
     needs: list[bool],
+    backend: str,
 ) -> tuple[Tensor, ...]:
-    from fastvit.triton.activations import activation_gradient
-    from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient, scale_rows
-
+    kernels = launchers(backend)
     needs_x, needs_weight = needs
     weight, bias, gamma, row_scale = dense(weight, bias, gamma, row_scale)
     dout = as_rows(dout)
     dx = dweight = dbias = dgamma = dnorm_weight = dnorm_bias = None
     if activation is not None:
-        dout, _ = activation_gradient(dout, preact, activation)
-    dout = scale_rows(dout, weight.dtype, row_scale)  # what both products read
+        dout, _ = kernels.activation_gradient(dout, preact, activation)
+    dout = kernels.scale_rows(dout, weight.dtype, row_scale)  # what both products read
     if needs_weight:
-        rows, _, _ = normalise(x, norm_weight, norm_bias, eps, weight.dtype)
-        dweight, dbias, dgamma = linear_weight_gradient(
+        rows, _, _ = normalise(kernels, x, norm_weight, norm_bias, eps, weight.dtype)
+        dweight, dbias, dgamma = kernels.linear_weight_gradient(
             dout, rows, weight=weight, bias=bias, gamma=gamma, need_bias=bias is not None
         )
     if needs_x:
-        dx, _ = linear_input_gradient(dout, weight, gamma=gamma)
+        dx, _ = kernels.linear_input_gradient(dout, weight, gamma=gamma)
         if eps is not None:
-            dx, dnorm_weight, dnorm_bias = normalise_gradient(dx, None, x, norm_weight, norm_bias, mean, rstd)
+            dx, dnorm_weight, dnorm_bias = normalise_gradient(kernels, dx, None, x, norm_weight, norm_bias, mean, rstd)
         dx = dx.view(x.shape)
     return tuple(or_empty(g, dout) for g in (dx, dweight, dbias, dnorm_weight, dnorm_bias, dgamma))
 
 
 def _backward_fake(
-    dout, x, weight, bias, norm_weight, norm_bias, eps, mean, rstd, preact, activation, gamma, row_scale, needs
+    dout, x, weight, bias, norm_weight, norm_bias, eps, mean, rstd, preact, activation, gamma, row_scale, needs, backend
 ):
     needs_x, needs_weight = needs
     return (
@@ -251,7 +255,7 @@ def vector_fake(x, length, present):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, norm_weight, norm_bias, eps, activation, residual, gamma, row_scale, _ = inputs
+    x, weight, bias, norm_weight, norm_bias, eps, activation, residual, gamma, row_scale, _, ctx.backend = inputs
     _, mean, rstd, preact = output
     ctx.mark_non_differentiable(mean, rstd, preact)
     ctx.set_materialize_grads(False)
@@ -261,7 +265,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 11
+        return (None,) * 12
     x, weight, bias, norm_weight, norm_bias, mean, rstd, preact, gamma, row_scale = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = [wanted[0] or wanted[3] or wanted[4], wanted[1] or wanted[2] or wanted[8]]
@@ -282,25 +286,26 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
             gamma,
             row_scale,
             needs,
+            ctx.backend,
         ),
     )
     dbias, dnorm_weight, dnorm_bias, dgamma = cast_gradients(
         (dbias, bias), (dnorm_weight, norm_weight), (dnorm_bias, norm_bias), (dgamma, gamma)
     )
     dresidual = dout if ctx.merged else None
-    return dx, dweight, dbias, dnorm_weight, dnorm_bias, None, None, dresidual, dgamma, None, None
+    return dx, dweight, dbias, dnorm_weight, dnorm_bias, None, None, dresidual, dgamma, None, None, None
 
 
 _linear_backward = register(
     "linear_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
     "float? eps, Tensor mean, Tensor rstd, Tensor preact, str? activation, Tensor? gamma, Tensor? row_scale, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _linear = register(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float? eps, "
-    "str? activation, Tensor? residual, Tensor? gamma, Tensor? row_scale, bool save) "
+    "str? activation, Tensor? residual, Tensor? gamma, Tensor? row_scale, bool save, str backend) "
     "-> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)",
     _forward,
     _fake,

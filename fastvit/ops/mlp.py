@@ -8,7 +8,16 @@ from torch import Tensor
 
 from fastvit import reference
 from fastvit.ops import backends, checks, onednn
-from fastvit.ops.library import as_rows, cast_gradients, dense, needs_grad, none_if_empty, or_empty, register
+from fastvit.ops.library import (
+    as_rows,
+    cast_gradients,
+    dense,
+    launchers,
+    needs_grad,
+    none_if_empty,
+    or_empty,
+    register,
+)
 from fastvit.ops.linear import (
     ACTIVATIONS,
     check,
@@ -77,8 +86,8 @@ def mlp(
     checks.same_dtype("mlp", fc1_weight=fc1_weight, fc2_weight=fc2_weight)
     norm_weight, norm_bias, eps = norm or (None, None, None)
     grad = needs_grad(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual, gamma)
-    chosen = backends.choose("mlp", x, needs_grad=grad)
-    if chosen == "triton":
+    chosen = backends.choose("mlp", x, needs_grad=grad, product=fc1_weight)
+    if chosen in backends.KERNELS:
         same = residual is x  # then backward adds its gradient in the norm's own kernel
         x, fc1_weight, fc2_weight = operands("mlp", x, fc1_weight, fc2_weight, normed=norm is not None)
         if residual is not None and same and x.dtype == residual.dtype:
@@ -100,6 +109,7 @@ def mlp(
             gamma,
             row_scale,
             grad,
+            chosen,
         )
         return out
     run = onednn.mlp if chosen == "onednn" else reference.mlp
@@ -132,15 +142,15 @@ def _forward(
     gamma: Tensor | None,
     row_scale: Tensor | None,
     save: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastvit.triton.linear import linear_forward
-
+    kernels = launchers(backend)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = dense(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     gamma, row_scale = dense(gamma, row_scale)
-    rows, mean, rstd = normalise(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
-    hidden, preact = linear_forward(rows, fc1_weight, fc1_bias, activation=activation, save_preact=save)
+    rows, mean, rstd = normalise(kernels, x, norm_weight, norm_bias, eps, fc1_weight.dtype)
+    hidden, preact = kernels.linear_forward(rows, fc1_weight, fc1_bias, activation=activation, save_preact=save)
     residual = x if add_x else residual
-    out, _ = linear_forward(
+    out, _ = kernels.linear_forward(
         hidden,
         fc2_weight,
         fc2_bias,
@@ -166,6 +176,7 @@ def _fake(
     gamma,
     row_scale,
     save,
+    backend,
 ):
     like = x if add_x else fc2_weight if residual is None else residual
     out = like.new_empty((*x.shape[:-1], fc2_weight.shape[0]))
@@ -191,28 +202,32 @@ def _backward(
     gamma: Tensor | None,
     row_scale: Tensor | None,
     needs: list[bool],
+    backend: str,
 ) -> tuple[Tensor, ...]:
-    from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient, scale_rows
-
+    kernels = launchers(backend)
     needs_x, needs_fc1, needs_fc2 = needs
     fc1_weight, fc2_weight, fc2_bias, gamma, row_scale = dense(fc1_weight, fc2_weight, fc2_bias, gamma, row_scale)
     dout = as_rows(dout)
     dx = dfc1 = dfc1_bias = dfc2 = dfc2_bias = dnorm_weight = dnorm_bias = dgamma = None
-    scaled = scale_rows(dout, fc2_weight.dtype, row_scale)  # what both products of the second linear read
-    dpreact, hidden = linear_input_gradient(scaled, fc2_weight, gamma=gamma, preact=preact, activation=activation)
+    scaled = kernels.scale_rows(dout, fc2_weight.dtype, row_scale)  # what both products of the second linear read
+    dpreact, hidden = kernels.linear_input_gradient(
+        scaled, fc2_weight, gamma=gamma, preact=preact, activation=activation
+    )
     if needs_fc2:
-        dfc2, dfc2_bias, dgamma = linear_weight_gradient(
+        dfc2, dfc2_bias, dgamma = kernels.linear_weight_gradient(
             scaled, hidden, weight=fc2_weight, bias=fc2_bias, gamma=gamma, need_bias=fc2_bias is not None
         )
     del hidden
     if needs_fc1:
-        rows, _, _ = normalise(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
-        dfc1, dfc1_bias, _ = linear_weight_gradient(dpreact, rows, need_bias=fc1_bias is not None)
+        rows, _, _ = normalise(kernels, x, norm_weight, norm_bias, eps, fc1_weight.dtype)
+        dfc1, dfc1_bias, _ = kernels.linear_weight_gradient(dpreact, rows, need_bias=fc1_bias is not None)
     if needs_x:
-        dx, _ = linear_input_gradient(dpreact, fc1_weight)
+        dx, _ = kernels.linear_input_gradient(dpreact, fc1_weight)
         stream = dout if add_x else None
         if eps is not None:
-            dx, dnorm_weight, dnorm_bias = normalise_gradient(dx, stream, x, norm_weight, norm_bias, mean, rstd)
+            dx, dnorm_weight, dnorm_bias = normalise_gradient(
+                kernels, dx, stream, x, norm_weight, norm_bias, mean, rstd
+            )
         elif stream is not None:
             dx = dx + stream
         dx = dx.view(x.shape)
@@ -238,6 +253,7 @@ def _backward_fake(
     gamma,
     row_scale,
     needs,
+    backend,
 ):
     needs_x, needs_fc1, needs_fc2 = needs
     return (
@@ -253,7 +269,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, eps, activation, residual, add_x, gamma, row_scale, _ = inputs
+    *tensors, eps, activation, residual, add_x, gamma, row_scale, _, ctx.backend = inputs
     _, mean, rstd, preact = output
     ctx.mark_non_differentiable(mean, rstd, preact)
     ctx.set_materialize_grads(False)
@@ -263,14 +279,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 14
+        return (None,) * 15
     *tensors, mean, rstd, preact, gamma, row_scale = ctx.saved_tensors
     _, _, fc1_bias, _, fc2_bias, norm_weight, norm_bias = tensors
     wanted = ctx.needs_input_grad
     needs = [wanted[0] or wanted[5] or wanted[6], wanted[1] or wanted[2], wanted[3] or wanted[4] or wanted[11]]
     dx, dfc1, dfc1_bias, dfc2, dfc2_bias, dnorm_weight, dnorm_bias, dgamma = map(
         none_if_empty,
-        _mlp_backward(dout, *tensors, ctx.eps, mean, rstd, preact, ctx.activation, ctx.add_x, gamma, row_scale, needs),
+        _mlp_backward(
+            dout,
+            *tensors,
+            ctx.eps,
+            mean,
+            rstd,
+            preact,
+            ctx.activation,
+            ctx.add_x,
+            gamma,
+            row_scale,
+            needs,
+            ctx.backend,
+        ),
     )
     dfc1_bias, dfc2_bias, dnorm_weight, dnorm_bias, dgamma = cast_gradients(
         (dfc1_bias, fc1_bias),
@@ -281,13 +310,13 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     )
     dresidual = dout if ctx.merged else None
     parameters = (dfc1, dfc1_bias, dfc2, dfc2_bias, dnorm_weight, dnorm_bias)
-    return dx, *parameters, None, None, dresidual, None, dgamma, None, None
+    return dx, *parameters, None, None, dresidual, None, dgamma, None, None, None
 
 
 _mlp_backward = register(
     "mlp_backward(Tensor dout, Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
     "Tensor? norm_weight, Tensor? norm_bias, float? eps, Tensor mean, Tensor rstd, Tensor preact, str activation, "
-    "bool add_x, Tensor? gamma, Tensor? row_scale, bool[] needs) "
+    "bool add_x, Tensor? gamma, Tensor? row_scale, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -295,7 +324,7 @@ _mlp_backward = register(
 _mlp = register(
     "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "
     "Tensor? norm_bias, float? eps, str activation, Tensor? residual, bool add_x, Tensor? gamma, Tensor? row_scale, "
-    "bool save) -> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)",
+    "bool save, str backend) -> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)",
     _forward,
     _fake,
     backward=_gradient,

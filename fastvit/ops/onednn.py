@@ -19,7 +19,10 @@ from fastvit.reference import Norm
 _EPILOGUES = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 _SMALLEST = 1 << 23  # multiply-adds; below, the packed product's own overhead (tens of us) is more than it saves
-_NARROW = (1024, 1280)  # outputs, rows: below both, packed bfloat16 leaves a core idle and plain weights are 1.4x as fast
+_NARROW = (
+    1024,
+    1280,
+)  # outputs, rows: below both, packed bfloat16 leaves a core idle and plain weights are 1.4x as fast
 
 
 class _Packed(NamedTuple):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastvit import reference
 from fastvit.ops import backends, checks
-from fastvit.ops.library import autocasting, cast_for_autocast, needs_grad, none_if_empty, or_empty, register
+from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, none_if_empty, or_empty, register
 
 
 def patch_embed(
@@ -76,14 +76,16 @@ def patch_embed(
         "patch_embed", images, weight=weight, bias=bias, pos_embed=pos_embed, prefix_tokens=prefix_tokens
     )
     grad = needs_grad(images, weight, bias, pos_embed, prefix_tokens)
-    chosen = backends.choose("patch_embed", images if images.dtype != torch.uint8 else weight, needs_grad=grad)
+    chosen = backends.choose(
+        "patch_embed", images if images.dtype != torch.uint8 else weight, needs_grad=grad, product=weight
+    )
     if out_dtype is None and autocasting(images):
         out_dtype = torch.get_autocast_dtype(images.device.type)
         for row in (pos_embed, prefix_tokens):
             out_dtype = out_dtype if row is None else torch.promote_types(out_dtype, row.dtype)
-    if chosen == "triton":
+    if chosen in backends.KERNELS:
         (weight,) = cast_for_autocast(images, weight)
-        return _patch_embed(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype)
+        return _patch_embed(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, chosen)
     return reference.patch_embed(
         images,
         weight,
@@ -125,10 +127,9 @@ def _forward(
     mean: Tensor | None,
     std: Tensor | None,
     out_dtype: torch.dtype | None,
+    backend: str,
 ) -> Tensor:
-    from fastvit.triton.patch_embed import patch_embed_forward
-
-    return patch_embed_forward(
+    return launchers(backend).patch_embed_forward(
         images,
         weight.contiguous(),
         bias,
@@ -140,7 +141,7 @@ def _forward(
     )
 
 
-def _fake(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype):
+def _fake(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, backend):
     batch, _, height, right = images.shape
     tokens = (height // weight.shape[2]) * (right // weight.shape[3])
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
@@ -157,9 +158,9 @@ def _backward(
     std: Tensor | None,
     prefix: int,
     needs: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fastvit.triton import patch_embed as kernels
-
+    kernels = launchers(backend)
     needs_images, needs_weight, needs_rows = needs
     dout, weight = dout.contiguous(), weight.contiguous()
     dimages = dweight = drows = None
@@ -176,7 +177,7 @@ def _backward(
     return or_empty(dimages, dout), or_empty(dweight, dout), or_empty(drows, dout)
 
 
-def _backward_fake(dout, images, image_shape, image_dtype, weight, mean, std, prefix, needs):
+def _backward_fake(dout, images, image_shape, image_dtype, weight, mean, std, prefix, needs, backend):
     needs_images, needs_weight, needs_rows = needs
     return (
         weight.new_empty(image_shape if needs_images else 0, dtype=image_dtype if needs_images else None),
@@ -186,7 +187,7 @@ def _backward_fake(dout, images, image_shape, image_dtype, weight, mean, std, pr
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, weight, bias, pos_embed, prefix_tokens, mean, std, _ = inputs
+    images, weight, bias, pos_embed, prefix_tokens, mean, std, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.image_shape, ctx.image_dtype = images.shape, images.dtype
     ctx.dtypes = [None if t is None else t.dtype for t in (bias, pos_embed, prefix_tokens)]
@@ -197,13 +198,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 8
+        return (None,) * 9
     images, weight, mean, std = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     needs = [wanted[0], wanted[1], any(wanted[2:5])]
     dimages, dweight, drows = map(
         none_if_empty,
-        _patch_embed_backward(dout, images, ctx.image_shape, ctx.image_dtype, weight, mean, std, ctx.prefix, needs),
+        _patch_embed_backward(
+            dout, images, ctx.image_shape, ctx.image_dtype, weight, mean, std, ctx.prefix, needs, ctx.backend
+        ),
     )
     dbias = dpos = dprefix = None
     if drows is not None:  # (P + N, D) float32, summed over the batch
@@ -214,18 +217,18 @@ def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
             dpos = drows[drows.shape[0] - ctx.positions :].to(pos_dtype).unsqueeze(0)
         if prefix_dtype is not None:
             dprefix = drows[: ctx.prefix].to(prefix_dtype).unsqueeze(0)
-    return dimages, dweight, dbias, dpos, dprefix, None, None, None
+    return dimages, dweight, dbias, dpos, dprefix, None, None, None, None
 
 
 _patch_embed_backward = register(
     "patch_embed_backward(Tensor dout, Tensor? images, SymInt[] image_shape, ScalarType image_dtype, Tensor weight, "
-    "Tensor? mean, Tensor? std, SymInt prefix, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    "Tensor? mean, Tensor? std, SymInt prefix, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _patch_embed = register(
     "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, Tensor? mean, "
-    "Tensor? std, ScalarType? out_dtype) -> Tensor",
+    "Tensor? std, ScalarType? out_dtype, str backend) -> Tensor",
     _forward,
     _fake,
     backward=_gradient,

@@ -14,25 +14,25 @@ from torch.distributed.tensor.experimental import register_sharding
 # One letter an argument, then one a result. b: its first dimension is the batch's (or the batch's rows);
 # r: a parameter, whole on every rank; p: a parameter's gradient, each rank holding its images' part; -: no tensor.
 _BY_BATCH = {
-    "patch_embed": ("b r r r r r r -", "b"),
-    "patch_embed_backward": ("b b - - r r r - -", "b p p"),
-    "layer_norm": ("b r r - b r b -", "b b b b"),
-    "layer_norm_backward": ("b b b r b b b r b -", "b b p p p"),
-    "linear": ("b r r r r - - b r b -", "b b b b"),
-    "linear_backward": ("b b r r r r - b b b - r b -", "b p p p p p"),
-    "mlp": ("b r r r r r r - - b - r b -", "b b b b"),
-    "mlp_backward": ("b b r r r r r r - b b b - - r b -", "b p p p p p p p"),
-    "attention": ("b b b -", "b b"),
-    "attention_backward": ("b b b b b b b -", "b b b"),
-    "attention_qkvpacked": ("b -", "b b"),
-    "attention_qkvpacked_backward": ("b b b b b -", "b"),
+    "patch_embed": ("b r r r r r r - -", "b"),
+    "patch_embed_backward": ("b b - - r r r - - -", "b p p"),
+    "layer_norm": ("b r r - b r b - -", "b b b b"),
+    "layer_norm_backward": ("b b b r b b b r b - -", "b b p p p"),
+    "linear": ("b r r r r - - b r b - -", "b b b b"),
+    "linear_backward": ("b b r r r r - b b b - r b - -", "b p p p p p"),
+    "mlp": ("b r r r r r r - - b - r b - -", "b b b b"),
+    "mlp_backward": ("b b r r r r r r - b b b - - r b - -", "b p p p p p p p"),
+    "attention": ("b b b - -", "b b"),
+    "attention_backward": ("b b b b b b b - -", "b b b"),
+    "attention_qkvpacked": ("b - -", "b b"),
+    "attention_qkvpacked_backward": ("b b b b b - -", "b"),
 }
 # Where the heads are, in each tensor argument and result of the attention ops.
 _BY_HEADS: dict[str, tuple[tuple[int | None, ...], tuple[int, ...]]] = {
-    "attention": ((2, 2, 2, None), (2, 1)),
-    "attention_backward": ((2, 1, 2, 2, 2, 2, 1, None), (2, 2, 2)),
-    "attention_qkvpacked": ((3, None), (2, 1)),
-    "attention_qkvpacked_backward": ((2, 1, 3, 2, 1, None), (3,)),
+    "attention": ((2, 2, 2, None, None), (2, 1)),
+    "attention_backward": ((2, 1, 2, 2, 2, 2, 1, None, None), (2, 2, 2)),
+    "attention_qkvpacked": ((3, None, None), (2, 1)),
+    "attention_qkvpacked_backward": ((2, 1, 3, 2, 1, None, None), (3,)),
 }
 _BATCH: dict[str, Placement | None] = {"b": Shard(0), "r": Replicate(), "p": Partial(), "-": None}
 _WHOLE: dict[str, Placement | None] = {"b": Replicate(), "r": Replicate(), "p": Replicate(), "-": None}

@@ -1,0 +1,30 @@
+"""Every launcher of the Triton kernels by its name: what the ops call. fastvit/ops/cuda.py is the same for CUDA."""
+
+from fastvit.triton.activations import activation_gradient
+from fastvit.triton.attention import attention_forward
+from fastvit.triton.attention_backward import attention_backward
+from fastvit.triton.layer_norm import layer_norm_backward, layer_norm_forward
+from fastvit.triton.linear import linear_forward
+from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient, scale_rows
+from fastvit.triton.patch_embed import (
+    patch_embed_forward,
+    patch_embed_image_gradient,
+    patch_embed_row_gradients,
+    patch_embed_weight_gradient,
+)
+
+__all__ = [
+    "activation_gradient",
+    "attention_backward",
+    "attention_forward",
+    "layer_norm_backward",
+    "layer_norm_forward",
+    "linear_forward",
+    "linear_input_gradient",
+    "linear_weight_gradient",
+    "patch_embed_forward",
+    "patch_embed_image_gradient",
+    "patch_embed_row_gradients",
+    "patch_embed_weight_gradient",
+    "scale_rows",
+]
