@@ -1,0 +1,187 @@
+// Every launcher, named and shaped as its Triton twin in kernels/triton, except that outputs are allocated by the
+// caller. An Array that may be absent says "or none". Matrices have a unit last stride and a free row stride unless
+// "contiguous" is said; vectors are contiguous. Floating dtypes may differ where "any" is said: float32, float16 or
+// bfloat16.
+#pragma once
+
+#include <string>
+
+#include "array.h"
+
+namespace fastvit {
+
+// s = x, or residual + row_scale * gamma * x; y = (s - mean) * rstd * weight + bias.
+void layer_norm_forward(
+    const Device& device,
+    const Array& x,          // (M, D) any
+    const Array& weight,     // (D,) any, or none
+    const Array& bias,       // (D,) any, or none
+    double eps,
+    const Array& residual,   // (M, D) any, or none
+    const Array& gamma,      // (D,) any, or none
+    const Array& row_scale,  // (B,) float32, or none: row m takes entry m / (M / B)
+    const Array& y,          // (M, D) any, contiguous
+    const Array& stream,     // (M, D) in the residual's dtype, contiguous; none without a residual
+    const Array& mean,       // (M,) float32
+    const Array& rstd);      // (M,) float32
+
+// The gradients: total = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dstream with g = dy * weight.
+void layer_norm_backward(
+    const Device& device,
+    const Array& dy,          // (M, D) any
+    const Array& dstream,     // (M, D) any, or none
+    const Array& normalised,  // (M, D) any: what the norm read
+    const Array& weight,      // (D,) any, or none
+    const Array& mean,        // (M,) float32
+    const Array& rstd,        // (M,) float32
+    const Array& branch,      // (M, D) any, or none: the x that was merged into the stream
+    const Array& gamma,       // (D,) any, or none
+    const Array& row_scale,   // (B,) float32, or none
+    const Array& dx,          // (M, D) contiguous: total, or with a branch row_scale * gamma * total
+    const Array& dresidual,   // (M, D) in normalised's dtype, contiguous: total; none without a branch
+    const Array& partials);   // (programs, 2 or 3, D) float32: dweight, dbias (, dgamma with a gamma); or none
+
+// How many rows of partials the kernel above writes.
+int64_t layer_norm_programs(const Device& device, int64_t rows, int64_t width);
+
+// sums (...) = sum of partials (S, ...) over S in a fixed order; contiguous, partials any, sums float32.
+void sum_partials(const Device& device, const Array& partials, const Array& sums);
+
+// out (M, N) = row_scale * x (M, N), any dtypes, out contiguous; row_scale (B,) float32 or none.
+void scale_rows(const Device& device, const Array& x, const Array& row_scale, const Array& out);
+
+// out (M, N) = silu(x[:, :N]) * x[:, N:], x (M, 2N); out contiguous in x's dtype.
+void swiglu_forward(const Device& device, const Array& x, const Array& out);
+
+// dpreact, in preact's shape and dtype, and hidden = act(preact) (M, N), both contiguous. dout (M, N), preact (M, N),
+// or (M, 2N) for "swiglu". activation: "gelu" (erf), "gelu_tanh", "quick_gelu" or "swiglu".
+void activation_gradient(
+    const Device& device,
+    const Array& dout,
+    const Array& preact,
+    const std::string& activation,
+    const Array& dpreact,
+    const Array& hidden);
+
+// out = residual + row_scale * gamma * act(x weight^T + bias), products summed in float32.
+void linear_forward(
+    const Device& device,
+    const Array& x,       // (M, K) float16 or bfloat16
+    const Array& weight,  // (N, K) x's dtype, contiguous
+    const Array& bias,    // (N,) any, or none
+    const std::string& activation,  // "", "gelu", "gelu_tanh", "quick_gelu"
+    const Array& residual,   // (M, N) any, or none
+    const Array& gamma,      // (N,) any, or none
+    const Array& row_scale,  // (B,) float32, or none
+    const Array& out,        // (M, N) in the residual's dtype, else x's; contiguous
+    const Array& preact);    // (M, N) x's dtype, contiguous: x weight^T + bias; or none
+
+// dx = (gamma * dout) weight; with an activation, dx * act'(preact), and hidden = act(preact).
+void linear_input_gradient(
+    const Device& device,
+    const Array& dout,    // (M, N) weight's dtype
+    const Array& weight,  // (N, K) float16 or bfloat16, contiguous
+    const Array& gamma,   // (N,) any, or none
+    const Array& preact,  // (M, K) weight's dtype, contiguous; or none
+    const std::string& activation,  // "" without a preact
+    const Array& dx,       // (M, K) any, contiguous
+    const Array& hidden);  // (M, K) weight's dtype, contiguous; none without a preact
+
+// partials[s] = dout[rows of s]^T x[rows of s] for splits of the rows; bias_partials[s] = their sums.
+// The caller adds the splits with sum_partials.
+void linear_weight_gradient(
+    const Device& device,
+    const Array& dout,            // (M, N) x's dtype
+    const Array& x,               // (M, K) float16 or bfloat16
+    const Array& partials,        // (S, N, K) float32, contiguous
+    const Array& bias_partials);  // (S, N) float32, contiguous; or none
+
+// The S that suits these sizes.
+int64_t linear_weight_gradient_splits(const Device& device, int64_t m, int64_t n, int64_t k);
+
+// dweight (N, K) = gamma * g (by rows) and dgamma (N,) = rowsum(weight * g) + bias * sums, with g (N, K) float32 and
+// sums (N,) float32, the gradients without gamma. With an absent gamma, dweight = g, rounded, and no dgamma.
+void finish_weight_gradient(
+    const Device& device,
+    const Array& g,        // (N, K) float32, contiguous
+    const Array& sums,     // (N,) float32, or none: scaled by gamma in place
+    const Array& weight,   // (N, K) contiguous, or none
+    const Array& bias,     // (N,) any, or none
+    const Array& gamma,    // (N,) any, or none
+    const Array& dweight,  // (N, K) any, contiguous
+    const Array& dgamma);  // (N,) float32, or none
+
+// out = softmax(q k^T * scale) v for every head; lse the natural logarithm of the softmax's denominator. Tk > 0.
+void attention_forward(
+    const Device& device,
+    const Array& q,     // (B, Tq, H, d) float16 or bfloat16, last stride 1, others multiples of 8
+    const Array& k,     // (B, Tk, H, d)
+    const Array& v,     // (B, Tk, H, d)
+    double scale,
+    const Array& out,   // (B, Tq, H, d)
+    const Array& lse);  // (B, H, Tq) float32, contiguous
+
+// dq, and delta = rowsum(out * dout) - dlse.
+void attention_query_gradient(
+    const Device& device,
+    const Array& dout,  // (B, Tq, H, d)
+    const Array& dlse,  // (B, H, Tq) float32, contiguous, or none
+    const Array& q,
+    const Array& k,
+    const Array& v,
+    const Array& out,
+    const Array& lse,
+    double scale,
+    const Array& dq,      // (B, Tq, H, d)
+    const Array& delta);  // (B, H, Tq) float32, contiguous
+
+// dk and dv.
+void attention_key_value_gradient(
+    const Device& device,
+    const Array& dout,
+    const Array& q,
+    const Array& k,
+    const Array& v,
+    const Array& lse,
+    const Array& delta,
+    double scale,
+    const Array& dk,   // (B, Tk, H, d)
+    const Array& dv);  // (B, Tk, H, d)
+
+// Patches of images to tokens, prefix tokens first.
+void patch_embed_forward(
+    const Device& device,
+    const Array& images,   // (B, C, H, W) uint8 or any, any strides
+    const Array& weight,   // (D, C, p, q) float16 or bfloat16, contiguous
+    const Array& bias,     // (D,) any, or none
+    const Array& pos_embed,      // (P + N or N, D) any, contiguous; or none
+    const Array& prefix_tokens,  // (P, D) any, contiguous; or none
+    const Array& mean,     // (C,) float32, or none
+    const Array& std,      // (C,) float32, or none
+    const Array& out);     // (B, P + N, D) any, contiguous
+
+// partials[s] (S, D, C * p * q) float32: the weight's gradient from the rows of each split.
+void patch_embed_weight_gradient(
+    const Device& device,
+    const Array& dout,    // (B, P + N, D) float16 or bfloat16, contiguous
+    const Array& images,  // (B, C, H, W) uint8 or any, any strides
+    const Array& mean,
+    const Array& std,
+    int64_t patch_height,
+    int64_t patch_width,
+    int64_t prefix,       // P
+    const Array& partials);
+
+// The S that suits these sizes: rows = B * N, features = C * p * q.
+int64_t patch_embed_weight_gradient_splits(const Device& device, int64_t rows, int64_t width, int64_t features);
+
+// dimages (B, C, H, W) any, contiguous.
+void patch_embed_image_gradient(
+    const Device& device,
+    const Array& dout,    // (B, P + N, D) weight's dtype, contiguous
+    const Array& weight,  // (D, C, p, q) contiguous
+    const Array& std,     // (C,) float32, or none
+    int64_t prefix,
+    const Array& dimages);
+
+}  // namespace fastvit

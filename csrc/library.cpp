@@ -1,0 +1,201 @@
+// Registers every launcher of ops.h with PyTorch, through the LibTorch stable ABI: one shared object for every supported
+// version. The schema of an op follows from its C++ signature: all its arrays are `Tensor?`, outputs too, and before them
+// stands a tensor that says on which device to run. fastvit/ops/cuda.py is the only caller.
+//
+// Built with g++ and FASTVIT_HOST, the same ops take CPU tensors and run in csrc/testing.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "ops.h"
+
+#ifdef FASTVIT_HOST
+#include "host.h"
+#define FASTVIT_NAMESPACE fastvit_emulated
+#define FASTVIT_KEY CPU
+#else
+#include <cuda_runtime_api.h>
+#define FASTVIT_NAMESPACE fastvit_cuda
+#define FASTVIT_KEY CUDA
+#endif
+
+namespace fastvit {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Byte: return DType::uint8;
+    default: throw error("dtype not supported; accepted: float32, float16, bfloat16, uint8");
+  }
+}
+
+Array array(const std::optional<Tensor>& tensor) {
+  Array result;
+  if (!tensor) return result;
+  if (tensor->dim() < 1 || tensor->dim() > kMaxDims) throw error(tensor->dim(), " dimensions; accepted: 1 to ", kMaxDims);
+  result.data = tensor->data_ptr();
+  result.dtype = dtype_of(*tensor);
+  result.dims = static_cast<int>(tensor->dim());
+  for (int i = 0; i < result.dims; ++i) {
+    result.size[i] = tensor->size(i);
+    result.stride[i] = tensor->stride(i);
+  }
+  return result;
+}
+
+#ifdef FASTVIT_HOST
+
+int assumed_architecture = 80;
+
+void assume(const Tensor, int64_t architecture) { assumed_architecture = static_cast<int>(architecture); }
+
+Device device_of(const Tensor&) {
+  const int arch = assumed_architecture;
+  return {arch, 4, arch == 90 || arch == 100 ? 232448 : arch == 80 ? 166912 : 101376, nullptr};
+}
+
+// Kernels may touch the arrays they were given and nothing else.
+struct Scope {
+  template <class... A>
+  explicit Scope(const A&... arguments) { (allow(arguments), ...); }
+  ~Scope() { host::forget_allocations(); }
+
+  static void allow(const Array& a) {
+    if (!a || a.elements() == 0) return;
+    int64_t last = 0;
+    for (int i = 0; i < a.dims; ++i) last += (a.size[i] - 1) * a.stride[i];
+    host::allocation(a.data, (last + 1) * bytes(a.dtype));
+  }
+  template <class T> static void allow(const T&) {}
+};
+
+#else
+
+Device device_of(const Tensor& tensor) {
+  constexpr int kDevices = 64;
+  static Device known[kDevices];  // filled with the same values whoever comes first
+  const int index = tensor.get_device_index();
+  if (index < 0 || index >= kDevices) throw error("device ", index, "; accepted: 0 to ", kDevices - 1);
+  Device device = known[index];
+  if (device.architecture == 0) {
+    const auto attribute = [index](cudaDeviceAttr which) {
+      int value = 0;
+      const cudaError_t status = cudaDeviceGetAttribute(&value, which, index);
+      if (status != cudaSuccess) throw error("CUDA: ", cudaGetErrorString(status));
+      return value;
+    };
+    device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+    device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    device.architecture =
+        attribute(cudaDevAttrComputeCapabilityMajor) * 10 + attribute(cudaDevAttrComputeCapabilityMinor);
+    known[index] = device;
+  }
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  device.stream = static_cast<CUstream_st*>(stream);
+  return device;
+}
+
+struct Scope {
+  template <class... A>
+  explicit Scope(const A&...) {}
+};
+
+#endif
+
+// How each parameter arrives from PyTorch, its name in a schema, and what the launcher gets.
+template <class P> struct Parameter {
+  using Boxed = P;
+  static P unbox(const Boxed& value) { return value; }
+};
+template <> struct Parameter<const Array&> {
+  using Boxed = std::optional<Tensor>;
+  static Array unbox(const Boxed& value) { return array(value); }
+};
+template <> struct Parameter<const std::string&> {
+  using Boxed = std::string;
+  static std::string unbox(const Boxed& value) { return value; }
+};
+
+template <class T> constexpr const char* schema_name = nullptr;
+template <> constexpr const char* schema_name<const Array&> = "Tensor?";
+template <> constexpr const char* schema_name<const std::string&> = "str";
+template <> constexpr const char* schema_name<double> = "float";
+template <> constexpr const char* schema_name<int64_t> = "int";
+template <> constexpr const char* schema_name<void> = "()";
+
+template <auto launcher> struct Op;
+template <class R, class... P, R (*launcher)(const Device&, P...)>
+struct Op<launcher> {
+  static R call(const Tensor on, typename Parameter<P>::Boxed... boxed) {
+#ifndef FASTVIT_HOST
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+#endif
+    const Device device = device_of(on);
+    return std::apply(
+        [&device](const auto&... arguments) {
+          const Scope scope(arguments...);
+          return launcher(device, arguments...);
+        },
+        std::make_tuple(Parameter<P>::unbox(boxed)...));
+  }
+
+  static std::string schema(const char* name) {
+    std::string text = std::string(name) + "(Tensor on";
+    int i = 0;
+    ((text += std::string(", ") + schema_name<P> + " x" + std::to_string(i++)), ...);
+    return text + ") -> " + schema_name<R>;
+  }
+};
+
+}  // namespace
+}  // namespace fastvit
+
+#define FASTVIT_OPS(_)               \
+  _(layer_norm_forward)              \
+  _(layer_norm_backward)             \
+  _(layer_norm_programs)             \
+  _(sum_partials)                    \
+  _(scale_rows)                      \
+  _(swiglu_forward)                  \
+  _(activation_gradient)             \
+  _(linear_forward)                  \
+  _(linear_input_gradient)           \
+  _(linear_weight_gradient)          \
+  _(linear_weight_gradient_splits)   \
+  _(finish_weight_gradient)          \
+  _(attention_forward)               \
+  _(attention_query_gradient)        \
+  _(attention_key_value_gradient)    \
+  _(patch_embed_forward)             \
+  _(patch_embed_weight_gradient)     \
+  _(patch_embed_weight_gradient_splits) \
+  _(patch_embed_image_gradient)
+
+STABLE_TORCH_LIBRARY(FASTVIT_NAMESPACE, m) {
+#define FASTVIT_DEFINE(name) m.def(fastvit::Op<&fastvit::name>::schema(#name).c_str());
+  FASTVIT_OPS(FASTVIT_DEFINE)
+#ifdef FASTVIT_HOST
+  m.def("assume(Tensor on, int architecture) -> ()");
+#endif
+}
+
+STABLE_TORCH_LIBRARY_IMPL(FASTVIT_NAMESPACE, FASTVIT_KEY, m) {
+#define FASTVIT_IMPLEMENT(name) m.impl(#name, TORCH_BOX((&fastvit::Op<&fastvit::name>::call)));
+  FASTVIT_OPS(FASTVIT_IMPLEMENT)
+#ifdef FASTVIT_HOST
+  m.impl("assume", TORCH_BOX((&fastvit::assume)));
+#endif
+}

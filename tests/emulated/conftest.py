@@ -1,0 +1,35 @@
+"""These tests run the CUDA kernels' own sources on the CPU, compiled by g++ (csrc/testing), on CPU tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvit.ops import cuda
+
+_SCRIPT = Path(__file__).resolve().parents[2] / "csrc" / "testing" / "build.py"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library() -> Path:
+    """The kernels for this CPU, brought up to date; from now on ``fastvit.ops.cuda`` runs CPU tensors by them."""
+    spec = importlib.util.spec_from_file_location("emulated_build", _SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    path: Path = script.build()
+    cuda.emulate(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """In deterministic mode PyTorch fills new memory with NaN: an element that a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,256 @@
+"""Attention's kernels for compute capability 8.0, run on the CPU, against the reference and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvit import reference
+from fastvit.ops import cuda
+from numerics import assert_as_right_as_eager, check_op
+
+HALF = (torch.float16, torch.bfloat16)
+DIMS = range(32, 129, 8)
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """In deterministic mode PyTorch fills new memory with NaN: an element that a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def on(architecture: int) -> Iterator[None]:
+    cuda.assume(architecture)
+    yield
+    cuda.assume(80)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = cuda.attention_forward(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        gradients = [torch.full_like(x, torch.nan) for x in (q, k, v)]
+        cuda.attention_backward(dout, dlse, q, k, v, out, lse, ctx.scale, *gradients)
+        return *gradients, None
+
+
+class _Packed(torch.autograd.Function):
+    """q, k and v as views of one tensor, and their gradients as views of another: nothing is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = cuda.attention_forward(*qkv.unbind(2), scale)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.scale = scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, None]:
+        qkv, out, lse = ctx.saved_tensors
+        dqkv = torch.full_like(qkv, torch.nan)
+        cuda.attention_backward(dout, dlse, *qkv.unbind(2), out, lse, ctx.scale, *dqkv.unbind(2))
+        return dqkv, None
+
+
+def make(queries: int, keys: int, dim: int, dtype: torch.dtype, batch: int = 1, heads: int = 1) -> dict[str, Any]:
+    """q, k and v that require gradients."""
+    shapes = {"q": (batch, queries, heads, dim), "k": (batch, keys, heads, dim), "v": (batch, keys, heads, dim)}
+    return {name: torch.randn(shape, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
+
+
+def check(args: dict[str, Any], scale: float | None = None, lse: bool = True) -> None:
+    """Output, log-sum-exp and all gradients; without ``lse`` no gradient reaches the log-sum-exp."""
+    scale = args["q"].shape[-1] ** -0.5 if scale is None else scale
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return _Attention.apply(q, k, v, scale)[: 1 + lse]
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return reference.attention(q, k, v, scale=scale, return_lse=True)[: 1 + lse]
+
+    check_op(kernel, expected, args)
+
+
+def check_forward(sizes: Iterable[tuple[int, int, int]], dtype: torch.dtype, scale: float) -> None:
+    """Outputs for all (queries, keys, d) together: what is rounded differently in one of them is a matter of luck."""
+    kernel, eager, exact = [], [], []
+    for queries, keys, dim in sizes:
+        q, k, v = (x.detach() for x in make(queries, keys, dim, dtype).values())
+        kernel.append(cuda.attention_forward(q, k, v, scale))
+        for results, t in ((eager, dtype), (exact, torch.float64)):
+            results.append(reference.attention(q.to(t), k.to(t), v.to(t), scale=scale, return_lse=True))
+
+    def joined(results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        return [torch.cat([x.flatten() for x in one]) for one in zip(*results, strict=True)]
+
+    assert_as_right_as_eager(joined(kernel), joined(eager), joined(exact))
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_head_dims(dim: int) -> None:
+    """Online softmax and both gradients; 91 keys end in a slice of 8 (forward) or 16 and 8 (backward)."""
+    check(make(37, 91, dim, HALF[dim // 8 % 2]))
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_head_dims_in_a_single_pass(dim: int) -> None:
+    with on(100):  # whose shared memory fits them all twice
+        check_forward([(19, 150, dim)], HALF[(dim // 8 + 1) % 2], 0.2)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 64), (8, 32), (16, 72), (17, 88), (50, 64), (65, 80), (145, 64)])
+def test_token_counts(tokens: int, dim: int, dtype: torch.dtype) -> None:
+    # Of one token nothing but the log-sum-exp has a gradient in q: one element, which eager rounds once less.
+    check(make(tokens, tokens, dim, dtype), lse=tokens > 1)
+
+
+@pytest.mark.parametrize("architecture", [80, 86])  # a single pass, and online where shared memory is short
+@pytest.mark.parametrize("dtype", HALF)
+def test_197_tokens(dtype: torch.dtype, architecture: int) -> None:
+    with on(architecture):
+        check(make(197, 197, 64, dtype))
+
+
+def test_257_tokens_and_several_heads_and_images() -> None:
+    check(make(257, 257, 32, torch.bfloat16, batch=2, heads=3))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 197), (65, 17), (5, 300), (300, 5), (129, 193)])
+def test_queries_and_keys_differ(queries: int, keys: int, dtype: torch.dtype) -> None:
+    check(make(queries, keys, 48, dtype))
+
+
+@pytest.mark.parametrize("architecture", [80, 86])
+def test_every_count_of_keys(architecture: int) -> None:
+    """Both sides of every slice and block, and of the counts that are taken in a single pass."""
+    with on(architecture):
+        check_forward([(3, keys, 64) for keys in range(1, 216)], torch.float16, -0.3)
+
+
+@pytest.mark.parametrize("dim", [64, 96])
+def test_every_count_of_rows_in_a_block(dim: int) -> None:
+    """What does not fill a block, of keys in the query gradient and of queries in the other."""
+    for rest in range(1, 66, 3):
+        check(make(rest, rest + 1, dim, HALF[rest % 2]))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dim", [40, 64])
+def test_packed(dim: int, dtype: torch.dtype) -> None:
+    qkv = torch.randn(2, 21, 3, 3, dim, dtype=dtype).requires_grad_()
+    check_op(
+        lambda qkv: _Packed.apply(qkv, 0.3),
+        lambda qkv: reference.attention_qkvpacked(qkv, scale=0.3, return_lse=True),
+        {"qkv": qkv},
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradient_of_the_output_alone(dtype: torch.dtype) -> None:
+    check(make(17, 33, 32, dtype), lse=False)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
+@pytest.mark.parametrize("keys", [70, 200])
+def test_any_scale(keys: int, scale: float) -> None:
+    check(make(19, keys, 32, torch.float16), scale=scale)
+
+
+@pytest.mark.parametrize("keys", [85, 133])
+def test_large_scores_neither_overflow_nor_reach_absent_keys(keys: int) -> None:
+    """All scores are below -100: a key or query beyond the last would have a probability above exp(100)."""
+    args = make(21, keys, 32, torch.bfloat16)
+    args = {name: (x.detach().abs() + 1).requires_grad_() for name, x in args.items()}
+    check(args, scale=-4.0)
+
+
+def test_strides_are_free() -> None:
+    """(B, H, T, d) in memory for q, (T, B, H, d) for k, every third row for v; a dout with gaps."""
+    batch, tokens, heads, dim = 2, 70, 2, 56
+    q = torch.randn(batch, heads, tokens, dim).half().transpose(1, 2)
+    k = torch.randn(tokens, batch, heads, dim).half().transpose(0, 1)
+    v = torch.randn(batch, tokens * 3, heads, dim).half()[:, ::3]
+    dout = torch.randn(batch, tokens, heads, 2 * dim).half()[..., :dim]
+    results = []
+    for prepare in (torch.Tensor.contiguous, lambda x: x):
+        inputs = [prepare(x) for x in (q, k, v)]
+        out, lse = cuda.attention_forward(*inputs, 0.25)
+        gradients = [torch.full_like(x, torch.nan) for x in inputs]
+        cuda.attention_backward(prepare(dout), None, *inputs, out, lse, 0.25, *gradients)
+        results.append((out, lse, *gradients))
+    for plain, strided in zip(*results, strict=True):
+        assert not strided.isnan().any()
+        assert torch.equal(plain, strided)
+
+
+@pytest.mark.parametrize("tokens", [67, 150])
+def test_memory_outside_the_tensors_is_left_alone(tokens: int) -> None:
+    """Inputs lie among NaN, and gradients among sevens, in every direction."""
+    heads, dim = 2, 72
+
+    def inside(buffer: Tensor) -> Tensor:
+        return buffer[:, 2 : 2 + tokens, :heads, 8 : 8 + dim]
+
+    def surrounded(value: float) -> Tensor:
+        return torch.full((1, tokens + 5, heads + 1, dim + 16), value, dtype=torch.float16)
+
+    inputs = [inside(surrounded(torch.nan)).copy_(torch.randn(1, tokens, heads, dim)) for _ in range(4)]
+    buffers = [surrounded(7.0) for _ in range(3)]
+    *qkv, dout = inputs
+    out, lse = cuda.attention_forward(*qkv, 0.2)
+    cuda.attention_backward(dout, None, *qkv, out, lse, 0.2, *map(inside, buffers))
+    for x in (out, lse, *buffers):
+        assert not x.isnan().any()
+    for buffer in buffers:
+        inside(buffer).fill_(7.0)
+        assert (buffer == 7.0).all()
+
+
+def test_empty_batch() -> None:
+    q = torch.randn(0, 5, 2, 32).half()
+    out, lse = cuda.attention_forward(q, q, q, 1.0)
+    assert out.shape == (0, 5, 2, 32)
+    assert lse.shape == (0, 2, 5)
+    cuda.attention_backward(out, lse, q, q, q, out, lse, 1.0, *(torch.empty_like(q) for _ in range(3)))
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    def forward(*shape: int, dtype: torch.dtype = torch.float16) -> None:
+        q = torch.randn(*shape).to(dtype)
+        cuda.attention_forward(q, q, q, 1.0)
+
+    for dim in (24, 36, 136):
+        with pytest.raises(
+            RuntimeError, match=f"head dim {dim}; accepted: multiples of 8 from 32 to 128|multiples of 8"
+        ):
+            forward(1, 3, 1, dim)
+    with pytest.raises(RuntimeError, match="float32; accepted: float16, bfloat16"):
+        forward(1, 3, 1, 64, dtype=torch.float32)
+    q = torch.randn(1, 3, 1, 64).half()
+    with pytest.raises(RuntimeError, match="v in bfloat16; accepted: q's float16"):
+        cuda.attention_forward(q, q, q.bfloat16(), 1.0)
+    with pytest.raises(RuntimeError, match="v with 4 in dimension 1; accepted: 3"):
+        cuda.attention_forward(q, q, torch.randn(1, 4, 1, 64).half(), 1.0)
+    out, lse = cuda.attention_forward(q, q, q, 1.0)
+    unaligned = torch.empty(200).half()[1:193].view(q.shape)
+    with pytest.raises(RuntimeError, match="dk with strides .*; accepted: .* multiples of 8"):
+        cuda.attention_backward(q, None, q, q, q, out, lse, 1.0, torch.empty_like(q), unaligned, torch.empty_like(q))

@@ -1,0 +1,120 @@
+"""Every op through ``fastvit.ops`` on the CUDA backend, its kernels executed on the CPU: forward and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastvit
+from cases import CASES, Case, with_shared_residual
+from fastvit import ops, reference
+from fastvit.ops import cuda
+from numerics import assert_same_bits_twice, check_op
+
+HALF = (torch.float16, torch.bfloat16)
+
+# Widths that 8 does not divide and head dims below 32: said to be so, see test_what_is_refused.
+REFUSED = {
+    "patch_embed-square": "20, 3, 4, 4",
+    "patch_embed-oblong": "17, 5, 4, 6",
+    "patch_embed-uint8-nchw": "12, 3, 4, 4",
+    "patch_embed-uint8-nhwc": "12, 3, 4, 4",
+    "attention-lse": "head dim 16",
+    "attention_qkvpacked-scale": "head dim 24",
+}
+
+
+def _patches(make, images: torch.Tensor, width: int, p: int, q: int, prefix: int) -> dict:
+    channels = images.shape[1] if images.shape[1] in (1, 3, 5) else images.shape[3]
+    height, right = images.shape[2:] if images.shape[1] == channels else images.shape[1:3]
+    args = {"images": images, "weight": make(width, channels, p, q, scale=0.1), "bias": make(width)}
+    args["pos_embed"] = make(1, height // p * (right // q) + prefix, width, dtype=torch.float32)
+    if prefix:
+        args["prefix_tokens"] = make(1, prefix, width, dtype=torch.float32)
+    if images.dtype == torch.uint8:
+        args |= {"mean": torch.rand(channels), "std": torch.rand(channels) + 0.2}
+    return args
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+ALSO = [  # what those refused are there for, at sizes that are taken
+    Case("patch_embed", "square-16", lambda m: _patches(m, m(2, 3, 12, 12), 16, 4, 4, 1)),
+    Case("patch_embed", "oblong-24", lambda m: _patches(m, m(1, 5, 8, 18), 24, 4, 6, 5)),
+    Case("patch_embed", "uint8-nchw-16", lambda m: _patches(m, _bytes(2, 3, 8, 8), 16, 4, 4, 0)),
+    Case("patch_embed", "uint8-nhwc-16", lambda m: _patches(m, _bytes(2, 8, 12, 3), 16, 4, 4, 0)),
+    Case(
+        "attention", "lse-40", lambda m: {n: m(1, 7 if n == "q" else 21, 3, 40) for n in "qkv"} | {"return_lse": True}
+    ),
+    Case("attention_qkvpacked", "scale-32", lambda m: {"qkv": m(2, 5, 3, 2, 32), "scale": 0.4}),
+]
+TAKEN = [case for case in CASES if str(case) not in REFUSED] + ALSO
+
+
+@pytest.fixture(autouse=True, params=[80, 90])
+def _cuda(request: pytest.FixtureRequest) -> Iterator[None]:
+    cuda.assume(request.param)
+    with fastvit.backend("cuda"):
+        yield
+    cuda.assume(80)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", TAKEN, ids=str)
+def test_op_is_as_right_as_eager(case: Case, dtype: torch.dtype) -> None:
+    check_op(case.kernel, case.reference, case.args(dtype, "cpu"))
+
+
+@pytest.mark.parametrize("case", [c for c in TAKEN if c.op == "layer_norm"], ids=str)
+def test_layer_norm_in_float32(case: Case) -> None:
+    check_op(case.kernel, case.reference, case.args(torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("normed", [True, False])
+def test_mlp_on_its_own_residual(dtype: torch.dtype, normed: bool) -> None:
+    args = next(c for c in CASES if str(c) == "mlp-gelu").args(dtype, "cpu")
+    del args["residual"]
+    if not normed:
+        args["norm"] = None
+    check_op(with_shared_residual(ops.mlp), with_shared_residual(reference.mlp), args)
+
+
+@pytest.mark.parametrize("case", TAKEN, ids=str)
+def test_gradients_are_deterministic(case: Case) -> None:
+    assert_same_bits_twice(case.kernel, case.args(torch.float16, "cpu"))
+
+
+@pytest.mark.parametrize(("name", "said"), REFUSED.items())
+def test_what_is_refused(name: str, said: str) -> None:
+    case = next(c for c in CASES if str(c) == name)
+    with pytest.raises(fastvit.BackendUnavailable, match=f"{case.op}.*{said}.*accepted: .*multiples of 8"):
+        case.kernel(**case.args(torch.float16, "cpu"))
+
+
+def test_float32_products_are_refused() -> None:
+    case = next(c for c in CASES if c.op == "linear")
+    with pytest.raises(fastvit.BackendUnavailable, match="float32 is not supported; accepted: float16, bfloat16"):
+        case.kernel(**case.args(torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_model(dtype: torch.dtype) -> None:
+    """A whole ViT with LayerScale, forward and backward: as the reference, and within its rounding of float64."""
+    model = fastvit.ViT(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=8, init_values=0.5)
+    images = torch.randn(2, 3, 32, 32)
+    found = []
+    for backend, kind in (("cuda", dtype), ("reference", dtype), ("reference", torch.float64)):
+        with fastvit.backend(backend):
+            network = model.to(kind)
+            network.zero_grad()
+            logits = network(images.to(dtype).to(kind))
+            logits.square().sum().backward()
+            found.append([logits.double(), *(p.grad.double() for p in network.parameters())])
+    from numerics import assert_model_as_right_as_eager
+
+    assert_model_as_right_as_eager(*found)
