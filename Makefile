@@ -6,19 +6,22 @@ STAMP := $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --durations 5
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench speed test test-all test-peers gpu rehearse tune lint format dist clean
+.PHONY: help install bench speed test test-all test-peers gpu rehearse tune lint format kernels-report dist clean
 
 help: ## what the commands are
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## the virtual environment: torch, the peers and this package, editable (about 5 GB)
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+# Twice: a build in an environment of its own, which is what pip makes, sees no PyTorch and so builds no CUDA extension.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/include/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
 	  "fastvit is tested on Python 3.11 to 3.13, and %s is %d.%d. Choose another: make PYTHON=python3.11 ..." \
 	  % ((sys.executable,) + tuple(v)))'
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	FASTVIT_BUILD_CUDA=0 $(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(PY) -m fastvit env | grep -A 1 '^extension'
 	@touch $@
 
 bench: $(STAMP) ## ViT-B/16 from fastvit, timm, torchvision and Hugging Face beside a ResNet-50, on this device
@@ -29,11 +32,13 @@ bench: $(STAMP) ## ViT-B/16 from fastvit, timm, torchvision and Hugging Face bes
 speed: $(STAMP) ## micro-benchmarks of every op and backend (pytest-benchmark)
 	$(PY) -m pytest benchmarks --benchmark-only
 
-# Two test processes, since one can't both compile Triton kernels and interpret them. All parts always run.
+# Three test processes, since one can't both compile Triton kernels and interpret them, and in the one that emulates the
+# CUDA kernels CPU tensors reach kernels. All parts always run.
 define run-tests
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	echo "== compiled, and on the CPU"; $(PYTEST) $(1) tests --ignore tests/interpreted || status=1; \
+	echo "== compiled, and on the CPU"; $(PYTEST) $(1) tests --ignore tests/interpreted --ignore tests/emulated || status=1; \
+	echo "== CUDA kernels on the CPU"; $(PYTEST) $(1) tests/emulated || status=1; \
 	echo "== launches, bytes and registers against the baseline"; \
 	$(PY) -m benchmarks static --out bench-out/static || status=1; \
 	echo "== Triton kernels in the interpreter"; TRITON_INTERPRET=1 $(PYTEST) $(1) tests/interpreted || status=1; \
@@ -71,9 +76,12 @@ format: $(STAMP) ## put the code in order as ruff has it
 	$(VENV)/bin/ruff check --fix-only --quiet .
 	$(VENV)/bin/ruff format .
 
+kernels-report: $(STAMP) ## registers, spills and instructions of every CUDA kernel, as compiled (needs no GPU)
+	$(PY) -m fastvit.binary
+
 dist: $(STAMP) ## sdist and wheel, checked: contents, and an install of the wheel into an empty environment
 	$(PY) tests/check_dist.py
 
 clean: ## everything that the other commands made
-	rm -rf $(VENV) build dist bench-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) fastvit/_C.*so build dist bench-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastvit
-from fastvit.ops import backends
+from fastvit.ops import backends, cuda
 
 LIBRARIES = ("torch", "triton", "numpy", "safetensors")
 PEERS = ("timm", "torchvision", "transformers", "xformers")
@@ -83,6 +85,17 @@ def _nvidia_smi(uuid: str) -> dict[str, str | None]:
     return dict(zip(_STATE, found, strict=True)) if run.returncode == 0 else dict.fromkeys(_STATE)
 
 
+def extension() -> dict[str, str]:
+    """The CUDA kernels: their ``file``, ``architectures`` and ``cuda``, or why it's ``missing`` and how ``built``."""
+    if cuda.MISSING is not None:
+        found, record = {"missing": cuda.MISSING}, Path(fastvit.__file__).with_name("_build.txt")  # setup.py's
+        return {**found, "built": record.read_text().strip()} if record.exists() else found
+    if cuda.EMULATED:
+        return {"missing": "its sources run on the CPU, for tests"}
+    module = importlib.import_module("fastvit._C")
+    return {"file": str(module.__file__), "architectures": module.ARCHITECTURES, "cuda": module.CUDA}
+
+
 def tiles() -> list[str]:
     """Where the kernels' tiles come from on this GPU, in order; empty where no kernel runs."""
     if backends.TRITON_MISSING or not (torch.cuda.is_available() or backends.INTERPRETING):
@@ -98,14 +111,16 @@ def report() -> dict[str, Any]:
     """Everything ``fastvit env`` prints, ready for JSON.
 
     Returns:
-        ``device``, ``versions`` (None: not installed), ``installed_from``, ``backend`` (the setting), ``tiles`` (where
-        the kernels' tiles come from on this GPU, in order, and tables that are refused; none without a GPU),
-        ``ops`` (for every op and backend None where it can run, else the reason) and ``fallbacks``.
+        ``device``, ``versions`` (None: not installed), ``installed_from``, ``extension`` (the CUDA kernels' binary, or
+        why it is ``missing``), ``backend`` (the setting), ``tiles`` (where the kernels' tiles come from on this GPU, in
+        order, and tables that are refused; none without a GPU), ``ops`` (for every op and backend None where it can
+        run, else the reason) and ``fallbacks``.
     """
     return {
         "device": device(),
         "versions": versions(),
         "installed_from": str(Path(fastvit.__file__).parent),
+        "extension": extension(),
         "backend": backends.setting(),
         "tiles": tiles(),
         "ops": backends.availability(),
@@ -124,8 +139,12 @@ def render(found: dict[str, Any]) -> str:
     absent = [name for name, v in found["versions"].items() if v is None]
     if absent:
         lines.append(f"            not installed: {', '.join(absent)}")
+    built = found["extension"]
+    kernels = built.get("missing") or f"{built['file']}: for {built['architectures']}, by CUDA {built['cuda']}"
     lines += [
         f"fastvit     {found['installed_from']}",
+        f"extension   {kernels}",
+        *([textwrap.indent(f"installed by a {built['built']}", " " * 12)] if "built" in built else []),
         f"backend     {found['backend']} (FASTVIT_BACKEND or fastvit.backend() sets it)",
         *[f"tiles       {source}" for source in found["tiles"]],
         "",
