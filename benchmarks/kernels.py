@@ -260,7 +260,7 @@ SUITE = Suite(
             dtypes=("bfloat16",),
             models=("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"),
             batches=(256,),
-            peers=EVERYONE,
+            peers=(*EVERYONE, "fastvit-cuda"),
             modes=tuple(DIRECTIONS),
             budget=1.0,
         ),

@@ -58,7 +58,7 @@ def _kernels(name: str, model: str, batch: int) -> Stage:
     return _suite(f"kernels-{name}", "kernels", options, about)
 
 
-EAGER = "timm fastvit floor timm-autocast fastvit-autocast fastvit-reference torchvision huggingface timm-xformers"
+EAGER = "timm fastvit fastvit-cuda floor timm-autocast fastvit-autocast fastvit-reference torchvision huggingface timm-xformers"
 COMPILED = "timm timm-compile timm-compile-max fastvit-compile"
 
 
@@ -103,9 +103,8 @@ def _tune(name: str, model: str, batch: int) -> Stage:
 INSTALL = Stage(
     "install",
     "-m pip install --no-index --no-deps --no-build-isolation --quiet -e .",
-    "this checkout, editable, into this Python",
+    "this checkout, editable, into this Python, with the CUDA extension for its GPU",
     "-m pip install --no-index --no-deps --no-build-isolation --quiet -e .",
-    120,
     always=True,
 )
 TUNING = (
@@ -120,9 +119,9 @@ STAGES = (
     INSTALL,
     Stage(
         "tests",
-        "-m pytest -q -n 8 -m gpu tests --ignore tests/interpreted",  # compiling the kernels is most of it
+        "-m pytest -q -n 8 -m gpu tests --ignore tests/interpreted --ignore tests/emulated",  # compiling the kernels is most of it
         "every op and model at real sizes on the GPU",
-        "-m pytest -q -n 2 -m gpu tests --ignore tests/interpreted",
+        "-m pytest -q -n 2 -m gpu tests --ignore tests/interpreted --ignore tests/emulated",
     ),
     _kernels("B", "vit_base_patch16_224", 256),
     *_at_224("B", "vit_base_patch16_224", "inference"),

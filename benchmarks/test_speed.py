@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import ops
-from fastvit.ops import backends
+from fastvit.ops import backends, cuda
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -105,7 +105,7 @@ def _op(case: str) -> str:
 def _backends(op: str, gradients: bool) -> list[str]:
     """The backends that can differ from one another on this device."""
     if DEVICE.type == "cuda":
-        return ["reference", "triton"]
+        return ["reference", "triton"] if cuda.MISSING else ["reference", "triton", "cuda"]
     return ["reference", "onednn"] if op in backends.ONEDNN_OPS and not gradients else ["reference"]
 
 
