@@ -58,7 +58,10 @@ def _kernels(name: str, model: str, batch: int) -> Stage:
     return _suite(f"kernels-{name}", "kernels", options, about)
 
 
-EAGER = "timm fastvit fastvit-cuda floor timm-autocast fastvit-autocast fastvit-reference torchvision huggingface timm-xformers"
+EAGER = (
+    "timm fastvit fastvit-cuda floor timm-autocast fastvit-autocast fastvit-reference torchvision huggingface "
+    "timm-xformers"
+)
 COMPILED = "timm timm-compile timm-compile-max fastvit-compile"
 
 
@@ -119,7 +122,8 @@ STAGES = (
     INSTALL,
     Stage(
         "tests",
-        "-m pytest -q -n 8 -m gpu tests --ignore tests/interpreted --ignore tests/emulated",  # compiling the kernels is most of it
+        # compiling the kernels is most of it
+        "-m pytest -q -n 8 -m gpu tests --ignore tests/interpreted --ignore tests/emulated",
         "every op and model at real sizes on the GPU",
         "-m pytest -q -n 2 -m gpu tests --ignore tests/interpreted --ignore tests/emulated",
     ),

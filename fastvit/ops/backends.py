@@ -16,6 +16,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from fastvit.ops import cuda
+
 log = logging.getLogger("fastvit")
 
 BACKENDS = ("auto", "reference", "onednn", "triton", "cuda")
@@ -161,8 +163,6 @@ def _refuse_triton(op: str, x: Tensor) -> str | None:
 
 
 def _refuse_cuda(op: str, x: Tensor, product: Tensor | None) -> str | None:
-    from fastvit.ops import cuda
-
     if cuda.MISSING:
         return cuda.MISSING
     if x.device.type not in ("cuda", "cpu" if cuda.EMULATED else "cuda"):

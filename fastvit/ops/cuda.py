@@ -45,13 +45,13 @@ MISSING = _load()
 
 
 def emulate(library: str | Path) -> None:
-    """Run the kernels on CPU tensors from now on, in this process, by a library that ``csrc/testing`` built."""
-    global _library, EMULATED, MISSING
-    from fastvit.ops.library import implement_on_cpu
+    """Launch on CPU tensors from now on, in this process, by a library that ``csrc/testing`` built.
 
+    :func:`fastvit.ops.library.implement_on_cpu` lets the ops take such tensors too.
+    """
+    global _library, EMULATED, MISSING
     torch.ops.load_library(str(library))
     _library, EMULATED, MISSING = torch.ops.fastvit_emulated, True, None
-    implement_on_cpu()
 
 
 def assume(architecture: int) -> None:

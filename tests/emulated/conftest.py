@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastvit.ops import cuda
+from fastvit.ops.library import implement_on_cpu
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "csrc" / "testing" / "build.py"
 
@@ -23,6 +24,7 @@ def library() -> Path:
     spec.loader.exec_module(script)
     path: Path = script.build()
     cuda.emulate(path)
+    implement_on_cpu()
     return path
 
 
