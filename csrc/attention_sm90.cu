@@ -237,6 +237,7 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1) attention_forward_k
   uint64_t* stored = nullptr;  // the q_empty of a slot whose output this warp has still to see read
 
   const auto arrive = [&](uint64_t* barrier) {
+    __syncwarp();
     if (lane == 0) mbarrier_arrive(barrier);
   };
   const auto release_stored = [&] {

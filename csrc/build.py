@@ -66,7 +66,7 @@ def architectures(text: str) -> tuple[str, ...]:
         ValueError: a name is none of them.
     """
     chosen: dict[str, str] = {}
-    for word in re.split(r"[;,\s]+", text.strip()):
+    for word in re.split(r"[;,\s]+", text.strip(" ;,")):
         name, plus, _ = word.partition("+PTX")
         name = HOPPER if name == "9.0" else name
         if name not in ARCHITECTURES:
@@ -183,7 +183,11 @@ def find_toolkit(torch_cuda: str) -> Toolkit:
     """
     major, others = torch_cuda.partition(".")[0], []
     for nvcc in _candidates(major):
-        toolkit = _toolkit(nvcc)
+        try:
+            toolkit = _toolkit(nvcc)
+        except Missing as missing:
+            others.append(str(missing))
+            continue
         if toolkit.version.partition(".")[0] == major:
             return toolkit
         others.append(f"{toolkit.nvcc} is of CUDA {toolkit.version}")

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -48,9 +49,12 @@ Array array(const std::optional<Tensor>& tensor) {
   result.data = tensor->data_ptr();
   result.dtype = dtype_of(*tensor);
   result.dims = static_cast<int>(tensor->dim());
-  for (int i = 0; i < result.dims; ++i) {
+  for (int i = result.dims - 1; i >= 0; --i) {
     result.size[i] = tensor->size(i);
-    result.stride[i] = tensor->stride(i);
+    const bool last = i == result.dims - 1;
+    const int64_t dense = last ? 1 : result.size[i + 1] * result.stride[i + 1];
+    const bool free = result.size[i] == 1 || tensor->numel() == 0;  // PyTorch's stride may be anything there
+    result.stride[i] = free ? dense : tensor->stride(i);
   }
   return result;
 }
@@ -85,9 +89,11 @@ struct Scope {
 
 Device device_of(const Tensor& tensor) {
   constexpr int kDevices = 64;
-  static Device known[kDevices];  // filled with the same values whoever comes first
+  static Device known[kDevices];
+  static std::mutex filling;
   const int index = tensor.get_device_index();
   if (index < 0 || index >= kDevices) throw error("device ", index, "; accepted: 0 to ", kDevices - 1);
+  const std::lock_guard lock(filling);
   Device device = known[index];
   if (device.architecture == 0) {
     const auto attribute = [index](cudaDeviceAttr which) {
@@ -142,6 +148,10 @@ struct Op<launcher> {
   static R call(const Tensor on, typename Parameter<P>::Boxed... boxed) {
 #ifndef FASTVIT_HOST
     const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    // Since CUDA 12 this binds the device's context to the thread, which tensor maps need, and autograd's may lack.
+    if (const cudaError_t status = cudaSetDevice(on.get_device_index())) {
+      throw error("CUDA: ", cudaGetErrorString(status));
+    }
 #endif
     const Device device = device_of(on);
     return std::apply(

@@ -259,7 +259,7 @@ struct PatchTile : Share<kRows, kColumns, kThreads> {
       for (int j = 0; j < kPieces; ++j) {
         const bool inside = there[i] && pixel[j] >= 0;
         if constexpr (kDirect) {
-          ptx::copy_async(this->at(tile, i), rows[i] + pixel[j], inside);
+          ptx::copy_async(this->at(tile, i), rows[i] + (inside ? pixel[j] : 0), inside);
         } else {
           raw[i][j] = {};
           if (inside) raw[i][j].load(rows[i] + pixel[j]);

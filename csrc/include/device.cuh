@@ -81,7 +81,9 @@ __device__ __forceinline__ char* shared_memory() {
 }
 
 inline void check(cudaError_t status) {
-  if (status != cudaSuccess) throw error("CUDA: ", cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // what is reported here is not PyTorch's to find
+  throw error("CUDA: ", cudaGetErrorString(status));
 }
 
 template <class T> struct Identity { using type = T; };

@@ -160,7 +160,7 @@ void ldmatrix_transposed(uint32_t (&r)[2], const void* row) {
 void copy_async(void* shared, const void* global, bool inside) {
   called_from(__builtin_return_address(0));
   if (shared_address(shared) % 16) fail("cp.async: the address in shared memory is no multiple of 16");
-  if (inside && reinterpret_cast<uintptr_t>(global) % 16) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) {  // even where nothing is read
     fail("cp.async: the address in global memory is no multiple of 16");
   }
   Copy copy{static_cast<char*>(shared), inside ? static_cast<const char*>(global) : nullptr,
