@@ -57,7 +57,9 @@ def plan() -> "tuple[build.Build | None, str]":
             raise SystemExit(f"FASTVIT_BUILD_CUDA=1, but the CUDA extension can't be built: {missing}") from None
         return None, f"pure-Python build (Triton kernels and the reference; no CUDA extension: {missing})"
     except ValueError as wrong:
-        raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {wrong}") from None
+        if SWITCH == "1":
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {wrong}") from None
+        return None, f"pure-Python build (no CUDA extension: TORCH_CUDA_ARCH_LIST: {wrong})"
     return planned, (
         f"build with the CUDA extension for {' '.join(planned.archs)} "
         f"(CUDA {planned.toolkit.version}, PyTorch {planned.torch.version})"
@@ -81,10 +83,13 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        package = Path(__file__).parent / "fastvit" if self.editable_mode else target.parent
+        for stale in {*package.glob("_C.*so"), *target.parent.glob("_C.*so")}:
+            stale.unlink()
         try:
             planned.link(target)
         except build.CompileError as error:
-            (target.parent / "_build.txt").write_text(f"build in which the CUDA extension did not compile: {error}")
+            (package / "_build.txt").write_text(f"build in which the CUDA extension did not compile: {error}")
             raise CompileError(str(error)) from None
 
 

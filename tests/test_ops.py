@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 import fastvit
 from cases import CASES, Case
 from fastvit import ops, reference
-from fastvit.ops import backends, onednn
+from fastvit.ops import backends, cuda, onednn
 from numerics import assert_as_right_as_eager, check_op, leaves_of, tensors
 
 FLOATING = [c for c in CASES if "uint8" not in str(c)]
@@ -358,3 +360,15 @@ def test_bad_input_is_named(name: str) -> None:
     call, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_cuda_asks_what_the_extension_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for built, takes in (
+        ("8.0 9.0a", [(8, 0), (8, 6), (9, 0)]),
+        ("9.0a", [(9, 0)]),
+        ("8.6+PTX", [(8, 6), (9, 0), (12, 0)]),
+    ):
+        monkeypatch.setitem(sys.modules, "fastvit._C", SimpleNamespace(ARCHITECTURES=built))
+        cuda.built_for.cache_clear()
+        assert [c for c in ((8, 0), (8, 6), (9, 0), (12, 0)) if cuda.built_for(c)] == takes, built
+    cuda.built_for.cache_clear()

@@ -162,23 +162,39 @@ def _refuse_triton(op: str, x: Tensor) -> str | None:
     return None
 
 
-def _refuse_cuda(op: str, x: Tensor, product: Tensor | None) -> str | None:
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor]) -> str | None:
     if cuda.MISSING:
         return cuda.MISSING
     if x.device.type not in ("cuda", "cpu" if cuda.EMULATED else "cuda"):
         return f"the tensors are on {x.device}; cuda takes CUDA tensors"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    dtype = (x if product is None else product).dtype
-    if op != "layer_norm" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    accepted = KERNEL_DTYPES if op == "layer_norm" else KERNEL_DTYPES[1:]
-    if dtype not in accepted:
-        return f"dtype {dtype} is not supported; accepted: {', '.join(str(d).removeprefix('torch.') for d in accepted)}"
+    if x.is_cuda:
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < (8, 0):
+            return "the GPU is older than compute capability 8.0"
+        if not cuda.built_for(capability):
+            return f"the CUDA extension has no code for compute capability {capability[0]}.{capability[1]}"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"dtype {x.dtype} is not supported; accepted: {_names(KERNEL_DTYPES)}"
+    if op == "layer_norm":
+        if x.shape[-1] > cuda.MAX_WIDTH:
+            return f"a width of {x.shape[-1]} is not supported; accepted: up to {cuda.MAX_WIDTH}"
+    else:
+        for operand in weights or (x,):
+            dtype = operand.dtype
+            if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+                dtype = torch.get_autocast_dtype(x.device.type)
+            if dtype not in KERNEL_DTYPES[1:]:
+                return f"dtype {dtype} is not supported; accepted: {_names(KERNEL_DTYPES[1:])}"
     if op.startswith("attention") and (x.shape[-1] % 8 or not 32 <= x.shape[-1] <= MAX_HEAD_DIM):
         return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8 from 32 to {MAX_HEAD_DIM}"
-    if product is not None and (product.shape[0] % 8 or (product.ndim == 2 and product.shape[1] % 8)):
-        return f"a weight of {tuple(product.shape)} is not supported; accepted: widths that are multiples of 8"
+    for weight in weights:
+        widths = weight.shape if weight.ndim == 2 else weight.shape[:1]  # of patches any
+        if any(width % 8 for width in widths):
+            return f"a weight of {tuple(weight.shape)} is not supported; accepted: widths that are multiples of 8"
     if transformed():
         return "a torch.func transform is active; only the reference runs under one"
     return None
@@ -189,8 +205,8 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def choose(op: str, x: Tensor, *, needs_grad: bool, product: Tensor | None = None) -> str:
-    """The backend that runs ``op`` on ``x``, with ``product`` the weight of its matrix product: not "auto".
+def choose(op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] = ()) -> str:
+    """The backend that runs ``op`` on ``x``, with ``weights`` those of its matrix products: not "auto".
 
     Called once per op, in forward; backward and checkpoint recomputation follow what was chosen.
 
@@ -207,13 +223,14 @@ def choose(op: str, x: Tensor, *, needs_grad: bool, product: Tensor | None = Non
             reason = _refuse_triton(op, x)
             if reason is None:
                 return "triton"
-            if _refuse_cuda(op, x, product) is None:
+            other = _refuse_cuda(op, x, weights)
+            if other is None:
                 return "cuda"
-            note_fallback(f"ops.{op} runs on the reference: {reason}")
+            note_fallback(f"ops.{op} runs on the reference: triton: {reason}; cuda: {other}")
             return "reference"
         return "onednn" if op in ONEDNN_OPS and _refuse_onednn(x, needs_grad) is None else "reference"
     if asked == "cuda":
-        reason = _refuse_cuda(op, x, product)
+        reason = _refuse_cuda(op, x, weights)
     else:
         reason = _refuse_triton(op, x) if asked == "triton" else _refuse_onednn(x, needs_grad)
     if reason is not None:
@@ -231,7 +248,7 @@ def availability() -> dict[str, dict[str, str | None]]:
             "reference": None,
             "onednn": onednn,
             "triton": _refuse_triton(op, probe),
-            "cuda": _refuse_cuda(op, half, None),
+            "cuda": _refuse_cuda(op, half, ()),
         }
         for op in OPS
     }

@@ -10,7 +10,9 @@ launchers' unless a docstring says otherwise; layouts that a kernel does not rea
 
 from __future__ import annotations
 
+import importlib
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,18 +56,37 @@ def emulate(library: str | Path) -> None:
     _library, EMULATED, MISSING = torch.ops.fastvit_emulated, True, None
 
 
+@cache
+def built_for(capability: tuple[int, int]) -> bool:
+    """Whether the extension has code, or PTX, for GPUs of this compute capability."""
+    for name in importlib.import_module("fastvit._C").ARCHITECTURES.split():
+        major, minor = map(int, name.removesuffix("+PTX").rstrip("a").split("."))
+        if (major == capability[0] and minor <= capability[1]) or (
+            name.endswith("+PTX") and (major, minor) <= capability
+        ):
+            return True
+    return False
+
+
 def assume(architecture: int) -> None:
     """Under :func:`emulate`: choose kernels and tiles as on this architecture (80, 90, ...)."""
     _library.assume(torch.empty(0), architecture)
 
 
 def _aligned(t: _Maybe) -> _Maybe:
-    """t if 16-byte loads can read its rows, else a copy: a unit last stride, others multiples of 16 bytes."""
+    """t if 16-byte loads can read its rows, else a copy.
+
+    They can where the last stride is 1, the others are multiples of 16 bytes, and no row lies over another.
+    """
     if t is None:
         return t
     unit = 16 // t.element_size()
     free = [s for s, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1]
-    fits = (t.stride(-1) == 1 or t.shape[-1] == 1) and not any(s % unit for s in free) and t.data_ptr() % 16 == 0
+    fits = (
+        (t.stride(-1) == 1 or t.shape[-1] == 1)
+        and not any(s % unit or s < t.shape[-1] for s in free)
+        and t.data_ptr() % 16 == 0
+    )
     return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 
@@ -120,7 +141,8 @@ def layer_norm_backward(
     """(dx, dresidual, dweight, dbias, dgamma), as :func:`fastvit.triton.layer_norm.layer_norm_backward`."""
     rows, width = normalised.shape
     dy, dstream, normalised, branch = _rows(dy), _rows(dstream), _rows(normalised), _rows(branch)
-    weight, gamma, row_scale = map(_rows, (weight, gamma, row_scale))
+    weight, gamma = _rows(weight), _rows(gamma)
+    row_scale = None if branch is None else _rows(row_scale)  # without a branch the caller scales its gradient
     dx = torch.empty(rows, width, dtype=(normalised if branch is None else branch).dtype, device=dy.device)
     dresidual = None if branch is None else torch.empty_like(dx, dtype=normalised.dtype)
     partials = None

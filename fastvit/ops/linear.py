@@ -59,7 +59,7 @@ def linear(
         raise ValueError(f"ops.linear: unknown activation {activation!r}; accepted: None, {', '.join(ACTIVATIONS)}")
     norm_weight, norm_bias, eps = norm or (None, None, None)
     grad = needs_grad(x, weight, bias, norm_weight, norm_bias, residual, gamma)
-    chosen = backends.choose("linear", x, needs_grad=grad, product=weight)
+    chosen = backends.choose("linear", x, needs_grad=grad, weights=(weight,))
     if chosen in backends.KERNELS:
         x, weight = operands("linear", x, weight, normed=norm is not None)
         if activation is not None and residual is not None:  # no model has both: merged in a second step

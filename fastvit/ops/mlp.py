@@ -86,7 +86,7 @@ def mlp(
     checks.same_dtype("mlp", fc1_weight=fc1_weight, fc2_weight=fc2_weight)
     norm_weight, norm_bias, eps = norm or (None, None, None)
     grad = needs_grad(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual, gamma)
-    chosen = backends.choose("mlp", x, needs_grad=grad, product=fc1_weight)
+    chosen = backends.choose("mlp", x, needs_grad=grad, weights=(fc1_weight, fc2_weight))
     if chosen in backends.KERNELS:
         same = residual is x  # then backward adds its gradient in the norm's own kernel
         x, fc1_weight, fc2_weight = operands("mlp", x, fc1_weight, fc2_weight, normed=norm is not None)

@@ -77,7 +77,7 @@ def patch_embed(
     )
     grad = needs_grad(images, weight, bias, pos_embed, prefix_tokens)
     chosen = backends.choose(
-        "patch_embed", images if images.dtype != torch.uint8 else weight, needs_grad=grad, product=weight
+        "patch_embed", images if images.dtype != torch.uint8 else weight, needs_grad=grad, weights=(weight,)
     )
     if out_dtype is None and autocasting(images):
         out_dtype = torch.get_autocast_dtype(images.device.type)

@@ -50,6 +50,17 @@ ALSO = [  # what those refused are there for, at sizes that are taken
     Case(
         "attention", "lse-40", lambda m: {n: m(1, 7 if n == "q" else 21, 3, 40) for n in "qkv"} | {"return_lse": True}
     ),
+    Case(
+        "layer_norm",
+        "drop-path",
+        lambda m: {
+            "x": m(2, 3, 40),
+            "weight": m(40),
+            "bias": m(40),
+            "residual": m(2, 3, 40),
+            "row_scale": torch.rand(2),
+        },
+    ),
     Case("attention_qkvpacked", "scale-32", lambda m: {"qkv": m(2, 5, 3, 2, 32), "scale": 0.4}),
 ]
 TAKEN = [case for case in CASES if str(case) not in REFUSED] + ALSO
@@ -94,6 +105,22 @@ def test_what_is_refused(name: str, said: str) -> None:
     case = next(c for c in CASES if str(c) == name)
     with pytest.raises(fastvit.BackendUnavailable, match=f"{case.op}.*{said}.*accepted: .*multiples of 8"):
         case.kernel(**case.args(torch.float16, "cpu"))
+
+
+def test_fc2_of_another_width_is_refused() -> None:
+    x, fc1, fc2 = (torch.randn(n, 32, dtype=torch.float16) for n in (4, 32, 12))
+    with pytest.raises(fastvit.BackendUnavailable, match=r"mlp.*\(12, 32\).*multiples of 8"):
+        ops.mlp(x, fc1, None, fc2, None)
+
+
+@pytest.mark.parametrize("which", ["x", "dout"])
+def test_rows_that_overlap_are_copied(which: str) -> None:
+    x, weight = torch.randn(1, 16).bfloat16().expand(6, 16), torch.randn(8, 16).bfloat16().requires_grad_()
+    if which == "dout":
+        x = x.contiguous().requires_grad_()
+    check_op(
+        lambda **kw: ops.linear(**kw).sum(0), lambda **kw: reference.linear(**kw).sum(0), {"x": x, "weight": weight}
+    )
 
 
 def test_float32_products_are_refused() -> None:
