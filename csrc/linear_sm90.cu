@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, 1) linear_sm90_kernel(
   if (thread == 0) {
     stages.initialise(4 * kTiles[TILE].team);
     for (int group = 0; group < 2; ++group) {
-      ptx::mbarrier_init(turn + group, 4);  // by every warp of the other group, that none lags a phase behind
+      ptx::mbarrier_init(turn + group, 1);
       ring_of(group).initialise(4);
     }
     ptx::mbarrier_init_fence();
@@ -419,12 +419,12 @@ __global__ void __launch_bounds__(kThreads, 1) linear_sm90_kernel(
       fill += blocks;
       continue;
     }
-    if (kTiles[TILE].team == 1) ptx::mbarrier_wait(turn + group, (mine++ + group + 1) % 2);
+    if (kTiles[TILE].team == 1) {
+      ptx::mbarrier_wait(turn + group, (mine++ + group + 1) % 2);
+      ptx::named_barrier(1 + group, kWarpgroup);  // before the turn goes on, no warp may still wait for this phase
+    }
     const auto hand_over = [&] {
-      if (kTiles[TILE].team == 1) {
-        __syncwarp();
-        if (thread % 32 == 0) ptx::mbarrier_arrive(turn + 1 - group);
-      }
+      if (kTiles[TILE].team == 1 && thread % kWarpgroup == 0) ptx::mbarrier_arrive(turn + 1 - group);
     };
 
     float d[kRows][kTiles[TILE].block_n / 2], sums[kRows][4];
