@@ -237,7 +237,6 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1) attention_forward_k
   uint64_t* stored = nullptr;  // the q_empty of a slot whose output this warp has still to see read
 
   const auto arrive = [&](uint64_t* barrier) {
-    __syncwarp();
     if (lane == 0) mbarrier_arrive(barrier);
   };
   const auto release_stored = [&] {
@@ -256,8 +255,10 @@ __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1) attention_forward_k
       for (int block = 0; block < blocks; ++block) {
         const Place<kStages> stage(block_count + block);
         mbarrier_wait(k_full + stage.slot, stage.parity);
+        __syncwarp();  // no lane may still wait for this phase when the next one can come
         arrive(k_empty + stage.slot);
         mbarrier_wait(v_full + stage.slot, stage.parity);
+        __syncwarp();
         arrive(v_empty + stage.slot);
       }
     }
