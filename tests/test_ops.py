@@ -60,6 +60,22 @@ def test_onednn_is_as_right_as_eager(
 ) -> None:
     if narrow:
         monkeypatch.setattr(onednn, "_NARROW", (1024, 1280))
+    packed = 0 if narrow and dtype == torch.bfloat16 and onednn.bfloat16_instructions() else 2
+    _check_packed_mlp(dtype, activation, gamma, packed)
+
+
+@pytest.mark.usefixtures("_packs_small_products")
+@pytest.mark.parametrize("gamma", (False, True))
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "quick_gelu", "swiglu"))
+def test_a_cpu_without_bfloat16_multiplies_in_float32(
+    activation: str, gamma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "bfloat16_instructions", lambda: False)
+    assert _check_packed_mlp(torch.bfloat16, activation, gamma, packed=2) == {torch.float32}
+
+
+def _check_packed_mlp(dtype: torch.dtype, activation: str, gamma: bool, packed: int) -> set[torch.dtype]:
+    """An MLP with a norm and a residual, so many of its weights packed, against the reference -> dtypes when packed."""
     onednn._packed.clear()
     p = _parameters(dtype, fc1_weight=(128, 48), fc1_bias=(128,), fc2_bias=(48,))
     p |= _parameters(dtype, fc2_weight=(48, 64 if activation == "swiglu" else 128))
@@ -71,9 +87,10 @@ def test_onednn_is_as_right_as_eager(
     exact["norm"] = (exact["fc2_bias"], exact["fc2_bias"], 1e-6)
     with torch.no_grad(), fastvit.backend("onednn"):
         out = ops.mlp(**args)
-    packed = 0 if narrow and dtype == torch.bfloat16 else 2
+    assert out.dtype == dtype
     assert len(onednn._packed) == packed, "not the path that this test is for"
     assert_as_right_as_eager(out, reference.mlp(**args), reference.mlp(**exact))
+    return {p.weight.dtype for p in onednn._packed.values()}
 
 
 @pytest.mark.usefixtures("_packs_small_products")

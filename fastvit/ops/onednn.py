@@ -2,11 +2,15 @@
 
 Bias, GELU and the residual add run in the matrix product's own epilogue. The packed copies live beside the
 parameters, never in a state_dict, and are made again whenever a weight has changed in any way.
+
+A CPU without bfloat16 instructions multiplies bfloat16 in software, several times slower than float32: there the
+packed copy of a bfloat16 weight is in float32, and so are the product and its epilogue, rounded once at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +27,12 @@ _NARROW = (
     1024,
     1280,
 )  # outputs, rows: below both, packed bfloat16 leaves a core idle and plain weights are 1.4x as fast
+
+
+@cache
+def bfloat16_instructions() -> bool:
+    """Whether oneDNN has bfloat16 products for this CPU."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Packed(NamedTuple):
@@ -58,12 +68,14 @@ def _pack(weight: Tensor, rows: int) -> Tensor | None:
     """
     if type(weight) is not nn.Parameter or not weight.is_contiguous() or weight.is_inference():
         return None
-    if weight.dtype == torch.bfloat16 and weight.shape[0] < _NARROW[0] and rows < _NARROW[1]:
+    narrow = weight.dtype == torch.bfloat16 and weight.shape[0] < _NARROW[0] and rows < _NARROW[1]
+    if narrow and bfloat16_instructions():
         return weight.detach()
     stamp = _stamp(weight)
     known = _packed.get(weight)
     if known is None or known.stamp != stamp:
-        known = _Packed(stamp, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
+        values = weight.detach() if bfloat16_instructions() else weight.detach().float()
+        known = _Packed(stamp, torch.ops.mkldnn._reorder_linear_weight(values))
         _packed[weight] = known
     return known.weight
 
@@ -91,17 +103,18 @@ def linear(
         return reference.linear(
             x, weight, bias, norm=norm, activation=activation, residual=residual, gamma=gamma, row_scale=row_scale
         )
+    wide = torch.float32 if weight.dtype == torch.bfloat16 and not bfloat16_instructions() else weight.dtype
     if norm is not None:
         x = reference.normalise(x, *norm, weight.dtype)
-    bias = None if bias is None else bias.to(weight.dtype)
-    plain_add = residual is not None and gamma is None and row_scale is None and residual.dtype == x.dtype
-    if plain_add and activation is None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
+    x, bias = x.to(wide), None if bias is None else bias.to(wide)
+    plain_add = residual is not None and gamma is None and row_scale is None and residual.dtype == weight.dtype
+    if residual is not None and plain_add and activation is None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual.to(wide), packed, bias, "add").to(weight.dtype)
     attr, algorithm = _EPILOGUES.get(activation, _EPILOGUES[None])
     y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, attr, [], algorithm)
     if activation not in _EPILOGUES:
         y = reference.activate(y, activation)
-    return y if residual is None else reference.merge(y, residual, gamma, row_scale)
+    return y.to(weight.dtype) if residual is None else reference.merge(y, residual, gamma, row_scale)
 
 
 def mlp(
