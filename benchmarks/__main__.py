@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import accuracy, kernels, latency, memory, report, static, suites, throughput, waterfall
-from benchmarks.cells import RESULTS, slug
+from benchmarks.cells import RESULTS, identity, slug
 from benchmarks.report import tables
 from fastvit import env
 
@@ -35,7 +35,7 @@ def _suite(arguments: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: PyTorch sees no CUDA device", file=sys.stderr)
         return 2
-    folder = RESULTS / slug(env.device(device)["name"]) if arguments.keep else Path(arguments.out)
+    folder = RESULTS / slug(identity(env.device(device))) if arguments.keep else Path(arguments.out)
     try:
         rows = suites.run(suite, options(arguments, device), folder, arguments.command, arguments.retry)
     except ValueError as error:

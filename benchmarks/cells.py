@@ -66,6 +66,11 @@ def commit() -> str | None:
     return head + "-dirty" * bool(changed) if head else None
 
 
+def identity(device: Row) -> str:
+    """What results of one device are told from another's by: its name, and a CPU's instructions, which names hide."""
+    return " ".join(filter(None, (device["name"], device.get("instructions"))))
+
+
 def slug(device: str) -> str:
     """A device's name as a folder's: "NVIDIA H200" is nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -106,12 +111,12 @@ class Store:
             "device": found,
             "tiles": env.tiles(),
         }
-        self.content: dict[str, Any] = {"suite": name, "device": found["name"], "runs": [], "cells": []}
+        self.content: dict[str, Any] = {"suite": name, "device": identity(found), "runs": [], "cells": []}
         if self.path.exists():
             self.content = load(self.path)
-            if self.content["device"] != found["name"]:
+            if self.content["device"] != identity(found):
                 raise ValueError(
-                    f"{self.path} holds results of {self.content['device']}, and this is {found['name']}; "
+                    f"{self.path} holds results of {self.content['device']}, and this is {identity(found)}; "
                     "give another folder with --out"
                 )
         self.number = len(self.content["runs"])

@@ -29,6 +29,13 @@ def cell(contender: str, **what: Any) -> Cell:
     return Cell(contender, tuple(what.items()))
 
 
+def test_cpus_of_one_name_are_told_apart_by_their_instructions() -> None:
+    old, new = ({"name": "AMD EPYC", "instructions": instructions} for instructions in ("AVX2", "AVX512"))
+    assert cells.slug(cells.identity(old)) == "amd-epyc-avx2"
+    assert cells.identity(old) != cells.identity(new)
+    assert cells.slug(cells.identity({"name": "NVIDIA H200"})) == "nvidia-h200"
+
+
 # --- a whole command ------------------------------------------------------------------------------------------
 
 

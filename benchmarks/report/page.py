@@ -92,7 +92,7 @@ def render(
         plots: of each device's folder, by suite.
         static: the content of static.json, if it is there. static_plots: its plots.
     """
-    sections = [(device.folder, str(device.about["name"])) for device in devices]
+    sections = [(device.folder, device.name) for device in devices]
     if not any(device.is_gpu for device in devices):
         sections.insert(0, ("gpu", "GPU"))
     links = [("where", "Measured where"), *sections, ("static", "Derived and compiled"), ("how", "How it is measured")]

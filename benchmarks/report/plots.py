@@ -35,8 +35,7 @@ def draw(device: Device, folder: Path) -> dict[str, list[Plot]]:
 
 
 def _where(device: Device) -> str:
-    name = device.about["name"]
-    return name if device.is_gpu else f"{name}, threads: {device.about['threads']}"
+    return device.name if device.is_gpu else f"{device.name}, threads: {device.about['threads']}"
 
 
 def _small(device: Device, suite: str, more: str) -> str:

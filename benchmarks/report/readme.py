@@ -46,7 +46,7 @@ def _device(device: Device) -> list[str]:
     """The device's name and how it was found, its table of inference, and a line for each of the other suites."""
     runs = [run for suite in device.files for run, _ in device.runs(suite)]
     commits = " and ".join(dict.fromkeys(f"`{short_commit(run)}`" for run in runs))
-    parts = [f"**{device.about['name']}** ({'; '.join(device.settings())}). Commit {commits}, {_versions(runs)}."]
+    parts = [f"**{device.name}** ({'; '.join(device.settings())}). Commit {commits}, {_versions(runs)}."]
     inference = device.rows("throughput", mode="inference")
     parts.append(_inference(inference) if inference else "Inference throughput: not measured yet.")
     latency = device.done("latency")

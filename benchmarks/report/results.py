@@ -34,6 +34,11 @@ class Device:
         return about
 
     @property
+    def name(self) -> str:
+        """What tells it from other devices."""
+        return cells.identity(self.about)
+
+    @property
     def is_gpu(self) -> bool:
         """Whether it is a GPU."""
         return bool(self.about["type"] == "cuda")
@@ -57,7 +62,9 @@ class Device:
     def settings(self) -> list[str]:
         """What bears on its speed, in words: threads, driver, power limit, clocks."""
         about: Row = {
-            key: value for key, value in self.about.items() if key not in ("name", "type") and value is not None
+            key: value
+            for key, value in self.about.items()
+            if key not in ("name", "type", "instructions") and value is not None
         }
         if "memory_bytes" in about:
             about["memory"] = f"{about.pop('memory_bytes') / 2**30:.0f} GiB"
