@@ -102,10 +102,20 @@ def _check_packed_mlp(dtype: torch.dtype, activation: str, gamma: bool, packed: 
         lambda p: p.data.__setitem__((3, 5), 7.0),
         lambda p: p.data.copy_(p.data.flip(0)),
         lambda p: p.data.copy_(p.data.flip(1)),
+        lambda p: p.data[1].neg_(),
         lambda p: setattr(p, "data", torch.randn_like(p)),
         lambda p: p.detach().numpy().__setitem__((0, 0), 5.0),
     ],
-    ids=["in place", "through .data", "one element", "rows moved", "columns moved", "new storage", "through numpy"],
+    ids=[
+        "in place",
+        "through .data",
+        "one element",
+        "rows moved",
+        "columns moved",
+        "row negated",
+        "new storage",
+        "through numpy",
+    ],
 )
 def test_onednn_sees_every_change_of_a_weight(change) -> None:
     x, weight = torch.randn(9, 32), nn.Parameter(torch.randn(2 * 1021, 32))  # whole stretches: their places decide
