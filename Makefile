@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --durations 5
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench speed test test-all test-peers gpu rehearse tune lint format kernels-report dist clean
+.PHONY: help install bench speed test test-all test-peers test-oldest gpu rehearse tune lint format kernels-report dist clean
 
 help: ## what the commands are
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ test-all: $(STAMP) ## the same and the tests that take minutes
 
 test-peers: $(STAMP) ## timm's own model tests on our models
 	$(PY) tests/check_timm.py
+
+test-oldest: $(STAMP) ## the CUDA extension imported under the oldest PyTorch supported (downloads it: 3 GB)
+	$(PY) tests/check_oldest.py
 
 # On a machine with a GPU, without a network: the Python that is there, with its PyTorch and Triton, and no .venv.
 gpu: ## on a CUDA device: tests, every benchmark, README's tables; DRY=1 lists the stages, ONLY="a b" picks some
