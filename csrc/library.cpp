@@ -189,6 +189,7 @@ struct Op<launcher> {
   _(attention_forward)               \
   _(attention_query_gradient)        \
   _(attention_key_value_gradient)    \
+  _(rope)                            \
   _(patch_embed_forward)             \
   _(patch_embed_weight_gradient)     \
   _(patch_embed_weight_gradient_splits) \

@@ -136,6 +136,20 @@ def mlp(
     return linear(hidden, fc2_weight, fc2_bias, residual=residual, gamma=gamma, row_scale=row_scale)
 
 
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`fastvit.ops.rotate`. x cos + half(x) sin for all but the first tokens of q and of k."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T', 1, d): the same for every head
+    prefix = q.shape[1] - cos.shape[-3]
+
+    def turn(x: Tensor) -> Tensor:
+        untouched, x = x[:, :prefix], x[:, prefix:]
+        first, second = x.chunk(2, dim=-1)
+        turned = (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+        return torch.cat([untouched, turned], dim=1) if prefix else turned
+
+    return turn(q), turn(k)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -342,6 +342,8 @@ def test_symbolic_trace_sees_one_node_per_op() -> None:
 
 W = torch.randn(8, 4)
 X = torch.randn(2, 3, 4)
+Q = torch.randn(2, 4, 2, 8)
+ANGLES = torch.ones(2, 3, 8)
 BAD = {
     "width": (lambda: ops.linear(torch.randn(2, 5), W), r"\(2, 5\).*\(8, 4\)"),
     "bias": (lambda: ops.linear(X, W, torch.randn(7)), r"bias has shape \(7,\), expected \(8,\)"),
@@ -362,6 +364,12 @@ BAD = {
     "no heads": (lambda: ops.attention(*[torch.randn(2, 5, 0, 16)] * 3), r"start at 1"),
     "attention": (lambda: ops.attention(X, X, X), r"\(B, Tq, H, d\)"),
     "packed": (lambda: ops.attention_qkvpacked(torch.randn(1, 2, 4, 1, 8)), r"\(1, 2, 4, 1, 8\), expected"),
+    "rotation": (lambda: ops.rotate(Q, Q[:, :3], *ANGLES), r"q \(2, 4, 2, 8\), k \(2, 3, 2, 8\)"),
+    "odd heads": (lambda: ops.rotate(Q[..., :7], Q[..., :7], *ANGLES), r"head dim 7 is odd"),
+    "angles": (lambda: ops.rotate(Q[:, :2], Q[:, :2], *ANGLES), r"cos has shape \(3, 8\).*\(2, T', 8\) with T' up to 2"),
+    "angles of images": (lambda: ops.rotate(Q, Q, *torch.ones(2, 3, 3, 8)), r"cos has shape \(3, 3, 8\)"),
+    "sines": (lambda: ops.rotate(Q, Q, ANGLES[0], ANGLES[1][:2]), r"sin has shape \(2, 8\), expected \(3, 8\)"),
+    "learned angles": (lambda: ops.rotate(Q, Q, ANGLES[0], ANGLES[1].clone().requires_grad_()), r"no gradient"),
     "channels": (lambda: ops.patch_embed(torch.randn(1, 4, 8, 8), torch.randn(6, 3, 4, 4)), r"3 channels"),
     "patches": (lambda: ops.patch_embed(torch.randn(1, 3, 9, 8), torch.randn(6, 3, 4, 4)), r"9x8.*4x4"),
     "positions": (

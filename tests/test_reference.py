@@ -30,6 +30,17 @@ def test_packed_attention_is_attention() -> None:
     assert torch.equal(reference.attention_qkvpacked(qkv), reference.attention(*qkv.unbind(2)))
 
 
+@pytest.mark.parametrize("of_images", [False, True])
+def test_rotation_turns_pairs_of_half_a_head_apart(of_images: bool) -> None:
+    """As complex numbers times e^(i angle), all tokens but the first two."""
+    q, k = torch.randn(2, 2, 7, 3, 8).double()
+    angles = torch.randn(*[2] * of_images, 5, 4).double()
+    cos, sin = (f(angles).repeat(*[1] * of_images, 1, 2) for f in (torch.cos, torch.sin))
+    for x, turned in zip((q, k), reference.rotate(q, k, cos, sin), strict=True):
+        pairs = torch.complex(*x[:, 2:].chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
+        torch.testing.assert_close(turned, torch.cat([x[:, :2], torch.cat([pairs.real, pairs.imag], -1)], 1))
+
+
 @pytest.mark.parametrize("prefix_position", [True, False])
 def test_patch_embed_is_a_projection_of_flattened_patches(prefix_position: bool) -> None:
     images, weight, bias = torch.randn(2, 3, 8, 12).double(), torch.randn(6, 3, 4, 2).double(), torch.randn(6).double()

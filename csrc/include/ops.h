@@ -148,6 +148,17 @@ void attention_key_value_gradient(
     const Array& dk,   // (B, Tk, H, d)
     const Array& dv);  // (B, Tk, H, d)
 
+// x cos + half(x) sin for x in (q, k), half(x) = (-x[d/2:], x[:d/2]); with inverse the transpose of that.
+void rope(
+    const Device& device,
+    const Array& q,        // (B, T, H, d) float16 or bfloat16, last stride 1, others multiples of 8
+    const Array& k,        // (B, T, H, d)
+    const Array& cos,      // (T', d) or (B, T', d) any, contiguous: of the last T' tokens, the others are copied
+    const Array& sin,      // like cos
+    int64_t inverse,       // 0 or 1
+    const Array& q_out,    // (B, T, H, d), may be q
+    const Array& k_out);   // (B, T, H, d), may be k
+
 // Patches of images to tokens, prefix tokens first.
 void patch_embed_forward(
     const Device& device,

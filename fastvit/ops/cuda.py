@@ -331,6 +331,13 @@ def attention_backward(
     _library.attention_key_value_gradient(q, dout, q, k, v, lse, delta, float(scale), dk, dv)
 
 
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """(q', k'), as :func:`fastvit.triton.rope.rope`; d is a multiple of 8."""
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    _library.rope(q, _aligned(q), _aligned(k), _aligned(cos), _aligned(sin), int(inverse), q_out, k_out)
+    return q_out, k_out
+
+
 def patch_embed_forward(
     images: Tensor,
     weight: Tensor,

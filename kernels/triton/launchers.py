@@ -12,6 +12,7 @@ from fastvit.triton.patch_embed import (
     patch_embed_row_gradients,
     patch_embed_weight_gradient,
 )
+from fastvit.triton.rope import rope
 
 __all__ = [
     "activation_gradient",
@@ -26,5 +27,6 @@ __all__ = [
     "patch_embed_image_gradient",
     "patch_embed_row_gradients",
     "patch_embed_weight_gradient",
+    "rope",
     "scale_rows",
 ]
