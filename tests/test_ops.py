@@ -366,7 +366,10 @@ BAD = {
     "packed": (lambda: ops.attention_qkvpacked(torch.randn(1, 2, 4, 1, 8)), r"\(1, 2, 4, 1, 8\), expected"),
     "rotation": (lambda: ops.rotate(Q, Q[:, :3], *ANGLES), r"q \(2, 4, 2, 8\), k \(2, 3, 2, 8\)"),
     "odd heads": (lambda: ops.rotate(Q[..., :7], Q[..., :7], *ANGLES), r"head dim 7 is odd"),
-    "angles": (lambda: ops.rotate(Q[:, :2], Q[:, :2], *ANGLES), r"cos has shape \(3, 8\).*\(2, T', 8\) with T' up to 2"),
+    "angles": (
+        lambda: ops.rotate(Q[:, :2], Q[:, :2], *ANGLES),
+        r"cos has shape \(3, 8\).*\(2, T', 8\) with T' up to 2$",
+    ),
     "angles of images": (lambda: ops.rotate(Q, Q, *torch.ones(2, 3, 3, 8)), r"cos has shape \(3, 3, 8\)"),
     "sines": (lambda: ops.rotate(Q, Q, ANGLES[0], ANGLES[1][:2]), r"sin has shape \(2, 8\), expected \(3, 8\)"),
     "learned angles": (lambda: ops.rotate(Q, Q, ANGLES[0], ANGLES[1].clone().requires_grad_()), r"no gradient"),

@@ -94,9 +94,7 @@ def axial(
     return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
 
 
-def _forward(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
     return launchers(backend).rope(unit_stride(q), unit_stride(k), cos.contiguous(), sin.contiguous(), inverse=inverse)
 
 
