@@ -23,7 +23,10 @@ log = logging.getLogger("fastvit")
 BACKENDS = ("auto", "reference", "onednn", "triton", "cuda")
 KERNELS = ("triton", "cuda")  # those that run through torch.ops.fastvit
 ONEDNN_OPS = ("linear", "mlp")  # the others run PyTorch's own kernels under onednn, as on the reference
-OPS = ("patch_embed", "layer_norm", "linear", "mlp", "rotate", "attention", "attention_qkvpacked")
+OPS = (
+    "patch_embed", "layer_norm", "linear", "mlp", "rotate",
+    "attention", "attention_qkvpacked", "attention_rows", "attention_distance",
+)  # fmt: skip
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
 

@@ -31,6 +31,8 @@ _BY_BATCH = {
     "attention_backward": (f"b b b b b b b - - {_MODIFIERS} -", "b b b l"),
     "attention_qkvpacked": (f"b - - {_MODIFIERS}", "b b"),
     "attention_qkvpacked_backward": (f"b b b b b - - {_MODIFIERS} -", "b l"),
+    "attention_rows": ("b b b r a - -", "b"),
+    "attention_distance": ("b b b - - - -", "b"),
 }
 # Where the heads are, in each tensor argument and result of the attention ops; packed sequences are no obstacle here.
 _MODIFIERS_BY_HEADS = "a t - r r r - - - !"
@@ -40,6 +42,8 @@ _BY_HEADS = {
     "attention_backward": (f"2 1 2 2 2 2 1 - - {_MODIFIERS_BY_HEADS} -", "2 2 2 l"),
     "attention_qkvpacked": (f"3 - - {_MODIFIERS_BY_HEADS}", "2 1"),
     "attention_qkvpacked_backward": (f"2 1 3 2 1 - - {_MODIFIERS_BY_HEADS} -", "3 l"),
+    "attention_rows": ("2 2 1 r a - -", "1"),
+    "attention_distance": ("2 2 1 - - - -", "1"),
 }
 _PLACES: dict[str, Placement | None] = {"b": Shard(0), "r": Replicate(), "p": Partial(), "!": Replicate(), "-": None}
 _PLACES |= {"t": Shard(1), **{str(n): Shard(n) for n in (1, 2, 3)}}
