@@ -69,10 +69,10 @@ def attention_maps(model: ViT, images: Tensor, rows: Sequence[int] = (0,)) -> Te
 def rollout(model: ViT, images: Tensor) -> Rollout:
     """Attention rollout (Abnar and Zuidema, 2020; appendix D.7 of the ViT paper): where the output comes from.
 
-    In each block the weights are averaged over the heads and over the attention and the residual beside it, (A + I) / 2,
-    rows summing to 1; the matrices of all blocks are multiplied. Of the product only the row of the class token is
-    computed, or the mean of the patches' rows in a model without one: a row vector times one matrix after the other,
-    from the last block to the first, so that only q, k and the log-sum-exp of every block are kept.
+    In each block the weights are averaged over the heads to A, and with the residual beside the attention to
+    (A + I) / 2, whose rows sum to 1; the matrices of all blocks are multiplied. Of the product only the row of the
+    class token is computed, or the mean of the patches' rows in a model without one: a row vector times one matrix
+    after the other, from the last block to the first, so that only q, k and the log-sum-exp of every block are kept.
 
     Args:
         model: the ViT.
@@ -151,7 +151,7 @@ def _each_block(model: ViT, images: Tensor, look: Callable[[_Heads], _Result]) -
     return found
 
 
-def _heads(block: nn.Module, index: int, x: Tensor) -> _Heads:
+def _heads(block: Any, index: int, x: Tensor) -> _Heads:
     """The queries and keys that a block makes of its input x (B, T, D), and their log-sum-exp."""
     attn = getattr(block, "attn", None)
     if not isinstance(attn, Attention):

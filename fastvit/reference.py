@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 Norm = tuple[Tensor, Tensor | None, float]  # weight (D,), bias (D,) or None, eps
 
@@ -206,7 +205,7 @@ def table_bias(table: Tensor, window: tuple[int, int], rows: Tensor | None = Non
 
 def readable(t: Tensor) -> bool:
     """Whether t's values can be looked at without waiting for a device, and without a trace that breaks at it."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+    return type(t) is Tensor and t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _attend(

@@ -53,7 +53,12 @@ def attention_rows(
         bias=bias, rel_pos_table=rel_pos_table, window=window, key_mask=key_mask,
         cu_seqlens=None, max_seqlen=None, dropout_p=0.0, seed=None,
     )  # fmt: skip
-    modifiers = {"bias": bias, "rel_pos_table": rel_pos_table, "window": given.window, "key_mask": key_mask}
+    modifiers: dict[str, Any] = {
+        "bias": bias,
+        "rel_pos_table": rel_pos_table,
+        "window": given.window,
+        "key_mask": key_mask,
+    }
     chosen = backends.choose("attention_rows", q, needs_grad=False)
     with torch.no_grad(), _exact(q):
         if chosen not in backends.KERNELS:
@@ -122,8 +127,8 @@ def _accept(op: str, q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor,
     checks.same_device(op, q, k=k, lse=lse)
     if not autocasting(q):
         checks.same_dtype(op, q=q, k=k)
-    q, k, lse = q.detach(), k.detach(), lse.detach()
-    return *cast_for_autocast(q, q, k), lse
+    q, k = cast_for_autocast(q, q.detach(), k.detach())
+    return q, k, lse.detach()
 
 
 def _rows(rows: Sequence[int] | Tensor, q: Tensor) -> Tensor:

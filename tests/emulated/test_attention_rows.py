@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvit import reference
+import fastvit
+from fastvit import analysis, reference
 from fastvit.ops import cuda
 from numerics import assert_as_right_as_eager
 
@@ -91,6 +92,17 @@ def test_views_of_a_packed_projection() -> None:
     lse = reference.attention(q, k, k, return_lse=True)[1]
     check_rows(q, k, lse, [1, 2])
     check_distance(q, k, lse, (3, 4), (1.0, 1.0))
+
+
+def test_analysis_runs_on_the_kernels() -> None:
+    model = fastvit.ViT(img_size=24, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=0).half()
+    images = torch.randn(1, 3, 24, 24).half()
+    for look in (analysis.attention_maps, analysis.rollout, analysis.mean_attention_distance):
+        found = []
+        for backend in ("cuda", "reference"):
+            with fastvit.backend(backend):
+                found.append(look(model, images))
+        torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
 
 
 def test_nothing_to_do() -> None:

@@ -1,4 +1,4 @@
-"""Rows of attention's weights and mean distances in the interpreter, against the reference, by the rule of numerics.py."""
+"""Rows of attention's weights and distances in the interpreter, against the reference, by the rule of numerics.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvit import reference
+import fastvit
+from fastvit import analysis, reference
 from fastvit.triton.attention import attention_forward
 from fastvit.triton.attention_rows import attention_distance, attention_rows
 from fastvit.triton.launch import record
@@ -116,6 +117,17 @@ def test_views_are_read_as_they_are() -> None:
     rows, distance, _ = launches
     assert rows.args["q_ptr"] is q and rows.args["ROWS"] == 16
     assert distance.args["partials_ptr"].numel() == 4 * 8 * 12  # nothing of the size of the weights
+
+
+def test_analysis_runs_on_the_kernels() -> None:
+    model = fastvit.ViT(img_size=24, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    images = torch.randn(1, 3, 24, 24)
+    for look in (analysis.attention_maps, analysis.rollout, analysis.mean_attention_distance):
+        found = []
+        for backend in ("triton", "reference"):
+            with fastvit.backend(backend):
+                found.append(look(model, images))
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_head_dim_above_128_is_refused() -> None:
