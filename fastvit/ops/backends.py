@@ -23,7 +23,10 @@ log = logging.getLogger("fastvit")
 BACKENDS = ("auto", "reference", "onednn", "triton", "cuda")
 KERNELS = ("triton", "cuda")  # those that run through torch.ops.fastvit
 ONEDNN_OPS = ("linear", "mlp")  # the others run PyTorch's own kernels under onednn, as on the reference
-OPS = ("patch_embed", "layer_norm", "linear", "mlp", "attention", "attention_qkvpacked")
+OPS = (
+    "patch_embed", "layer_norm", "linear", "mlp", "rotate",
+    "attention", "attention_qkvpacked", "attention_rows", "attention_distance",
+)  # fmt: skip
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
 
@@ -143,7 +146,7 @@ def _refuse_onednn(x: Tensor, needs_grad: bool) -> str | None:
     return None
 
 
-def _refuse_triton(op: str, x: Tensor) -> str | None:
+def _refuse_triton(op: str, x: Tensor, modifiers: Iterable[str] = ()) -> str | None:
     if TRITON_MISSING:
         return TRITON_MISSING
     if torch.version.hip:
@@ -157,6 +160,8 @@ def _refuse_triton(op: str, x: Tensor) -> str | None:
         return f"dtype {x.dtype} is not supported; accepted: float32, float16, bfloat16"
     if op.startswith("attention") and x.shape[-1] > MAX_HEAD_DIM:
         return f"head dim {x.shape[-1]} is not supported; accepted: 1 to {MAX_HEAD_DIM}"
+    if "rel_pos_keys" in modifiers:
+        return "rel_pos_keys is not supported; it runs on the reference"
     if transformed():
         return "a torch.func transform is active; only the reference runs under one"
     return None
@@ -166,7 +171,7 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor]) -> str | None:
+def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor], modifiers: Iterable[str] = ()) -> str | None:
     if cuda.MISSING:
         return cuda.MISSING
     if x.device.type not in ("cuda", "cpu" if cuda.EMULATED else "cuda"):
@@ -191,6 +196,11 @@ def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor]) -> str | None:
                 return f"dtype {dtype} is not supported; accepted: {_names(KERNEL_DTYPES[1:])}"
     if op.startswith("attention") and (x.shape[-1] % 8 or not 32 <= x.shape[-1] <= MAX_HEAD_DIM):
         return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8 from 32 to {MAX_HEAD_DIM}"
+    if op == "rotate" and x.shape[-1] % 8:
+        return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8"
+    for name in modifiers:
+        if name not in cuda.ATTENTION_MODIFIERS:
+            return f"{name} is not supported; accepted: {', '.join(cuda.ATTENTION_MODIFIERS) or 'plain attention'}"
     for weight in weights:
         widths = weight.shape if weight.ndim == 2 else weight.shape[:1]  # of patches any
         if any(width % 8 for width in widths):
@@ -205,8 +215,12 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def choose(op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] = ()) -> str:
+def choose(
+    op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] = (), modifiers: tuple[str, ...] = ()
+) -> str:
     """The backend that runs ``op`` on ``x``, with ``weights`` those of its matrix products: not "auto".
+
+    ``modifiers`` names what attention is asked for beyond q, k and v.
 
     Called once per op, in forward; backward and checkpoint recomputation follow what was chosen.
 
@@ -220,19 +234,19 @@ def choose(op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] 
         if x.is_cuda:
             if torch.compiler.is_exporting():
                 return "reference"
-            reason = _refuse_triton(op, x)
+            reason = _refuse_triton(op, x, modifiers)
             if reason is None:
                 return "triton"
-            other = _refuse_cuda(op, x, weights)
+            other = _refuse_cuda(op, x, weights, modifiers)
             if other is None:
                 return "cuda"
             note_fallback(f"ops.{op} runs on the reference: triton: {reason}; cuda: {other}")
             return "reference"
         return "onednn" if op in ONEDNN_OPS and _refuse_onednn(x, needs_grad) is None else "reference"
     if asked == "cuda":
-        reason = _refuse_cuda(op, x, weights)
+        reason = _refuse_cuda(op, x, weights, modifiers)
     else:
-        reason = _refuse_triton(op, x) if asked == "triton" else _refuse_onednn(x, needs_grad)
+        reason = _refuse_triton(op, x, modifiers) if asked == "triton" else _refuse_onednn(x, needs_grad)
     if reason is not None:
         raise BackendUnavailable(f"ops.{op}: backend {asked!r} can't run here: {reason}")
     return asked
