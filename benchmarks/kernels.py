@@ -76,7 +76,8 @@ class Kernel:
         """The results in float64, by the reference."""
         arguments = copy.deepcopy(self.arguments)
         for tensor in tensors(arguments):
-            tensor.data = tensor.data.double()
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.double()
         with sdpa_kernel(SDPBackend.MATH):
             return self._results(getattr(reference, self.case.op), arguments)
 

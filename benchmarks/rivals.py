@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +22,7 @@ from benchmarks import networks
 from benchmarks.cells import Unavailable
 from benchmarks.roofline import Work
 from fastvit import ops, reference, static
+from fastvit.ops import rope
 from fastvit.ops.backends import BACKENDS
 
 Arguments = dict[str, Any]
@@ -113,12 +117,19 @@ def _xformers(op: str, arguments: Arguments) -> Function:
     if arguments["qkv"].device.type != "cuda":
         raise Unavailable("xformers' attention runs on CUDA devices only")
     try:
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import fmha, memory_efficient_attention
     except ImportError as error:
         raise Unavailable(f"xformers can't be imported: {error}") from error
+    packed: Any = None
+    if "cu_seqlens" in arguments:
+        packed = fmha.attn_bias.BlockDiagonalMask.from_seqlens(arguments["cu_seqlens"].diff().tolist())
 
-    def run(qkv: Tensor) -> Tensor:
-        out: Tensor = memory_efficient_attention(*qkv.unbind(2))
+    def run(qkv: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
+        added = packed
+        if bias is not None:  # its rows begin at multiples of 8 elements
+            tokens = qkv.shape[1]
+            added = F.pad(bias, (0, -tokens % 8))[..., :tokens].expand(len(qkv), -1, -1, -1)
+        out: Tensor = memory_efficient_attention(*qkv.unbind(2), attn_bias=added)
         return out
 
     try:
@@ -147,6 +158,62 @@ def _varlen(op: str, arguments: Arguments) -> Function:
     return run
 
 
+# --- attention with something added to its scores, or with several images in one row --------------------------
+
+
+def _score(arguments: Arguments) -> Callable[..., Tensor]:
+    """What flex_attention makes of a score s of image b, head h, query i and key j."""
+    bias, table, mask = (arguments.get(name) for name in ("bias", "rel_pos_table", "key_mask"))
+    if bias is not None:
+        return lambda s, b, h, i, j: s + bias[0, h, i, j]
+    if table is not None:
+        rows = reference.table_rows(table.shape[0], arguments["window"], table.device)  # once for all calls, as timm's
+        return lambda s, b, h, i, j: s + table[rows[i, j], h]
+    assert mask is not None
+    return lambda s, b, h, i, j: torch.where(mask[b, j], s, -torch.inf)
+
+
+def flex(arguments: Arguments, attend: Function) -> Function:
+    """flex_attention, compiled or not, on the arguments of :func:`fastvit.ops.attention_qkvpacked`."""
+    options: Arguments = {}
+    if "cu_seqlens" in arguments:
+        starts, total = arguments["cu_seqlens"], arguments["qkv"].shape[1]
+        image = torch.bucketize(torch.arange(total, device=starts.device), starts[1:], right=True)
+        options["block_mask"] = create_block_mask(
+            lambda b, h, i, j: image[i] == image[j], None, None, total, total, device=starts.device
+        )  # made before the clock runs
+
+    def run(qkv: Tensor, **rest: Any) -> Tensor:
+        scores = {} if "cu_seqlens" in rest else {"score_mod": _score(rest)}
+        out: Tensor = attend(*(t.transpose(1, 2) for t in qkv.unbind(2)), **scores, **options)
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _flex(op: str, arguments: Arguments) -> Function:
+    if arguments["qkv"].device.type != "cuda":
+        raise Unavailable("flex_attention has no backward pass on CPUs, and takes a compiler there; CUDA devices only")
+    torch._functorch.config.donated_buffer = False  # it forbids to run one backward pass again and again
+    return flex(arguments, torch.compile(flex_attention, dynamic=False))
+
+
+def _varlen_packed(op: str, arguments: Arguments) -> Function:
+    """PyTorch's attention for sequences of different lengths."""
+    qkv = arguments["qkv"]
+    if qkv.device.type != "cuda":
+        raise Unavailable("varlen_attn runs on CUDA devices only")
+    if qkv.dtype == torch.float32:
+        raise Unavailable("varlen_attn takes float16 and bfloat16")
+
+    def run(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        out = varlen_attn(*qkv[0].unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        assert isinstance(out, Tensor)
+        return out[None]
+
+    return run
+
+
 def _unfolded(op: str, arguments: Arguments) -> Function:
     """The patches copied out as rows, then one matrix product."""
 
@@ -171,6 +238,10 @@ ATTENTION: dict[str, Make] = {  # torch.compile has nothing to fuse in it
     **OURS,
 }
 
+_SDPA = {name: make for name, make in ATTENTION.items() if name.startswith("sdpa")}  # the reference ends in it
+BIASED = {BASELINE: _eager, **_SDPA, "flex": _flex, **OURS}
+PACKED = {BASELINE: _eager, "flex": _flex, "xformers": _xformers, "varlen": _varlen_packed, **OURS}
+
 # --- what is computed -----------------------------------------------------------------------------------------
 
 
@@ -182,11 +253,13 @@ class Case:
         op: the function's name in :mod:`fastvit.ops` and :mod:`fastvit.reference`.
         arguments: makes them; random and of no other scale than a model's.
         rivals: who can compute it, by name; the first is the baseline.
+        flops: of the forward, from the sizes, where PyTorch's counter can't know them; a backward has 5/2 of them.
     """
 
     op: str
     arguments: Callable[[Random, Sizes], Arguments]
     rivals: Mapping[str, Make] = field(default_factory=lambda: COMMON)
+    flops: Callable[[Sizes], int] | None = None
 
 
 def _norm(random: Random, width: int) -> tuple[Tensor, Tensor, float]:
@@ -232,12 +305,57 @@ def _residual(random: Random, s: Sizes) -> Arguments:
     return {"residual": random(s.batch, s.tokens, s.width)}
 
 
+def _qkv(random: Random, s: Sizes) -> Arguments:
+    return {"qkv": random(s.batch, s.tokens, 3, s.heads, s.width // s.heads)}
+
+
+def _table(random: Random, s: Sizes) -> Arguments:
+    """BEiT's: a learned table of relative positions, and a class token."""
+    side = s.pixels // s.patch
+    table = random((2 * side - 1) ** 2 + 3, s.heads)
+    return {"qkv": random(s.batch, side**2 + 1, 3, s.heads, s.width // s.heads), "rel_pos_table": table,
+            "window": (side, side)}  # fmt: skip
+
+
+def _masked(random: Random, s: Sizes) -> Arguments:
+    """From a quarter of the keys to all of them, by image."""
+    given = _qkv(random, s)
+    kept = torch.arange(s.batch, device=given["qkv"].device) % 4 + 1
+    return {**given, "key_mask": torch.arange(s.tokens, device=kept.device) < (kept * s.tokens / 4).ceil()[:, None]}
+
+
+def _lengths(s: Sizes) -> list[int]:
+    """Tokens of each image of a mix such as NaFlex's: on average about the model's, the most eight times the fewest."""
+    return [math.ceil(s.tokens * (0.25, 2.0, 0.5, 1.25)[image % 4]) for image in range(s.batch)]
+
+
+def _packed(random: Random, s: Sizes) -> Arguments:
+    lengths = _lengths(s)
+    qkv = random(1, sum(lengths), 3, s.heads, s.width // s.heads)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=qkv.device)
+    return {"qkv": qkv, "cu_seqlens": starts, "max_seqlen": max(lengths)}
+
+
+def _rotated(random: Random, s: Sizes) -> Arguments:
+    """Queries and keys of DINOv3: the prefix tokens stay as they are."""
+    q, k = (random(s.batch, s.tokens, s.heads, s.width // s.heads) for _ in range(2))
+    cos, sin = rope.axial((s.pixels // s.patch,) * 2, s.width // s.heads, device=q.device)
+    return {"q": q, "k": k, "cos": cos, "sin": sin}
+
+
 CASES = {
-    "attention": Case(
+    "attention": Case("attention_qkvpacked", _qkv, ATTENTION),
+    "attention+bias": Case(
         "attention_qkvpacked",
-        lambda random, s: {"qkv": random(s.batch, s.tokens, 3, s.heads, s.width // s.heads)},
-        ATTENTION,
+        lambda random, s: {**_qkv(random, s), "bias": random(1, s.heads, s.tokens, s.tokens)},
+        {**BIASED, "xformers": _xformers},
     ),
+    "attention+table": Case("attention_qkvpacked", _table, BIASED),
+    "attention+mask": Case("attention_qkvpacked", _masked, BIASED),
+    "attention+packed": Case(
+        "attention_qkvpacked", _packed, PACKED, lambda s: 4 * s.width * sum(n * n for n in _lengths(s))
+    ),
+    "rotate": Case("rotate", _rotated),
     "linear+norm": Case(
         "linear", lambda random, s: {**_product(random, s, 3 * s.width), "norm": _norm(random, s.width)}
     ),
@@ -279,8 +397,10 @@ def work(case: Case, s: Sizes, dtype: torch.dtype, *, backward: bool) -> Work:
     arguments = shapes(case, s, dtype)
     with fastvit.backend("triton"), FlopCounterMode(display=False) as counter:
         outputs = tensors(getattr(ops, case.op)(**arguments))
-        flops = counter.get_total_flops()
-        if backward:
+        flops = counter.get_total_flops() if case.flops is None else case.flops(s)
+        if backward and case.flops is not None:
+            flops = flops * 5 // 2
+        elif backward:
             upstream = [torch.empty_like(output) for output in outputs]
             torch.autograd.grad(outputs, leaves(arguments), upstream)
             flops = counter.get_total_flops() - flops

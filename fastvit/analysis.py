@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.layers import Attention
+from fastvit.layers import Attention, Block
 from fastvit.layers.attention import head_norm
 from fastvit.layers.patch_embed import image_size
 from fastvit.models import ViT
@@ -61,7 +61,7 @@ def attention_maps(model: ViT, images: Tensor, rows: Sequence[int] = (0,)) -> Te
 
     Raises:
         ValueError: a row that the model does not have.
-        TypeError: a block whose attention is not ours.
+        TypeError: a block, or its attention, of another class than ours.
     """
     return torch.stack(_each_block(model, images, lambda heads: heads.rows(rows)))
 
@@ -82,7 +82,7 @@ def rollout(model: ViT, images: Tensor) -> Rollout:
         ``weights`` (B, T) and those of the patches as a ``grid`` (B, h, w), both float32.
 
     Raises:
-        TypeError: a block whose attention is not ours.
+        TypeError: a block, or its attention, of another class than ours.
     """
     kept = _each_block(model, images, lambda heads: heads)
     prefix, grid = model.num_prefix_tokens, _grid(model, images)
@@ -107,7 +107,7 @@ def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
         (blocks, B, H) float32: the mean over the patches of the distance to the patches that they attend to.
 
     Raises:
-        TypeError: a block whose attention is not ours.
+        TypeError: a block, or its attention, of another class than ours.
     """
     grid = _grid(model, images)
     height, width = model.patch_embed.patch_size
@@ -154,8 +154,11 @@ def _each_block(model: ViT, images: Tensor, look: Callable[[_Heads], _Result]) -
 def _heads(block: Any, index: int, x: Tensor) -> _Heads:
     """The queries and keys that a block makes of its input x (B, T, D), and their log-sum-exp."""
     attn = getattr(block, "attn", None)
-    if not isinstance(attn, Attention):
-        raise TypeError(f"the attention of block {index} is {type(attn).__name__}; accepted: fastvit.layers.Attention")
+    if type(block) is not Block or type(attn) is not Attention:  # another class may do anything with its norm and qkv
+        raise TypeError(
+            f"block {index} is a {type(block).__name__} with {type(attn).__name__} for its attention; "
+            "accepted: fastvit.layers.Block with fastvit.layers.Attention"
+        )
     qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(2)
     q, k = head_norm(attn.q_norm, q), head_norm(attn.k_norm, k)

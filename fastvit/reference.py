@@ -185,22 +185,28 @@ def dropout_factor(seed: Tensor, p: float, heads: int, image: Tensor, i: Tensor,
     return kept.float() / (1 - p)
 
 
-def table_bias(table: Tensor, window: tuple[int, int], rows: Tensor | None = None) -> Tensor:
-    """BEiT's relative position bias (1, H, T, T) from its table ((2h-1)(2w-1) [+3], H), as ``ops.attention`` says.
+def table_rows(
+    n: int, window: tuple[int, int], device: torch.device | None = None, queries: Tensor | None = None
+) -> Tensor:
+    """Which of the n rows of BEiT's table belongs to query i and key j, as ``ops.attention`` says: (T, T) int64.
 
-    With ``rows`` (R,) int64, from 0 to T - 1, of these queries alone: (1, H, R, T).
+    With ``queries`` (R,) int64, from 0 to T - 1, of these alone: (R, T).
     """
     h, w = window
-    n = table.shape[0]
     prefix = int(n > (2 * h - 1) * (2 * w - 1))  # a class token
-    j = torch.arange(prefix + h * w, device=table.device)
-    i = (j if rows is None else rows)[:, None]
+    j = torch.arange(prefix + h * w, device=device)
+    i = (j if queries is None else queries)[:, None]
     down, across = (i - prefix) // w - (j - prefix) // w, (i - prefix) % w - (j - prefix) % w
     index = (down + h - 1) * (2 * w - 1) + across + w - 1
     if prefix:
         index = torch.where(j == 0, n - 2, index)
         index = torch.where(i == 0, torch.where(j == 0, n - 1, n - 3), index)
-    return table[index].permute(2, 0, 1)[None]
+    return index
+
+
+def table_bias(table: Tensor, window: tuple[int, int], queries: Tensor | None = None) -> Tensor:
+    """BEiT's bias (1, H, T, T) from its table ((2h-1)(2w-1) [+3], H), or that of some queries (1, H, R, T)."""
+    return table[table_rows(table.shape[0], window, table.device, queries)].permute(2, 0, 1)[None]
 
 
 def relative_bias(q: Tensor, keys: Tensor, scale: float | None) -> Tensor:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 import fastvit
 from benchmarks import kernels, rivals, suites, waterfall
 from benchmarks.cells import Cell, CellFailed, Unavailable
 from benchmarks.rivals import CASES
 from benchmarks.suites import Options
+from fastvit import ops
 from fastvit.ops import backends
 
 MODEL = "vit_tiny_patch16_224"
@@ -44,8 +46,14 @@ def _own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # ViT-B/16 at 224 px, batch 256, bfloat16, by hand. x is (50432, 768): 38.73e6 elements, 77.46 MB.
 X = 256 * 197 * 768
+MIX, PAIRS = (64 * sum(n**power for n in (50, 394, 99, 247)) for power in (1, 2))  # tokens of 256 images of a mix
 FORWARD = {  # case: (multiply-adds, elements read and written)
     "attention": (2 * 256 * 12 * 197 * 197 * 64, 3 * X + X),
+    "attention+bias": (2 * 256 * 12 * 197 * 197 * 64, 3 * X + X + 12 * 197 * 197),
+    "attention+table": (2 * 256 * 12 * 197 * 197 * 64, 3 * X + X + (27 * 27 + 3) * 12),
+    "attention+mask": (2 * 256 * 12 * 197 * 197 * 64, 3 * X + X + 256 * 197 // 2),  # bytes
+    "attention+packed": (2 * 768 * PAIRS, 4 * MIX * 768 + 2 * 257),  # starts in int32
+    "rotate": (0, 4 * X + 2 * 2 * 196 * 64),  # angles in float32
     "linear+norm": (X * 2304, X + 2 * 768 + 2304 * 768 + 2304 + 3 * X),
     "linear+residual": (X * 768, X + 768 * 768 + 768 + X + X),
     "linear+gelu": (X * 3072, X + 3072 * 768 + 3072 + 4 * X),
@@ -56,6 +64,7 @@ FORWARD = {  # case: (multiply-adds, elements read and written)
 }
 BACKWARD = {
     "attention": (5 * 256 * 12 * 197 * 197 * 64, X + 3 * X + 3 * X),
+    "attention+packed": (5 * 768 * PAIRS, 7 * MIX * 768 + 2 * 257),
     "linear+residual": (2 * X * 768, X + 2 * (X + 768 * 768 + 768)),
     "mlp": (4 * X * 3072, X + 2 * (X + 2 * 768 + 2 * 3072 * 768 + 3072 + 768)),
     "layer_norm": (0, X + 2 * (X + 2 * 768)),
@@ -97,12 +106,23 @@ def test_every_contender_computes_the_op(direction: str) -> None:
                     try:
                         subject = kernels.Kernel(cell(name, op, direction, dtype), "cpu")
                     except (Unavailable, fastvit.BackendUnavailable) as error:
-                        assert name in ("sdpa-cudnn", "sdpa-efficient", "xformers", "varlen", *rivals.OURS), error
+                        on_gpus = ("sdpa-cudnn", "sdpa-efficient", "xformers", "varlen", "flex", *rivals.OURS)
+                        masked = name == "sdpa-flash" and op != "attention"  # no gradient of a mask
+                        assert name in on_gpus or masked, error
                         continue
                     assert subject.prepare(expected, None)["error_ratio"] < 20, (op, name)
                     assert subject.sample()[0] > 0
                 tried.add(name)
     assert tried >= {"torch", "fastvit", "fastvit-reference", "sdpa-flash", "sdpa-math", "unfold"}
+
+
+@pytest.mark.parametrize("op", ["attention+bias", "attention+table", "attention+mask", "attention+packed"])
+def test_flex_attention_computes_the_same(op: str) -> None:
+    """Here it is not compiled, and so can run on a CPU."""
+    with torch.no_grad():
+        arguments = CASES[op].arguments(lambda *shape: torch.randn(shape), rivals.sizes(MODEL, 32, 2))
+        found = rivals.flex(arguments, flex_attention)(**arguments)
+        torch.testing.assert_close(found, ops.attention_qkvpacked(**arguments))
 
 
 @pytest.mark.usefixtures("_own_process")

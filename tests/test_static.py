@@ -171,6 +171,27 @@ def test_every_row_of_the_linear_table_is_compiled(arch: int, dtype: torch.dtype
         _check(static.compile_launch(launches[0], arch), half=dtype != torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in ARCHITECTURES])
+def test_what_no_workload_runs_compiles_and_passes_its_gates(arch: int, dtype: torch.dtype) -> None:
+    """Rotations, and rows and distances of attention's weights, at head dims with and without a rest."""
+    from fastvit.triton.launchers import attention_distance, attention_rows, rope
+
+    with launch.record(arch) as launches:
+        for head_dim in (64, 72, 128):
+            q, k, _ = torch.empty(64, 201, 3, 12, head_dim, dtype=dtype, device="meta").unbind(2)
+            lse = torch.empty(64, 12, 201, device="meta")
+            cos, sin = torch.empty(2, 196, head_dim, device="meta")
+            for inverse in (False, True):
+                rope(q, k, cos, sin, inverse=inverse)
+            for count in (1, 64):
+                bias = torch.empty(1, 1, count, 201, device="meta").expand(64, 12, -1, -1) if count > 1 else None
+                attention_rows(q, k, lse, torch.empty(count, dtype=torch.int64, device="meta"), 0.125, bias=bias)
+            attention_distance(q, k, lse, 0.125, (14, 14), (16.0, 16.0))
+    for one in static.distinct(launches, arch):
+        _check(static.compile_launch(one, arch), half=dtype != torch.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("workload", static.WORKLOADS, ids=str)
