@@ -24,6 +24,7 @@ from fastvit import ops
 from fastvit.layers.misc import DropPath, LayerScale
 from fastvit.layers.norm import LayerNorm
 from fastvit.ops.backends import note_fallback
+from fastvit.packing import Sequences
 from fastvit.reference import Norm
 
 
@@ -153,17 +154,22 @@ class Merge(NamedTuple):
     residual: Tensor  # (B, T, D)
     scale: nn.Module  # LayerScale or Identity
     drop_path: nn.Module  # DropPath or Identity
+    sequences: Sequences | None = None  # where the images are, if the tokens are those of packed ones
 
     def as_modules(self, y: Tensor) -> Tensor:
         """y (B, T, D) -> (B, T, D), module by module."""
-        return self.residual + self.drop_path(self.scale(y))
+        y = self.scale(y)
+        if self.sequences is None or not isinstance(self.drop_path, DropPath):
+            return self.residual + self.drop_path(y)
+        return self.residual + self.drop_path(y, self.sequences)
 
     def arguments(self) -> dict[str, Tensor | None] | None:
         """The same as arguments of an op, or None where a module has to run."""
         if not (intact(self.scale, LayerScale, nn.Identity) and intact(self.drop_path, DropPath, nn.Identity)):
             return None
         gamma = self.scale.gamma if type(self.scale) is LayerScale else None
-        row_scale = self.drop_path.row_scale(self.residual) if type(self.drop_path) is DropPath else None
+        dropping = type(self.drop_path) is DropPath
+        row_scale = self.drop_path.row_scale(self.residual, self.sequences) if dropping else None
         return {"residual": self.residual, "gamma": gamma, "row_scale": row_scale}
 
 

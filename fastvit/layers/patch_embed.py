@@ -44,6 +44,18 @@ def pixel_statistics(
     return (mean, std) if images.dtype == torch.uint8 else (None, None)
 
 
+def known_statistics(
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """mean and std for uint8 images, or a ValueError where the model was given none."""
+    if mean is None or std is None:
+        raise ValueError(
+            "uint8 images need the model's mean= and std= (in 0..1 units); floating images are taken as "
+            "normalised already"
+        )
+    return mean, std
+
+
 @torch.fx.wrap
 def normalised(
     images: Tensor,
@@ -64,11 +76,7 @@ def normalised(
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         return images
-    if mean is None or std is None:
-        raise ValueError(
-            "uint8 images need the model's mean= and std= (in 0..1 units); floating images are taken as "
-            "normalised already"
-        )
+    mean, std = known_statistics(mean, std)
     if keep:
         return images
     if images.shape[1] != channels:

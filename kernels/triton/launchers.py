@@ -12,6 +12,7 @@ from fastvit.triton.patch_embed import (
     patch_embed_row_gradients,
     patch_embed_weight_gradient,
 )
+from fastvit.triton.patch_embed_packed import patch_embed_packed_forward, patch_embed_packed_weight_gradient
 
 __all__ = [
     "activation_gradient",
@@ -24,6 +25,8 @@ __all__ = [
     "linear_weight_gradient",
     "patch_embed_forward",
     "patch_embed_image_gradient",
+    "patch_embed_packed_forward",
+    "patch_embed_packed_weight_gradient",
     "patch_embed_row_gradients",
     "patch_embed_weight_gradient",
     "scale_rows",
