@@ -9,6 +9,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit.ops.library import autocasting
 from fastvit.packing import Layout
 
 Pair = tuple[int, int]
@@ -85,7 +87,7 @@ def resample_pos_embed_at(
     down = _bicubic_weights(layout.row, height // p, old_size[0], dtype)
     across = _bicubic_weights(layout.column, width // q, old_size[1], dtype)
     weights = (down.unsqueeze(2) * across.unsqueeze(1)).flatten(1)  # (N, h * w)
-    with torch.autocast(pos_embed.device.type, enabled=False):
+    with torch.autocast(pos_embed.device.type, enabled=False) if autocasting(pos_embed) else nullcontext():
         return (weights @ pos_embed[0, num_prefix_tokens:].to(dtype)).to(pos_embed.dtype)
 
 

@@ -125,6 +125,15 @@ class PackedImages:
         """The same in pinned memory, which ``to("cuda", non_blocking=True)`` copies without waiting."""
         return replace(self, pixels=self.pixels.pin_memory(), layout=Layout(*(t.pin_memory() for t in self.layout)))
 
+    def patches(self) -> Tensor:
+        """The pixels of every patch, (N, C, p, q)."""
+        return self.pixels[self.layout.pixels(self.channels, self.patch_size)]
+
+    def with_patches(self, patches: Tensor) -> PackedImages:
+        """The same images with other values, given patch by patch as :meth:`patches` returns them."""
+        pixels = patches.new_empty(self.pixels.shape)
+        return replace(self, pixels=pixels.index_put((self.layout.pixels(self.channels, self.patch_size),), patches))
+
     def sequences(self, prefix: int = 0) -> Sequences:
         """Where the tokens lie when each image's patches come after ``prefix`` tokens of its own."""
         total = self.layout.image.shape[0] + len(self) * prefix

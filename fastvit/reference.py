@@ -119,8 +119,7 @@ def patch_embed_packed(
 
 def packed_patches(packed: PackedImages, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The normalised pixels of each patch in the weight's order, (N, C * p * q)."""
-    patches = packed.pixels[packed.layout.pixels(packed.channels, packed.patch_size)]
-    return normalise_pixels(patches, mean, std, dtype).flatten(1)
+    return normalise_pixels(packed.patches(), mean, std, dtype).flatten(1)
 
 
 def with_prefix(x: Tensor, layout: Layout, prefix_tokens: Tensor) -> Tensor:

@@ -38,6 +38,16 @@ def head_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+def mask_arguments(attn_mask: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """A mask of F.scaled_dot_product_attention for tokens x (B, T, D) as ops.attention takes it: of keys, or a bias."""
+    attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    if attn_mask.dtype != torch.bool:
+        return {"bias": attn_mask}
+    if attn_mask.shape[1] == attn_mask.shape[2] == 1:
+        return {"key_mask": attn_mask[:, 0, 0].expand(x.shape[:2])}
+    return {"bias": torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(~attn_mask, float("-inf"))}
+
+
 def between(queries: Sequences, keys: Sequences) -> dict[str, Any]:
     """Arguments of ops.attention for queries of packed images to the keys of their own image."""
     return {
@@ -162,16 +172,27 @@ class Attention(nn.Module):
     def _options(
         self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, sequences: Sequences | None
     ) -> dict[str, Any] | None:
-        """Arguments for ops.attention, or None where something else is to be done to the weights than it can."""
-        plain = attn_mask is None and is_causal is False and self.fused_attn and fuse.idle(self.attn_drop)
-        if sequences is None:
-            return {"scale": self.scale} if plain else None
-        if not plain:
+        """Arguments for ops.attention, or None where the weights are to be seen, or more is wanted than it does."""
+        drop = self.attn_drop
+        rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+        unseen = self.fused_attn and fuse.intact(drop, nn.Dropout, nn.Identity, or_counted=sequences is not None)
+        # While torch.fx traces, a mask is no tensor yet.
+        known = attn_mask is None or (sequences is None and isinstance(attn_mask, Tensor))
+        if not (unseen and known and is_causal is False and rate < 1.0):
+            if sequences is None:
+                return None
             raise ValueError(
                 "attention among packed images takes no attn_mask or is_causal, and its weights can't be opened: leave "
                 "fused_attn True and attn_drop without hooks"
             )
-        return {"scale": self.scale, "cu_seqlens": sequences.cu_seqlens, "max_seqlen": sequences.longest}
+        options: dict[str, Any] = {"scale": self.scale}
+        if attn_mask is not None:
+            options |= mask_arguments(attn_mask, x)
+        if rate > 0.0:  # drawn where it is read: nothing waits for it, and checkpointing draws it again
+            options |= {"dropout_p": rate, "seed": torch.randint(2**63 - 1, (1,), device=x.device)}
+        if sequences is not None:
+            options |= {"cu_seqlens": sequences.cu_seqlens, "max_seqlen": sequences.longest}
+        return options
 
     def _project(self, out: Tensor, merge: Merge | None) -> Tensor:
         """out (B, T, H, d) -> (B, T, D)."""
@@ -179,7 +200,7 @@ class Attention(nn.Module):
         return fuse.linear(self.proj, out.flatten(2), norm=norm, dropout=self.proj_drop, merge=merge)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Attention with a mask, with dropout, or with its weights open to hooks. All (B, T, H, d)."""
+        """Causal attention, or attention with its weights open to hooks. All (B, T, H, d)."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if self.fused_attn and fuse.intact(self.attn_drop, nn.Dropout):
             dropout = self.attn_drop.p if self.attn_drop.training else 0.0

@@ -75,11 +75,19 @@ remember_forward(
 )
 
 
-def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def _hooks_on_all() -> bool:
+    return bool(
+        _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
+    )
+
+
+def intact(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False) -> bool:
     """Whether using the module's parameters directly is the same as calling it.
 
     It is exactly of one of ``kinds`` (a subclass, a LoRA wrapper or a parametrised class is not), its ``forward``
     is its class's, no hook watches it, and its parameters are plain floating tensors. A no is logged once.
+
+    Hooks on every module, as counters and profilers have, may be overlooked with ``or_counted``.
     """
     if type(module) not in kinds:
         reason = "its class is not one that is fused"
@@ -92,10 +100,7 @@ def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or _global_forward_hooks
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
+        or (not or_counted and _hooks_on_all())
     ):
         reason = "it has hooks"
     else:

@@ -13,6 +13,7 @@ from fastvit import ops
 from fastvit.checkpoints import resample_patch_embed
 from fastvit.layers import fuse
 from fastvit.layers.misc import pair, positive
+from fastvit.packing import PackedImages
 
 Size = int | tuple[int, int]
 
@@ -229,12 +230,18 @@ class PatchEmbed(nn.Module):
             and proj.dilation == (1, 1)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | PackedImages) -> Tensor:
         """images (B, C, H, W) floating -> (B, N, D), or (B, h, w, D) / (B, D, h, w) as ``output_fmt`` says.
+
+        Packed images give the patches of all, (1, N, D).
 
         Raises:
             ValueError: a number of channels or a size that is not accepted.
         """
+        if isinstance(images, PackedImages):
+            if self._plain():
+                return self.norm(ops.patch_embed_packed(images, self.proj.weight, self.proj.bias))
+            return self.norm(self.proj(images.patches()).flatten(1).unsqueeze(0))
         images = self.accept(images)
         if self._plain():
             x = ops.patch_embed(images, self.proj.weight, self.proj.bias)  # (B, N, D)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastvit import ops
+from fastvit import ops, reference
 from fastvit.checkpoints import resample_pos_embed_at
 from fastvit.layers import Attention, Block, DropPath, PatchDropout, PatchEmbed, fuse
 from fastvit.layers.patch_embed import known_statistics, normalised
@@ -42,15 +42,24 @@ def embed(model: ViT, packed: PackedImages) -> Tensor:
         ValueError: uint8 images without the model's mean and std, or a module that takes no packed images.
     """
     _check(model)
-    layer, pos_embed, prefix, positions = model.patch_embed, model.pos_embed, model._prefix_tokens(), None
-    if pos_embed is not None:
+    layer, prefix, positions = model.patch_embed, model._prefix_tokens(), None
+    if model.pos_embed is not None:
         own = model._prefix_positions()
-        positions = resample_pos_embed_at(pos_embed, packed.layout, packed.patch_size, layer.grid_size, own)
-        prefix = prefix if prefix is None or not own else prefix + pos_embed[:, :own]
+        positions = resample_pos_embed_at(model.pos_embed, packed.layout, packed.patch_size, layer.grid_size, own)
+        prefix = prefix if prefix is None or not own else prefix + model.pos_embed[:, :own]
     mean, std = known_statistics(model.mean, model.std) if packed.pixels.dtype == torch.uint8 else (None, None)
-    x = ops.patch_embed_packed(
-        packed, layer.proj.weight, layer.proj.bias, pos_embed=positions, prefix_tokens=prefix, mean=mean, std=std
-    )
+    if fuse.intact(layer, PatchEmbed) and layer.fusable():
+        x = ops.patch_embed_packed(
+            packed, layer.proj.weight, layer.proj.bias, pos_embed=positions, prefix_tokens=prefix, mean=mean, std=std
+        )
+    else:
+        if mean is not None and std is not None:
+            dtype = next(layer.parameters()).dtype
+            low, high = (torch.tensor(t, device=packed.device) for t in (mean, std))
+            packed = packed.with_patches(reference.normalise_pixels(packed.patches(), low, high, dtype))
+        x = layer(packed)
+        x = x if positions is None else x + positions
+        x = x if prefix is None else reference.with_prefix(x[0], packed.layout, prefix).unsqueeze(0)
     return model.norm_pre(model.pos_drop(x))
 
 
@@ -60,9 +69,8 @@ def _check(model: ViT) -> None:
     def refuse(name: str, why: str) -> None:
         raise ValueError(f"packed images can't pass {name}: {why}; give the model a tensor of images of one size")
 
-    layer = model.patch_embed
-    if not (fuse.intact(layer, PatchEmbed) and layer.fusable()):
-        refuse("patch_embed", "it is watched, replaced, or has a norm")
+    if not isinstance(model.patch_embed, PatchEmbed):
+        refuse("patch_embed", f"{type(model.patch_embed).__name__} is no fastvit.layers.PatchEmbed")
     for method in ("_pos_embed", "_positions", "_prefix_tokens"):
         if not model._unchanged(method):
             refuse(method, "it is overridden")

@@ -477,7 +477,8 @@ class ViT(nn.Module):
     ) -> Tensor:
         """images -> normed tokens (B, T, D), or only the first ``tokens`` of each image."""
         x, sequences = self._tokens(x)
-        if (attn_mask, tokens, sequences) == (None, None, None) and not is_causal and not self.grad_checkpointing:
+        unmasked = attn_mask is None and not is_causal
+        if unmasked and tokens is None and sequences is None and not self.grad_checkpointing:
             return self.norm(self.blocks(x))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
@@ -612,27 +613,29 @@ class ViT(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"unknown output_fmt {output_fmt!r}; accepted: NCHW, NLC")
         taken = _take(len(self.blocks), indices)
-        images = x
-        x = self._embed(images)
-        outputs = []
+        images = packed.images_of(self, x)
+        if isinstance(images, PackedImages) and output_fmt == "NCHW":
+            raise ValueError("packed images have no common (h, w): their tokens come with output_fmt='NLC'")
+        y, sequences = self._tokens(images)
+        found: list[Any] = []
         for i, block in enumerate(list(self.blocks)[: max(taken) + 1 if stop_early else None]):
-            x = self._run(block, x, attn_mask, is_causal)
+            y = self._run(block, y, attn_mask, is_causal, sequences=sequences)
             if i in taken:
-                outputs.append(self.norm(x) if norm else x)
-        prefix = [y[:, : self.num_prefix_tokens] for y in outputs] if self.num_prefix_tokens else None
-        outputs = [y[:, self.num_prefix_tokens :] for y in outputs]
+                found.append(split(self.norm(y) if norm else y, self.num_prefix_tokens, sequences))
+        prefix = [first for first, _ in found] if self.num_prefix_tokens else None
+        outputs = [rest for _, rest in found]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size(image_size(images, self.in_chans))
-            outputs = [y.reshape(y.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous() for y in outputs]
+            outputs = [z.reshape(z.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous() for z in outputs]
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": outputs}
             if prefix is not None and return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self.norm(x)
+                result["image_features"] = self.norm(y)
             return result
         found = list(zip(outputs, prefix, strict=True)) if prefix is not None and return_prefix_tokens else outputs
-        return found if intermediates_only else (self.norm(x), found)
+        return found if intermediates_only else (self.norm(y), found)
 
     def get_intermediate_layers(
         self,

@@ -175,7 +175,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
     if dout is None:
-        return (None,) * 10
+        return (None, [None] * len(Layout._fields), *(None,) * 8)
     pixels, weight, mean, std, *layout = ctx.saved_tensors
     needs_pixels, _, needs_weight, needs_bias, needs_pos, needs_prefix, *_ = ctx.needs_input_grad
     places, rows = Layout(*layout), dout[0]
@@ -204,7 +204,7 @@ def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
             ctx.backend,
         ),
     )
-    return dpixels, None, dweight, dbias, dpos, dprefix, None, None, None, None
+    return dpixels, [None] * len(layout), dweight, dbias, dpos, dprefix, None, None, None, None
 
 
 _patch_embed_packed_backward = register(
