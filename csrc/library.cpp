@@ -38,7 +38,9 @@ DType dtype_of(const Tensor& tensor) {
     case ScalarType::Half: return DType::float16;
     case ScalarType::BFloat16: return DType::bfloat16;
     case ScalarType::Byte: return DType::uint8;
-    default: throw error("dtype not supported; accepted: float32, float16, bfloat16, uint8");
+    case ScalarType::Int: return DType::int32;
+    case ScalarType::Long: return DType::int64;
+    default: throw error("dtype not supported; accepted: float32, float16, bfloat16, uint8, int32, int64");
   }
 }
 
@@ -189,6 +191,10 @@ struct Op<launcher> {
   _(attention_forward)               \
   _(attention_query_gradient)        \
   _(attention_key_value_gradient)    \
+  _(attention_rows)                  \
+  _(attention_distance)              \
+  _(attention_distance_blocks)       \
+  _(rope)                            \
   _(patch_embed_forward)             \
   _(patch_embed_weight_gradient)     \
   _(patch_embed_weight_gradient_splits) \

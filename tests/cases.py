@@ -101,6 +101,11 @@ def _packed(make: Make, sizes: list[tuple[int, int]], d: int, pq: tuple[int, int
     return args
 
 
+def _angles(make: Make, *shape: int) -> dict[str, Tensor]:
+    """cos and sin in float32; every element has its own, so that none can stand for another."""
+    return {name: make(*shape, dtype=F32, grad=False) for name in ("cos", "sin")}
+
+
 CASES = [
     Case("patch_embed", "square", lambda m: _patch(m, 2, 3, (12, 12), 20, (4, 4))),
     Case("patch_embed", "oblong", lambda m: _patch(m, 1, 5, (8, 18), 17, (4, 6), prefix=5, pos_prefix=False)),
@@ -191,6 +196,8 @@ CASES = [
             "fc2_bias": None,
         },
     ),
+    Case("rotate", "grid", lambda m: {"q": m(2, 6, 3, 32), "k": m(2, 6, 3, 32)} | _angles(m, 6, 32)),
+    Case("rotate", "prefix", lambda m: {"q": m(2, 11, 2, 40), "k": m(2, 11, 2, 40)} | _angles(m, 2, 8, 40)),
     *(
         Case(
             "attention",

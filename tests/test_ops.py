@@ -342,6 +342,9 @@ def test_symbolic_trace_sees_one_node_per_op() -> None:
 
 W = torch.randn(8, 4)
 X = torch.randn(2, 3, 4)
+Q = torch.randn(2, 4, 2, 8)
+LSE = torch.zeros(2, 2, 4)
+ANGLES = torch.ones(2, 3, 8)
 BAD = {
     "width": (lambda: ops.linear(torch.randn(2, 5), W), r"\(2, 5\).*\(8, 4\)"),
     "bias": (lambda: ops.linear(X, W, torch.randn(7)), r"bias has shape \(7,\), expected \(8,\)"),
@@ -362,6 +365,26 @@ BAD = {
     "no heads": (lambda: ops.attention(*[torch.randn(2, 5, 0, 16)] * 3), r"start at 1"),
     "attention": (lambda: ops.attention(X, X, X), r"\(B, Tq, H, d\)"),
     "packed": (lambda: ops.attention_qkvpacked(torch.randn(1, 2, 4, 1, 8)), r"\(1, 2, 4, 1, 8\), expected"),
+    "rotation": (lambda: ops.rotate(Q, Q[:, :3], *ANGLES), r"q \(2, 4, 2, 8\), k \(2, 3, 2, 8\)"),
+    "odd heads": (lambda: ops.rotate(Q[..., :7], Q[..., :7], *ANGLES), r"head dim 7 is odd"),
+    "angles": (
+        lambda: ops.rotate(Q[:, :2], Q[:, :2], *ANGLES),
+        r"cos has shape \(3, 8\).*\(2, T', 8\) with T' up to 2$",
+    ),
+    "angles of images": (lambda: ops.rotate(Q, Q, *torch.ones(2, 3, 3, 8)), r"cos has shape \(3, 3, 8\)"),
+    "sines": (lambda: ops.rotate(Q, Q, ANGLES[0], ANGLES[1][:2]), r"sin has shape \(2, 8\), expected \(3, 8\)"),
+    "learned angles": (lambda: ops.rotate(Q, Q, ANGLES[0], ANGLES[1].clone().requires_grad_()), r"no gradient"),
+    "rows": (lambda: ops.attention_rows(Q, Q, LSE, (0, 4, -5)), r"rows \[4, -5\]; accepted: from -4 to 3"),
+    "rows of a tensor": (lambda: ops.attention_rows(Q, Q, LSE, torch.tensor([4])), r"rows \[4\]; accepted"),
+    "rows in int32": (lambda: ops.attention_rows(Q, Q, LSE, torch.zeros(1).int()), r"int32 on cpu; expected \(R,\)"),
+    "lse": (lambda: ops.attention_rows(Q, Q, LSE[:1], (0,)), r"lse has shape \(1, 2, 4\), expected \(2, 2, 4\)"),
+    "rows of heads": (lambda: ops.attention_rows(Q, X, LSE, (0,)), r"k \(2, 3, 4\); expected .*\(B, Tk, H, d\)"),
+    "rows' table": (
+        lambda: ops.attention_rows(Q, Q, LSE, (0,), rel_pos_table=torch.ones(9, 2), window=(2, 3)),
+        r"rel_pos_table has shape \(9, 2\)",
+    ),
+    "grid": (lambda: ops.attention_distance(Q, Q, LSE, (5, 1)), r"a grid of 5x1 patches; accepted: from 1 to the 4"),
+    "distance": (lambda: ops.attention_distance(Q, Q[:, :3], LSE, (2, 2)), r"4 queries and 3 keys"),
     "channels": (lambda: ops.patch_embed(torch.randn(1, 4, 8, 8), torch.randn(6, 3, 4, 4)), r"3 channels"),
     "patches": (lambda: ops.patch_embed(torch.randn(1, 3, 9, 8), torch.randn(6, 3, 4, 4)), r"9x8.*4x4"),
     "positions": (

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastvit import reference
 from fastvit.ops import attention_modifiers, backends, checks
 from fastvit.ops.attention_modifiers import SCHEMA, Modifiers
-from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, register
+from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, register, unit_stride
 
 
 def attention(
@@ -144,17 +144,13 @@ def _differentiable_twice(op: str, needs_grad: bool) -> AbstractContextManager[N
 # --- the ops: (tensors, scale, backend, *modifiers) -> (out, lse) ---------------------------------------------
 
 
-def _unit_stride(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
     keywords = Modifiers(*modifiers).for_launcher(q, k)
-    return launchers(backend).attention_forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), scale, **keywords)
+    return launchers(backend).attention_forward(unit_stride(q), unit_stride(k), unit_stride(v), scale, **keywords)
 
 
 def _forward_packed(qkv: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
-    q, k, v = _unit_stride(qkv).unbind(2)
+    q, k, v = unit_stride(qkv).unbind(2)
     return _forward(q, k, v, scale, backend, *modifiers)
 
 
@@ -218,7 +214,7 @@ def _backward_into(
     dlearned = _learned_gradient(given, wanted, lse)
     if wanted:
         keywords["dtable" if given.bias is None else "dbias"] = dlearned
-    dout, q, k, v = (_unit_stride(t) for t in (dout, q, k, v))
+    dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))
     launchers(backend).attention_backward(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, **keywords)
     return dlearned
 
