@@ -38,14 +38,19 @@ def head_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def mask_arguments(attn_mask: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """A mask of F.scaled_dot_product_attention for tokens x (B, T, D) as ops.attention takes it: of keys, or a bias."""
+def as_bias(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of F.scaled_dot_product_attention as what is added to the scores, of 4 dimensions; bool's in ``dtype``."""
     attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     if attn_mask.dtype != torch.bool:
-        return {"bias": attn_mask}
-    if attn_mask.shape[1] == attn_mask.shape[2] == 1:
-        return {"key_mask": attn_mask[:, 0, 0].expand(x.shape[:2])}
-    return {"bias": torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(~attn_mask, float("-inf"))}
+        return attn_mask
+    return torch.zeros_like(attn_mask, dtype=dtype).masked_fill(~attn_mask, float("-inf"))
+
+
+def mask_arguments(attn_mask: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """A mask for tokens x (B, T, D) as ops.attention takes it: of keys where it is one, else a bias."""
+    if attn_mask.dtype == torch.bool and all(size == 1 for size in attn_mask.shape[:-1][-2:]):
+        return {"key_mask": attn_mask.reshape(-1, attn_mask.shape[-1]).expand(x.shape[:2])}
+    return {"bias": as_bias(attn_mask, x.dtype)}
 
 
 def between(queries: Sequences, keys: Sequences) -> dict[str, Any]:
@@ -154,7 +159,7 @@ class Attention(nn.Module):
             q, kv = q.unflatten(-1, heads), kv.unflatten(-1, (2, *heads))
             k, v = kv.unbind(2)
         else:
-            qkv = fuse.linear(self.qkv, x, norm=norm).unflatten(-1, (3, *heads))
+            qkv = self._project_in(x, norm).unflatten(-1, (3, *heads))
             if options is not None and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm):
                 out: Any = ops.attention_qkvpacked(qkv, **options)
                 return self._project(leading(out, tokens, sequences), merge)
@@ -168,6 +173,10 @@ class Attention(nn.Module):
                 options |= between(sequences.leading(tokens), sequences)
             out = ops.attention(q, k, v, **options)
         return self._project(out, merge)
+
+    def _project_in(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """x (B, T, D) -> queries, keys and values, (B, T, 3 * H * d)."""
+        return fuse.linear(self.qkv, x, norm=norm)
 
     def _options(
         self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, sequences: Sequences | None

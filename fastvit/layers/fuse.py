@@ -157,22 +157,30 @@ class Merge(NamedTuple):
     """What follows a branch of a block: residual + drop_path(scale(y))."""
 
     residual: Tensor  # (B, T, D)
-    scale: nn.Module  # LayerScale or Identity
+    scale: nn.Module | Tensor | None  # LayerScale or Identity; or gamma (D,) itself, or none
     drop_path: nn.Module  # DropPath or Identity
     sequences: Sequences | None = None  # where the images are, if the tokens are those of packed ones
 
     def as_modules(self, y: Tensor) -> Tensor:
         """y (B, T, D) -> (B, T, D), module by module."""
-        y = self.scale(y)
+        if isinstance(self.scale, nn.Module):
+            y = self.scale(y)
+        elif self.scale is not None:
+            y = y * self.scale
         if self.sequences is None or not isinstance(self.drop_path, DropPath):
             return self.residual + self.drop_path(y)
         return self.residual + self.drop_path(y, self.sequences)
 
     def arguments(self) -> dict[str, Tensor | None] | None:
         """The same as arguments of an op, or None where a module has to run."""
-        if not (intact(self.scale, LayerScale, nn.Identity) and intact(self.drop_path, DropPath, nn.Identity)):
+        if not isinstance(self.scale, nn.Module):
+            gamma = self.scale
+        elif intact(self.scale, LayerScale, nn.Identity):
+            gamma = self.scale.gamma if isinstance(self.scale, LayerScale) else None
+        else:
             return None
-        gamma = self.scale.gamma if type(self.scale) is LayerScale else None
+        if not intact(self.drop_path, DropPath, nn.Identity):
+            return None
         dropping = type(self.drop_path) is DropPath
         row_scale = self.drop_path.row_scale(self.residual, self.sequences) if dropping else None
         return {"residual": self.residual, "gamma": gamma, "row_scale": row_scale}
