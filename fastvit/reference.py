@@ -339,12 +339,15 @@ def attention(
     rel_pos_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
     key_mask: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
     max_seqlen: int | tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`fastvit.ops.attention`. softmax(q k^T * scale + bias) v for each head, the bias materialised."""
+    if rope is not None:
+        q, k = rotate(q, k, *rope)
     if cu_seqlens is not None:
         starts = (cu_seqlens, cu_seqlens) if isinstance(cu_seqlens, Tensor) else cu_seqlens
         out, lse = _attend_packed(q, k, v, scale, return_lse, starts, dropout_p, seed)

@@ -42,7 +42,7 @@ def last(pieces, i):
 
 
 @triton.jit
-def head_rows(pointer, strides, image, head, start, UNIT: tl.constexpr):
+def head_rows(pointer, strides, image, head, UNIT: tl.constexpr, start=0):
     """(token ``start`` of one head of one image, the step to the next); strides are (image, token, head) / UNIT."""
     step = tl.full((), UNIT, tl.int64)
     first = pointer + image * (strides[0] * step) + head * (strides[2] * step) + start * (strides[1] * step)
@@ -207,10 +207,10 @@ def attention_forward_kernel(
     k_start, k_length, _ = sequence(modifiers.cu_k_ptr, image, keys)
     if modifiers.cu_q_ptr is not None and first >= q_length:
         return
-    q = head_rows(q_ptr, q_strides, holder, head, q_start, UNIT)
-    k = head_rows(k_ptr, k_strides, holder, head, k_start, UNIT)
-    v = head_rows(v_ptr, v_strides, holder, head, k_start, UNIT)
-    out = head_rows(out_ptr, out_strides, holder, head, q_start, UNIT)
+    q = head_rows(q_ptr, q_strides, holder, head, UNIT, q_start)
+    k = head_rows(k_ptr, k_strides, holder, head, UNIT, k_start)
+    v = head_rows(v_ptr, v_strides, holder, head, UNIT, k_start)
+    out = head_rows(out_ptr, out_strides, holder, head, UNIT, q_start)
     rows = first + tl.arange(0, ROWS)
     site = image, head, heads, rows, q_length
 

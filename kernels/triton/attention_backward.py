@@ -130,11 +130,11 @@ def attention_query_gradient_kernel(
     k_start, k_length, _ = sequence(modifiers.cu_k_ptr, image, keys)
     if modifiers.cu_q_ptr is not None and first >= q_length:
         return
-    k = head_rows(k_ptr, k_strides, holder, head, k_start, UNIT)
-    v = head_rows(v_ptr, v_strides, holder, head, k_start, UNIT)
-    q_rows = head_rows(q_ptr, q_strides, holder, head, q_start, UNIT)
-    out_rows = head_rows(out_ptr, out_strides, holder, head, q_start, UNIT)
-    dout_rows = head_rows(dout_ptr, dout_strides, holder, head, q_start, UNIT)
+    k = head_rows(k_ptr, k_strides, holder, head, UNIT, k_start)
+    v = head_rows(v_ptr, v_strides, holder, head, UNIT, k_start)
+    q_rows = head_rows(q_ptr, q_strides, holder, head, UNIT, q_start)
+    out_rows = head_rows(out_ptr, out_strides, holder, head, UNIT, q_start)
+    dout_rows = head_rows(dout_ptr, dout_strides, holder, head, UNIT, q_start)
     q = load_rows(q_rows, first, q_length, ROWS, DIM, PIECES, True)
     out = load_rows(out_rows, first, q_length, ROWS, DIM, PIECES, True)
     dout = load_rows(dout_rows, first, q_length, ROWS, DIM, PIECES, True)
@@ -167,7 +167,7 @@ def attention_query_gradient_kernel(
             dq, q, dout, k, v, lse, delta, start, k_length, c, modifiers, site,
             ROWS, REST[j], DIM, PIECES, last(REST, j), MODIFIED, PRECISION,
         )  # fmt: skip
-    dq_rows = head_rows(dq_ptr, dq_strides, holder, head, q_start, UNIT)
+    dq_rows = head_rows(dq_ptr, dq_strides, holder, head, UNIT, q_start)
     store_rows(dq_rows, first, q_length, scaled(dq, scale), ROWS, DIM, PIECES)
 
 
@@ -256,10 +256,10 @@ def attention_key_value_gradient_kernel(
     k_start, k_length, _ = sequence(modifiers.cu_k_ptr, image, keys)
     if modifiers.cu_q_ptr is not None and first >= k_length:
         return
-    q = head_rows(q_ptr, q_strides, holder, head, q_start, UNIT)
-    dout = head_rows(dout_ptr, dout_strides, holder, head, q_start, UNIT)
-    k_rows = head_rows(k_ptr, k_strides, holder, head, k_start, UNIT)
-    v_rows = head_rows(v_ptr, v_strides, holder, head, k_start, UNIT)
+    q = head_rows(q_ptr, q_strides, holder, head, UNIT, q_start)
+    dout = head_rows(dout_ptr, dout_strides, holder, head, UNIT, q_start)
+    k_rows = head_rows(k_ptr, k_strides, holder, head, UNIT, k_start)
+    v_rows = head_rows(v_ptr, v_strides, holder, head, UNIT, k_start)
     k = load_rows(k_rows, first, k_length, ROWS, DIM, PIECES, True)
     v = load_rows(v_rows, first, k_length, ROWS, DIM, PIECES, True)
     at = (holder * heads + head).to(tl.int64) * queries + q_start
@@ -283,8 +283,8 @@ def attention_key_value_gradient_kernel(
             ROWS, REST[j], DIM, PIECES, last(REST, j), MODIFIED, PRECISION,
         )  # fmt: skip
     dk, dv = grads
-    dk_rows = head_rows(dk_ptr, dk_strides, holder, head, k_start, UNIT)
-    dv_rows = head_rows(dv_ptr, dv_strides, holder, head, k_start, UNIT)
+    dk_rows = head_rows(dk_ptr, dk_strides, holder, head, UNIT, k_start)
+    dv_rows = head_rows(dv_ptr, dv_strides, holder, head, UNIT, k_start)
     store_rows(dk_rows, first, k_length, scaled(dk, scale), ROWS, DIM, PIECES)
     store_rows(dv_rows, first, k_length, dv, ROWS, DIM, PIECES)
 

@@ -53,10 +53,10 @@ def _score_gradient(
 ):
     """ds (ROWS, COLUMNS) float32 of one head, 0 where a query or key does not count."""
     heads, queries, keys = sizes
-    q = _load(head_rows(pointers[0], strides[0], image, head, 0, UNIT), i, i_inside, DIM, PIECES)
-    k = _load(head_rows(pointers[1], strides[1], image, head, 0, UNIT), j, j_inside, DIM, PIECES)
-    v = _load(head_rows(pointers[2], strides[2], image, head, 0, UNIT), j, j_inside, DIM, PIECES)
-    dout = _load(head_rows(pointers[3], strides[3], image, head, 0, UNIT), i, i_inside, DIM, PIECES)
+    q = _load(head_rows(pointers[0], strides[0], image, head, UNIT), i, i_inside, DIM, PIECES)
+    k = _load(head_rows(pointers[1], strides[1], image, head, UNIT), j, j_inside, DIM, PIECES)
+    v = _load(head_rows(pointers[2], strides[2], image, head, UNIT), j, j_inside, DIM, PIECES)
+    dout = _load(head_rows(pointers[3], strides[3], image, head, UNIT), i, i_inside, DIM, PIECES)
     row = image * heads + head
     at = row.to(tl.int64) * queries + i
     # A query that does not count has an infinite log-sum-exp: its probabilities are exactly 0.

@@ -31,6 +31,9 @@ FULL = [
         "rotate-prefix",
         "attention-lse",
         "attention_qkvpacked-17x64",
+        "attention-bias",
+        "attention_qkvpacked-table",
+        "attention_qkvpacked-packed",
     )
 ]
 
@@ -99,6 +102,26 @@ def test_batch_and_tokens_are_dynamic_without_recompiling() -> None:
         x = torch.randn(batch, tokens, 32)
         assert half_block(x).shape == x.shape
     assert sum(len(graph.graph.nodes) > 0 for graph in counter.graphs) == 1
+
+
+def test_every_mix_of_sizes_is_one_compilation() -> None:
+    """Packed sequences: neither their number, nor their lengths, nor the longest, nor the total compiles again."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=True)
+    def step(qkv, cu_seqlens, longest):
+        return ops.attention_qkvpacked(qkv, cu_seqlens=cu_seqlens, max_seqlen=longest)
+
+    for lengths in ((3, 5), (4, 2, 9), (1, 0, 7, 16)):
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        qkv = torch.randn(1, sum(lengths), 3, 2, 16, requires_grad=True)
+        out = step(qkv, starts, max(lengths))
+        alone = [ops.attention_qkvpacked(x) for x in qkv.split(lengths, 1)]
+        torch.testing.assert_close(out, torch.cat(alone, 1))
+        (gradient,) = torch.autograd.grad(out.square().sum(), qkv)
+        torch.testing.assert_close(gradient, torch.autograd.grad(torch.cat(alone, 1).square().sum(), qkv)[0])
+    assert counter.frame_count == 1
 
 
 def _weights() -> dict[str, Any]:
