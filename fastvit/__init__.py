@@ -3,7 +3,18 @@
 from fastvit import ops, resnet
 from fastvit.models import ViT, create_model, list_models
 from fastvit.ops.backends import BackendUnavailable, backend
+from fastvit.packing import PackedImages, pack
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendUnavailable", "ViT", "backend", "create_model", "list_models", "ops", "resnet"]
+__all__ = [
+    "BackendUnavailable",
+    "PackedImages",
+    "ViT",
+    "backend",
+    "create_model",
+    "list_models",
+    "ops",
+    "pack",
+    "resnet",
+]

@@ -9,6 +9,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastvit.ops.library import autocasting
+from fastvit.packing import Layout
 
 Pair = tuple[int, int]
 
@@ -59,6 +63,46 @@ def resample_pos_embed(
     grid = grid.unflatten(1, old_size).permute(0, 3, 1, 2).to(torch.promote_types(pos_embed.dtype, torch.float32))
     grid = F.interpolate(grid, size=new_size, mode=interpolation, antialias=antialias)
     return torch.cat([prefix, grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+def resample_pos_embed_at(
+    pos_embed: Tensor, layout: Layout, patch_size: Pair, old_size: Pair, num_prefix_tokens: int
+) -> Tensor:
+    """:func:`resample_pos_embed` for every patch of packed images, each for the grid of its own image.
+
+    Interpolation is linear, so it is one product: each patch's weights (along both axes) with the embeddings. Grids are
+    values of tensors here: any mix of them takes the same few operations, and the gradient is a product too.
+
+    Args:
+        pos_embed: (1, P + h * w, D), the grid of ``old_size`` = (h, w) in row-major order.
+        layout: of N patches of ``patch_size``.
+        num_prefix_tokens: P leading rows, which are left out.
+
+    Returns:
+        (N, D) in the dtype of ``pos_embed``, interpolated in float32 at least.
+    """
+    dtype = torch.promote_types(pos_embed.dtype, torch.float32)
+    p, q = patch_size
+    height, width = layout.sizes[layout.image].unbind(1)
+    down = _bicubic_weights(layout.row, height // p, old_size[0], dtype)
+    across = _bicubic_weights(layout.column, width // q, old_size[1], dtype)
+    weights = (down.unsqueeze(2) * across.unsqueeze(1)).flatten(1)  # (N, h * w)
+    with torch.autocast(pos_embed.device.type, enabled=False) if autocasting(pos_embed) else nullcontext():
+        return (weights @ pos_embed[0, num_prefix_tokens:].to(dtype)).to(pos_embed.dtype)
+
+
+def _bicubic_weights(place: Tensor, size: Tensor, old_size: int, dtype: torch.dtype) -> Tensor:
+    """What each of ``old_size`` samples counts at ``place`` of ``size``, (N, old_size): F.interpolate's, antialiased.
+
+    Keys' cubic convolution (1981) with a = -1/2, stretched where samples become fewer, cut off at the border.
+    """
+    scale = old_size / size.to(dtype)
+    centre = scale * (place + 0.5)
+    samples = torch.arange(old_size, device=place.device) + 0.5
+    x = (samples - centre.unsqueeze(1)).abs() / scale.clamp(min=1.0).unsqueeze(1)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)
 
 
 def resample_patch_embed(weight: Tensor, new_size: Pair) -> Tensor:

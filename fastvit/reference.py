@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit.packing import Layout, PackedImages
+
 Norm = tuple[Tensor, Tensor | None, float]  # weight (D,), bias (D,) or None, eps
 
 
@@ -36,11 +38,12 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
 
 
 def merge(y: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:
-    """residual + row_scale * gamma * y, in the residual's dtype. row_scale (B,) scales whole images."""
+    """residual + row_scale * gamma * y, in the residual's dtype. row_scale (B,) scales whole images, else each row."""
     if gamma is not None:
         y = y * gamma
     if row_scale is not None:
-        y = y * row_scale.view(-1, *[1] * (y.ndim - 1))
+        images = row_scale.shape[0] == y.shape[0]
+        y = y * row_scale.view(*(y.shape[:1] if images else y.shape[:-1]), *[1] * (y.ndim - 1 if images else 1))
     return (residual + y).to(residual.dtype)
 
 
@@ -52,6 +55,17 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(dtype)
+
+
+def normalise_pixels(images: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(images - mean) / std in ``dtype``; images (..., C, H, W), uint8 ones in units of 255."""
+    if images.dtype == torch.uint8:
+        images = images.to(torch.promote_types(dtype, torch.float32)) / 255
+    if mean is not None:
+        images = images - mean.to(images.dtype).view(-1, 1, 1)
+    if std is not None:
+        images = images / std.to(images.dtype).view(-1, 1, 1)
+    return images.to(dtype)
 
 
 def patch_embed(
@@ -66,15 +80,10 @@ def patch_embed(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See :func:`fastvit.ops.patch_embed`. The strided convolution of the paper's equation 1, then the rows."""
-    if images.dtype == torch.uint8:
-        if images.shape[1] != weight.shape[1]:  # (B, H, W, C)
-            images = images.permute(0, 3, 1, 2)
-        images = images.to(torch.promote_types(weight.dtype, torch.float32)) / 255
-    if mean is not None:
-        images = images - mean.to(images.dtype).view(-1, 1, 1)
-    if std is not None:
-        images = images / std.to(images.dtype).view(-1, 1, 1)
-    x = F.conv2d(images.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype), weight.shape[2:])
+    if images.dtype == torch.uint8 and images.shape[1] != weight.shape[1]:  # (B, H, W, C)
+        images = images.permute(0, 3, 1, 2)
+    images = normalise_pixels(images, mean, std, weight.dtype)
+    x = F.conv2d(images, weight, None if bias is None else bias.to(weight.dtype), weight.shape[2:])
     x = x.flatten(2).transpose(1, 2).to(out_dtype or x.dtype)
     if pos_embed is not None and pos_embed.shape[1] == x.shape[1]:
         x = (x + pos_embed).to(x.dtype)
@@ -82,6 +91,42 @@ def patch_embed(
     if prefix_tokens is not None:
         x = torch.cat([prefix_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
     return x if pos_embed is None else (x + pos_embed).to(x.dtype)
+
+
+def patch_embed_packed(
+    packed: PackedImages,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix_tokens: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See :func:`fastvit.ops.patch_embed_packed`. The patches are gathered, then multiplied as any matrix."""
+    x = F.linear(
+        packed_patches(packed, mean, std, weight.dtype),
+        weight.flatten(1),
+        None if bias is None else bias.to(weight.dtype),
+    )
+    x = x.to(out_dtype or x.dtype)
+    if pos_embed is not None:
+        x = (x + pos_embed).to(x.dtype)
+    return (x if prefix_tokens is None else with_prefix(x, packed.layout, prefix_tokens)).unsqueeze(0)
+
+
+def packed_patches(packed: PackedImages, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The normalised pixels of each patch in the weight's order, (N, C * p * q)."""
+    return normalise_pixels(packed.patches(), mean, std, dtype).flatten(1)
+
+
+def with_prefix(x: Tensor, layout: Layout, prefix_tokens: Tensor) -> Tensor:
+    """Patches x (N, D) with the prefix tokens (1, P, D) before those of each image: (N + n * P, D)."""
+    prefix = prefix_tokens.shape[1]
+    at = layout.prefix_tokens(prefix)
+    out = x.new_zeros(x.shape[0] + at.numel(), x.shape[1]).index_copy(0, layout.patch_tokens(prefix), x)
+    return out.index_copy(0, at.flatten(), prefix_tokens.to(x.dtype).expand(len(at), -1, -1).flatten(0, 1))
 
 
 def layer_norm(

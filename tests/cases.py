@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit import ops, reference
+from fastvit import ops, pack, reference
 
 Make = Callable[..., Tensor]  # make(*shape, dtype=None) -> a leaf that requires a gradient
 
@@ -85,6 +85,23 @@ def _uint8(make: Make, shape: tuple[int, ...], d: int, p: int, c: int) -> dict[s
     }
 
 
+def _packed(make: Make, sizes: list[tuple[int, int]], d: int, pq: tuple[int, int], **kw: Any) -> dict[str, Any]:
+    c, prefix, device = kw.get("channels", 3), kw.get("prefix", 1), make(1).device
+    args: dict[str, Any] = {}
+    if kw.get("uint8"):
+        images = [torch.randint(0, 256, (c, *hw), dtype=torch.uint8, device=device) for hw in sizes]
+        args["mean"], args["std"] = torch.rand(c, device=device), torch.rand(c, device=device) + 0.2
+    else:
+        images = [make(c, *hw, grad=False) for hw in sizes]
+    args["packed"] = pack(images, pq, channels=c)
+    args["weight"] = make(d, c, *pq, scale=0.1)
+    if kw.get("rows", True):
+        args |= {"bias": make(d), "pos_embed": make(args["packed"].layout.image.shape[0], d, dtype=F32)}
+    if prefix:
+        args["prefix_tokens"] = make(1, prefix, d, dtype=F32)
+    return args
+
+
 def _angles(make: Make, *shape: int) -> dict[str, Tensor]:
     """cos and sin in float32; every element has its own, so that none can stand for another."""
     return {name: make(*shape, dtype=F32, grad=False) for name in ("cos", "sin")}
@@ -116,6 +133,12 @@ CASES = [
     Case("patch_embed", "bare", lambda m: _patch(m, 3, 1, (14, 28), 8, (14, 14), prefix=0, pos=False, bias=False)),
     Case("patch_embed", "uint8-nchw", lambda m: _uint8(m, (2, 3, 8, 8), 12, 4, 3)),
     Case("patch_embed", "uint8-nhwc", lambda m: _uint8(m, (2, 8, 12, 3), 12, 4, 3)),
+    Case("patch_embed_packed", "mix", lambda m: _packed(m, [(8, 18), (4, 6), (12, 6)], 20, (4, 6), prefix=2)),
+    Case(
+        "patch_embed_packed",
+        "uint8",
+        lambda m: _packed(m, [(14, 14), (14, 28)], 8, (14, 14), channels=1, prefix=0, rows=False, uint8=True),
+    ),
     Case("layer_norm", "odd", lambda m: dict(zip(("x", "weight", "bias"), (m(3, 5, 17), m(17), m(17)), strict=True))),
     Case("layer_norm", "plain", lambda m: {"x": m(7, 96), "weight": None, "bias": None, "eps": 1e-5}),
     Case(

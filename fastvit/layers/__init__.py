@@ -1,6 +1,7 @@
 """The layers of a Vision Transformer, with timm's arguments and state_dict keys, on :mod:`fastvit.ops`."""
 
 from fastvit.layers.attention import Attention, AttentionPoolLatent, AttentionPoolPrr
+from fastvit.layers.beit import BeitAttention, BeitBlock
 from fastvit.layers.block import Block
 from fastvit.layers.fuse import GELUTanh, QuickGELU, remember_forward
 from fastvit.layers.misc import DropPath, LayerScale, PatchDropout
@@ -8,12 +9,14 @@ from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
 from fastvit.layers.patch_embed import PatchEmbed
 
-remember_forward(Attention, Block, Mlp, PatchEmbed, SwiGLU)
+remember_forward(Attention, BeitAttention, BeitBlock, Block, Mlp, PatchEmbed, SwiGLU)
 
 __all__ = [
     "Attention",
     "AttentionPoolLatent",
     "AttentionPoolPrr",
+    "BeitAttention",
+    "BeitBlock",
     "Block",
     "DropPath",
     "GELUTanh",

@@ -13,6 +13,8 @@ from fastvit import ops
 from fastvit.layers import fuse
 from fastvit.layers.fuse import Merge
 from fastvit.layers.mlp import Mlp
+from fastvit.layers.packed import leading, reduce_tokens
+from fastvit.packing import Sequences
 
 
 def head_dim_of(width: int, num_heads: int) -> int:
@@ -34,6 +36,29 @@ def head_norm(norm: nn.Module, x: Tensor) -> Tensor:
     # A module that is not ours sees timm's layout, (B, H, T, d).
     out: Any = ops.layer_norm(x, *given) if given else norm(x.transpose(1, 2)).transpose(1, 2)
     return out
+
+
+def as_bias(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of F.scaled_dot_product_attention as what is added to the scores, of 4 dimensions; bool's in ``dtype``."""
+    attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    if attn_mask.dtype != torch.bool:
+        return attn_mask
+    return torch.zeros_like(attn_mask, dtype=dtype).masked_fill(~attn_mask, float("-inf"))
+
+
+def mask_arguments(attn_mask: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """A mask for tokens x (B, T, D) as ops.attention takes it: of keys where it is one, else a bias."""
+    if attn_mask.dtype == torch.bool and all(size == 1 for size in attn_mask.shape[:-1][-2:]):
+        return {"key_mask": attn_mask.reshape(-1, attn_mask.shape[-1]).expand(x.shape[:2])}
+    return {"bias": as_bias(attn_mask, x.dtype)}
+
+
+def between(queries: Sequences, keys: Sequences) -> dict[str, Any]:
+    """Arguments of ops.attention for queries of packed images to the keys of their own image."""
+    return {
+        "cu_seqlens": (queries.cu_seqlens, keys.cu_seqlens),
+        "max_seqlen": (queries.longest, keys.longest),
+    }
 
 
 class Attention(nn.Module):
@@ -92,9 +117,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x (B, T, D) -> (B, T, D); attn_mask as in F.scaled_dot_product_attention, broadcast to (B, H, T, T)."""
-        return self.branch(x, attn_mask=attn_mask, is_causal=is_causal)
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        sequences: Sequences | None = None,
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D).
+
+        Args:
+            attn_mask, is_causal: as in F.scaled_dot_product_attention, broadcast to (B, H, T, T).
+            sequences: where the images are of which x (1, total, D) is packed; each attends to itself alone.
+        """
+        return self.branch(x, attn_mask=attn_mask, is_causal=is_causal, sequences=sequences)
 
     def branch(
         self,
@@ -104,38 +140,68 @@ class Attention(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         tokens: int | None = None,
+        sequences: Sequences | None = None,
     ) -> Tensor:
         """merge(attention(norm(x))): the whole branch of a block, with the norm and the residual in the ops.
 
         Args:
-            tokens: only the first so many tokens of the result are computed. They read the keys and values of all.
+            tokens: only the first so many tokens of the result are computed, of each image if packed. They read the
+                keys and values of all.
         """
         heads = (self.num_heads, self.head_dim)
+        options = self._options(x, attn_mask, is_causal, sequences)
         if tokens is not None and fuse.intact(self.qkv, nn.Linear):
             # Queries for the first tokens only: the first third of the rows of the matrix is theirs.
             weight, bias, rows = self.qkv.weight, self.qkv.bias, self.attn_dim
             q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
-            q = fuse.folded(ops.linear, x[:, :tokens], weight[:rows], q_bias, norm=norm)
+            q = fuse.folded(ops.linear, leading(x, tokens, sequences), weight[:rows], q_bias, norm=norm)
             kv = fuse.folded(ops.linear, x, weight[rows:], kv_bias, norm=norm)
             q, kv = q.unflatten(-1, heads), kv.unflatten(-1, (2, *heads))
             k, v = kv.unbind(2)
         else:
-            qkv = fuse.linear(self.qkv, x, norm=norm).unflatten(-1, (3, *heads))
-            if self._flash(attn_mask, is_causal) and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm):
-                out: Any = ops.attention_qkvpacked(qkv, scale=self.scale)
-                return self._project(out if tokens is None else out[:, :tokens], merge)
+            qkv = self._project_in(x, norm).unflatten(-1, (3, *heads))
+            if options is not None and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm):
+                out: Any = ops.attention_qkvpacked(qkv, **options)
+                return self._project(leading(out, tokens, sequences), merge)
             q, k, v = qkv.unbind(2)
-            q = q if tokens is None else q[:, :tokens]
+            q = leading(q, tokens, sequences)
         q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
-        if self._flash(attn_mask, is_causal):
-            out = ops.attention(q, k, v, scale=self.scale)
-        else:
+        if options is None:
             out = self._attend(q, k, v, attn_mask, is_causal)
+        else:
+            if tokens is not None and sequences is not None:
+                options |= between(sequences.leading(tokens), sequences)
+            out = ops.attention(q, k, v, **options)
         return self._project(out, merge)
 
-    def _flash(self, attn_mask: Tensor | None, is_causal: bool) -> bool:
-        """Whether plain attention is wanted, with nothing done to its weights."""
-        return attn_mask is None and not is_causal and self.fused_attn and fuse.idle(self.attn_drop)
+    def _project_in(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """x (B, T, D) -> queries, keys and values, (B, T, 3 * H * d)."""
+        return fuse.linear(self.qkv, x, norm=norm)
+
+    def _options(
+        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, sequences: Sequences | None
+    ) -> dict[str, Any] | None:
+        """Arguments for ops.attention, or None where the weights are to be seen, or more is wanted than it does."""
+        drop = self.attn_drop
+        rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+        unseen = self.fused_attn and fuse.intact(drop, nn.Dropout, nn.Identity, or_counted=sequences is not None)
+        # While torch.fx traces, a mask is no tensor yet.
+        known = attn_mask is None or (sequences is None and isinstance(attn_mask, Tensor))
+        if not (unseen and known and is_causal is False and rate < 1.0):
+            if sequences is None:
+                return None
+            raise ValueError(
+                "attention among packed images takes no attn_mask or is_causal, and its weights can't be opened: leave "
+                "fused_attn True and attn_drop without hooks"
+            )
+        options: dict[str, Any] = {"scale": self.scale}
+        if attn_mask is not None:
+            options |= mask_arguments(attn_mask, x)
+        if rate > 0.0:  # drawn where it is read: nothing waits for it, and checkpointing draws it again
+            options |= {"dropout_p": rate, "seed": torch.randint(2**63 - 1, (1,), device=x.device)}
+        if sequences is not None:
+            options |= {"cu_seqlens": sequences.cu_seqlens, "max_seqlen": sequences.longest}
+        return options
 
     def _project(self, out: Tensor, merge: Merge | None) -> Tensor:
         """out (B, T, H, d) -> (B, T, D)."""
@@ -143,7 +209,7 @@ class Attention(nn.Module):
         return fuse.linear(self.proj, out.flatten(2), norm=norm, dropout=self.proj_drop, merge=merge)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Attention with a mask, with dropout, or with its weights open to hooks. All (B, T, H, d)."""
+        """Causal attention, or attention with its weights open to hooks. All (B, T, H, d)."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if self.fused_attn and fuse.intact(self.attn_drop, nn.Dropout):
             dropout = self.attn_drop.p if self.attn_drop.training else 0.0
@@ -199,12 +265,16 @@ class AttentionPoolLatent(nn.Module):
         std = self.out_features**-0.5
         nn.init.trunc_normal_(self.latent, std=std, a=-2 * std, b=2 * std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, D)."""
+    def forward(self, x: Tensor, sequences: Sequences | None = None) -> Tensor:
+        """x (B, T, D) -> (B, D), or packed images (1, total, D) -> (n, D)."""
         heads = (self.num_heads, self.head_dim)
-        q = fuse.linear(self.q, self.latent).unflatten(-1, heads).expand(x.shape[0], -1, -1, -1)
+        q = fuse.linear(self.q, self.latent).unflatten(-1, heads)  # (1, 1, H, d)
         k, v = fuse.linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(2)
-        out: Any = ops.attention(q, k, v)
+        if sequences is None:
+            out: Any = ops.attention(q.expand(x.shape[0], -1, -1, -1), k, v)
+        else:
+            one = q.expand(-1, sequences.images, -1, -1)
+            out = ops.attention(one, k, v, **between(sequences.leading(1), sequences)).transpose(0, 1)
         x = fuse.linear(self.proj, out.flatten(2), dropout=self.proj_drop)
         y = self.mlp.branch(x, self.norm) if fuse.intact(self.mlp, Mlp) else self.mlp(self.norm(x))
         return (x + y)[:, 0]
@@ -226,9 +296,11 @@ class AttentionPoolPrr(nn.Module):
         self.pool = pool_type
         self.out_features = dim
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, D)."""
+    def forward(self, x: Tensor, sequences: Sequences | None = None) -> Tensor:
+        """x (B, T, D) -> (B, D), or packed images (1, total, D) -> (n, D)."""
         tokens = x.unflatten(-1, (self.num_heads, self.head_dim))
-        queries = tokens[:, :1] if self.pool == "token" else tokens
-        out: Any = ops.attention(queries, tokens, tokens)
-        return out.flatten(2).mean(dim=1)
+        queries = leading(tokens, 1 if self.pool == "token" else None, sequences)
+        read = sequences.leading(1) if sequences is not None and self.pool == "token" else sequences
+        options = {} if sequences is None or read is None else between(read, sequences)
+        out: Any = ops.attention(queries, tokens, tokens, **options)
+        return reduce_tokens(out.flatten(2), "mean", read)

@@ -15,6 +15,8 @@ from fastvit.layers.fuse import Merge
 from fastvit.layers.misc import DropPath, LayerScale
 from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
+from fastvit.layers.packed import leading
+from fastvit.packing import Sequences
 
 # A block made of these alone treats each token by itself, but for the attention's own sum over keys.
 _OURS = (
@@ -130,18 +132,30 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        tokens: int | None = None,
+        sequences: Sequences | None = None,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or with ``tokens`` only its first so many rows, (B, tokens, D)."""
-        masked = attn_mask is not None or is_causal
-        mask: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
-        merge = Merge(x if tokens is None else x[:, :tokens], self.ls1, self.drop_path1)
+        """x (B, T, D) -> (B, T, D), or with ``tokens`` only the first so many of each image, (B, tokens, D).
+
+        With ``sequences``, x (1, total, D) are packed images, which attend to themselves alone.
+        """
+        options: dict[str, Any] = {}
+        if attn_mask is not None or is_causal:
+            options.update(attn_mask=attn_mask, is_causal=is_causal)
+        if sequences is not None:
+            options.update(sequences=sequences)
+        kept = sequences if sequences is None or tokens is None else sequences.leading(tokens)
+        merge = Merge(leading(x, tokens, sequences), self.ls1, self.drop_path1, kept)
         if fuse.intact(self.attn, Attention):
-            x = self.attn.branch(x, self.norm1, merge, tokens=tokens, **mask)
+            x = self.attn.branch(x, self.norm1, merge, tokens=tokens, **options)
         else:
-            y = self.attn(self.norm1(x), **mask)
-            x = merge.as_modules(y if tokens is None else y[:, :tokens])
-        merge = Merge(x, self.ls2, self.drop_path2)
+            y = self.attn(self.norm1(x), **options)
+            x = merge.as_modules(leading(y, tokens, sequences))
+        merge = Merge(x, self.ls2, self.drop_path2, kept)
         if fuse.intact(self.mlp, Mlp, SwiGLU):
             return self.mlp.branch(x, self.norm2, merge)
         return merge.as_modules(self.mlp(self.norm2(x)))

@@ -24,6 +24,7 @@ from fastvit import ops
 from fastvit.layers.misc import DropPath, LayerScale
 from fastvit.layers.norm import LayerNorm
 from fastvit.ops.backends import note_fallback
+from fastvit.packing import Sequences
 from fastvit.reference import Norm
 
 
@@ -74,11 +75,19 @@ remember_forward(
 )
 
 
-def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def _hooks_on_all() -> bool:
+    return bool(
+        _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
+    )
+
+
+def intact(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False) -> bool:
     """Whether using the module's parameters directly is the same as calling it.
 
     It is exactly of one of ``kinds`` (a subclass, a LoRA wrapper or a parametrised class is not), its ``forward``
     is its class's, no hook watches it, and its parameters are plain floating tensors. A no is logged once.
+
+    Hooks on every module, as counters and profilers have, may be overlooked with ``or_counted``.
     """
     if type(module) not in kinds:
         reason = "its class is not one that is fused"
@@ -91,10 +100,7 @@ def intact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or _global_forward_hooks
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
+        or (not or_counted and _hooks_on_all())
     ):
         reason = "it has hooks"
     else:
@@ -151,19 +157,32 @@ class Merge(NamedTuple):
     """What follows a branch of a block: residual + drop_path(scale(y))."""
 
     residual: Tensor  # (B, T, D)
-    scale: nn.Module  # LayerScale or Identity
+    scale: nn.Module | Tensor | None  # LayerScale or Identity; or gamma (D,) itself, or none
     drop_path: nn.Module  # DropPath or Identity
+    sequences: Sequences | None = None  # where the images are, if the tokens are those of packed ones
 
     def as_modules(self, y: Tensor) -> Tensor:
         """y (B, T, D) -> (B, T, D), module by module."""
-        return self.residual + self.drop_path(self.scale(y))
+        if isinstance(self.scale, nn.Module):
+            y = self.scale(y)
+        elif self.scale is not None:
+            y = y * self.scale
+        if self.sequences is None or not isinstance(self.drop_path, DropPath):
+            return self.residual + self.drop_path(y)
+        return self.residual + self.drop_path(y, self.sequences)
 
     def arguments(self) -> dict[str, Tensor | None] | None:
         """The same as arguments of an op, or None where a module has to run."""
-        if not (intact(self.scale, LayerScale, nn.Identity) and intact(self.drop_path, DropPath, nn.Identity)):
+        if not isinstance(self.scale, nn.Module):
+            gamma = self.scale
+        elif intact(self.scale, LayerScale, nn.Identity):
+            gamma = self.scale.gamma if isinstance(self.scale, LayerScale) else None
+        else:
             return None
-        gamma = self.scale.gamma if type(self.scale) is LayerScale else None
-        row_scale = self.drop_path.row_scale(self.residual) if type(self.drop_path) is DropPath else None
+        if not intact(self.drop_path, DropPath, nn.Identity):
+            return None
+        dropping = type(self.drop_path) is DropPath
+        row_scale = self.drop_path.row_scale(self.residual, self.sequences) if dropping else None
         return {"residual": self.residual, "gamma": gamma, "row_scale": row_scale}
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvit.packing import Sequences
+
 
 def positive(name: str, value: Any) -> int:
     """``value`` as an int of at least 1, or a ValueError that names it."""
@@ -76,18 +78,25 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = rate("drop_prob", drop_prob)
 
-    def row_scale(self, x: Tensor) -> Tensor | None:
-        """Factor of each image of x (B, ...): (B,) of 0 or 1 / (1 - drop_prob), float32 at least; None if idle."""
+    def row_scale(self, x: Tensor, sequences: Sequences | None = None) -> Tensor | None:
+        """Factor of each image of x (B, ...): (B,) of 0 or 1 / (1 - drop_prob), float32 at least; None if idle.
+
+        Of images packed in x (1, total, ...), as ``sequences`` says, that of each token: (total,).
+        """
         if self.drop_prob == 0.0 or not self.training:
             return None
-        keep = 1.0 - self.drop_prob
-        kept = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)).bernoulli_(keep)
-        return kept.div_(keep) if keep > 0.0 else kept
+        keep, images = 1.0 - self.drop_prob, x.shape[0] if sequences is None else sequences.cu_seqlens.shape[0] - 1
+        kept = x.new_empty(images, dtype=torch.promote_types(x.dtype, torch.float32)).bernoulli_(keep)
+        kept = kept.div_(keep) if keep > 0.0 else kept
+        return kept if sequences is None else kept[sequences.image]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, ...) -> (B, ...)."""
-        scale = self.row_scale(x)
-        return x if scale is None else x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    def forward(self, x: Tensor, sequences: Sequences | None = None) -> Tensor:
+        """x (B, ...) -> (B, ...), or packed images (1, total, ...) -> (1, total, ...)."""
+        scale = self.row_scale(x, sequences)
+        if scale is None:
+            return x
+        rows = (-1,) if sequences is None else (1, -1)
+        return x * scale.to(x.dtype).view(*rows, *[1] * (x.ndim - len(rows)))
 
     def extra_repr(self) -> str:
         """The rate, for print(model)."""

@@ -13,6 +13,7 @@ from fastvit import ops
 from fastvit.checkpoints import resample_patch_embed
 from fastvit.layers import fuse
 from fastvit.layers.misc import pair, positive
+from fastvit.packing import PackedImages
 
 Size = int | tuple[int, int]
 
@@ -44,6 +45,18 @@ def pixel_statistics(
     return (mean, std) if images.dtype == torch.uint8 else (None, None)
 
 
+def known_statistics(
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """mean and std for uint8 images, or a ValueError where the model was given none."""
+    if mean is None or std is None:
+        raise ValueError(
+            "uint8 images need the model's mean= and std= (in 0..1 units); floating images are taken as "
+            "normalised already"
+        )
+    return mean, std
+
+
 @torch.fx.wrap
 def normalised(
     images: Tensor,
@@ -64,11 +77,7 @@ def normalised(
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         return images
-    if mean is None or std is None:
-        raise ValueError(
-            "uint8 images need the model's mean= and std= (in 0..1 units); floating images are taken as "
-            "normalised already"
-        )
+    mean, std = known_statistics(mean, std)
     if keep:
         return images
     if images.shape[1] != channels:
@@ -221,12 +230,18 @@ class PatchEmbed(nn.Module):
             and proj.dilation == (1, 1)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | PackedImages) -> Tensor:
         """images (B, C, H, W) floating -> (B, N, D), or (B, h, w, D) / (B, D, h, w) as ``output_fmt`` says.
+
+        Packed images give the patches of all, (1, N, D).
 
         Raises:
             ValueError: a number of channels or a size that is not accepted.
         """
+        if isinstance(images, PackedImages):
+            if self._plain():
+                return self.norm(ops.patch_embed_packed(images, self.proj.weight, self.proj.bias))
+            return self.norm(self.proj(images.patches()).flatten(1).unsqueeze(0))
         images = self.accept(images)
         if self._plain():
             x = ops.patch_embed(images, self.proj.weight, self.proj.bias)  # (B, N, D)

@@ -27,10 +27,15 @@ from fastvit.layers import (
 )
 from fastvit.layers.attention import head_dim_of
 from fastvit.layers.misc import count, positive, rate
+from fastvit.layers.packed import leading, reduce_tokens, split
 from fastvit.layers.patch_embed import Size, image_size, normalised, pixel_statistics
 from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
+from fastvit.models import packed
 from fastvit.models.init import check_mode, init_vit
 from fastvit.ops import backends, onednn
+from fastvit.packing import PackedImages, Sequences
+
+Images = Tensor | Sequence[Tensor] | PackedImages
 
 # Symbolic tracing (torch.fx) sees a call of each, not its checks.
 for _name in ("image_size", "normalised", "pixel_statistics", "resample_pos_embed"):
@@ -464,24 +469,43 @@ class ViT(nn.Module):
         )
 
     def _encode(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, tokens: int | None = None
+        self,
+        x: Tensor | PackedImages,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        tokens: int | None = None,
     ) -> Tensor:
-        """images -> normed tokens (B, T, D), or only the first ``tokens`` of them."""
-        x = self._embed(x)
-        if attn_mask is None and not is_causal and tokens is None and not self.grad_checkpointing:
+        """images -> normed tokens (B, T, D), or only the first ``tokens`` of each image."""
+        x, sequences = self._tokens(x)
+        unmasked = attn_mask is None and not is_causal
+        if unmasked and tokens is None and sequences is None and not self.grad_checkpointing:
             return self.norm(self.blocks(x))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = self._run(block, x, attn_mask, is_causal, tokens if i == last else None)
+            x = self._run(block, x, attn_mask, is_causal, tokens if i == last else None, sequences)
         return self.norm(x)
 
+    def _tokens(self, x: Tensor | PackedImages) -> tuple[Tensor, Sequences | None]:
+        """The tokens that enter the blocks, (B, T, D) or packed (1, total, D); and if packed, where the images are."""
+        if isinstance(x, PackedImages):
+            return packed.embed(self, x), x.sequences(self.num_prefix_tokens)
+        return self._embed(x), None
+
     def _run(
-        self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool, tokens: int | None = None
+        self,
+        block: nn.Module,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        tokens: int | None = None,
+        sequences: Sequences | None = None,
     ) -> Tensor:
         """One block, checkpointed if that is on and no mask is given (as in timm)."""
+        options: dict[str, Any] = {} if sequences is None else {"sequences": sequences}
         if attn_mask is not None or is_causal:
-            return block(x, attn_mask=attn_mask, is_causal=is_causal)
-        options: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
+            return block(x, attn_mask=attn_mask, is_causal=is_causal, **options)
+        if tokens is not None:
+            options["tokens"] = tokens
         if self.grad_checkpointing:
             if torch.compiler.is_compiling():  # compiled code keeps the setting that it was compiled for
                 return checkpoint(block, x, use_reentrant=False, **options)
@@ -489,42 +513,53 @@ class ViT(nn.Module):
             return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), chosen), **options)
         return block(x, **options)
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """images (B, C, H, W) -> all tokens after the last norm, (B, T, D)."""
-        return self._encode(x, attn_mask, is_causal)
+    def forward_features(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """images (B, C, H, W) -> all tokens after the last norm, (B, T, D); packed images -> (1, total, D)."""
+        return self._encode(packed.images_of(self, x), attn_mask, is_causal)
 
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """tokens (B, T, D) -> (B, D), or all of them where the pool is ""."""
-        patches = x if self.pool_include_prefix else x[:, self.num_prefix_tokens :]
+    def pool(self, x: Tensor, pool_type: str | None = None, sequences: Sequences | None = None) -> Tensor:
+        """tokens (B, T, D) -> (B, D), or all of them where the pool is "".
+
+        Of packed images, tokens (1, total, D) and ``sequences`` (``PackedImages.sequences(num_prefix_tokens)``) ->
+        (n, D).
+        """
+        skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
         if self.attn_pool is not None:
-            return self.attn_pool(patches)
+            if sequences is None:
+                return self.attn_pool(x[:, skip:])
+            return self.attn_pool(split(x, skip, sequences)[1], sequences=sequences.without(skip)[0])
         match self.global_pool if pool_type is None else pool_type:
             case "":
                 return x
             case "token":
-                return x[:, 0]
+                return x[:, 0] if sequences is None else leading(x, 1, sequences)[0]
             case "avg":
-                return patches.mean(dim=1)
+                return reduce_tokens(x, "mean", sequences, skip)
             case "max":
-                return patches.amax(dim=1)
+                return reduce_tokens(x, "max", sequences, skip)
             case "avgmax":
-                return 0.5 * (patches.amax(dim=1) + patches.mean(dim=1))
+                return 0.5 * (reduce_tokens(x, "max", sequences, skip) + reduce_tokens(x, "mean", sequences, skip))
             case unknown:
                 raise ValueError(f"unknown pool_type {unknown!r}; accepted: '', avg, avgmax, max, token")
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """tokens (B, T, D) -> logits (B, num_classes), or with ``pre_logits`` what the classifier reads."""
-        x = self.pre_logits(self.head_drop(self.fc_norm(self.pool(x))))
+    def forward_head(self, x: Tensor, pre_logits: bool = False, sequences: Sequences | None = None) -> Tensor:
+        """tokens (B, T, D) -> logits (B, num_classes), or with ``pre_logits`` what the classifier reads.
+
+        Of packed images, tokens (1, total, D) with their ``sequences``, as in :meth:`pool`.
+        """
+        x = self.pool(x) if sequences is None else self.pool(x, sequences=sequences)
+        x = self.pre_logits(self.head_drop(self.fc_norm(x)))
         if pre_logits:
             return x
         return self.head(x) if type(self.head) is nn.Identity else fuse.linear(self.head, x)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to logits.
 
         Args:
             x: (B, C, H, W) floating and normalised, or uint8 (B, C, H, W) / (B, H, W, C) if the model has mean and std.
-            attn_mask, is_causal: as in F.scaled_dot_product_attention, for every block.
+                Or images of any sizes, whole patches each: a list of them without B, or what ``fastvit.pack`` made.
+            attn_mask, is_causal: as in F.scaled_dot_product_attention, for every block; not with packed images.
 
         Returns:
             (B, num_classes).
@@ -532,13 +567,20 @@ class ViT(nn.Module):
         Raises:
             ValueError: images of another shape, size or dtype than accepted.
         """
-        if attn_mask is None and not is_causal and self._reads_class_token_only():
-            return self.forward_head(self._encode(x, tokens=1))
-        return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
+        x = packed.images_of(self, x)
+        tokens = 1 if attn_mask is None and not is_causal and self._reads_class_token_only() else None
+        if tokens is None:
+            y = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+        else:
+            y = self._encode(x, tokens=tokens)
+        if not isinstance(x, PackedImages):
+            return self.forward_head(y)
+        sequences = x.sequences(self.num_prefix_tokens)
+        return self.forward_head(y, sequences=sequences if tokens is None else sequences.leading(tokens))
 
     def forward_intermediates(
         self,
-        x: Tensor,
+        x: Images,
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -552,7 +594,8 @@ class ViT(nn.Module):
         """The tokens after some blocks, and the final ones.
 
         Args:
-            x: images (B, C, H, W).
+            x: images (B, C, H, W), or packed ones: then patch tokens are (1, N, D), those of all images, prefix tokens
+                (n, P, D), the final tokens (1, total, D).
             indices: blocks to take: all (None), the last n (an int), or a list.
             return_prefix_tokens: return pairs (patch tokens, prefix tokens).
             norm: put the final norm on each.
@@ -570,31 +613,33 @@ class ViT(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"unknown output_fmt {output_fmt!r}; accepted: NCHW, NLC")
         taken = _take(len(self.blocks), indices)
-        images = x
-        x = self._embed(images)
-        outputs = []
+        images = packed.images_of(self, x)
+        if isinstance(images, PackedImages) and output_fmt == "NCHW":
+            raise ValueError("packed images have no common (h, w): their tokens come with output_fmt='NLC'")
+        y, sequences = self._tokens(images)
+        found: list[Any] = []
         for i, block in enumerate(list(self.blocks)[: max(taken) + 1 if stop_early else None]):
-            x = self._run(block, x, attn_mask, is_causal)
+            y = self._run(block, y, attn_mask, is_causal, sequences=sequences)
             if i in taken:
-                outputs.append(self.norm(x) if norm else x)
-        prefix = [y[:, : self.num_prefix_tokens] for y in outputs] if self.num_prefix_tokens else None
-        outputs = [y[:, self.num_prefix_tokens :] for y in outputs]
+                found.append(split(self.norm(y) if norm else y, self.num_prefix_tokens, sequences))
+        prefix = [first for first, _ in found] if self.num_prefix_tokens else None
+        outputs = [rest for _, rest in found]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size(image_size(images, self.in_chans))
-            outputs = [y.reshape(y.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous() for y in outputs]
+            outputs = [z.reshape(z.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous() for z in outputs]
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": outputs}
             if prefix is not None and return_prefix_tokens:
                 result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                result["image_features"] = self.norm(x)
+                result["image_features"] = self.norm(y)
             return result
         found = list(zip(outputs, prefix, strict=True)) if prefix is not None and return_prefix_tokens else outputs
-        return found if intermediates_only else (self.norm(x), found)
+        return found if intermediates_only else (self.norm(y), found)
 
     def get_intermediate_layers(
         self,
-        x: Tensor,
+        x: Images,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_prefix_tokens: bool = False,

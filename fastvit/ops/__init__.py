@@ -13,6 +13,7 @@ from fastvit.ops.layer_norm import layer_norm
 from fastvit.ops.linear import linear
 from fastvit.ops.mlp import mlp
 from fastvit.ops.patch_embed import patch_embed
+from fastvit.ops.patch_embed_packed import patch_embed_packed
 from fastvit.ops.rope import rotate
 
 __all__ = [
@@ -26,11 +27,12 @@ __all__ = [
     "linear",
     "mlp",
     "patch_embed",
+    "patch_embed_packed",
     "rotate",
 ]
 
 if backends.TRITON_MISSING is None:
     from fastvit.ops import flops  # noqa: F401  (PyTorch's counter complains where there is no Triton)
 
-for _name in backends.OPS:
+for _name in (*backends.OPS, "patch_embed_packed"):
     torch.fx.wrap(_name)  # symbolic tracing sees one node per op, not its checks

@@ -49,7 +49,7 @@ def norm(op: str, given: Norm | None, width: int) -> None:
 def merging(
     op: str, batch: torch.Size, width: int, residual: Tensor | None, gamma: Tensor | None, row_scale: Tensor | None
 ) -> None:
-    """residual (*batch, width); gamma (width,) and row_scale (batch[0],) need a residual."""
+    """residual (*batch, width); gamma (width,) and row_scale, (batch[0],) or one for each row, need a residual."""
     if residual is None:
         if gamma is not None or row_scale is not None:
             raise ValueError(f"ops.{op}: gamma and row_scale scale what is added to a residual; give residual too")
@@ -59,6 +59,7 @@ def merging(
     if row_scale is not None:
         if not batch:
             raise ValueError(f"ops.{op}: row_scale needs a leading batch dimension")
-        shape(op, "row_scale", row_scale, (batch[0],))
+        if tuple(row_scale.shape) != (batch.numel(),):
+            shape(op, "row_scale", row_scale, (batch[0],))
         if row_scale.requires_grad:
             raise ValueError(f"ops.{op}: row_scale (drop-path) has no gradient; detach it")

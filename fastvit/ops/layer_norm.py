@@ -40,7 +40,7 @@ def layer_norm(
         eps: added to the variance.
         residual: (..., D); may be float32. Then s = residual + row_scale * gamma * x is normalised and returned too.
         gamma: (D,) LayerScale.
-        row_scale: (B,) float32 with B = x.shape[0], drop-path; it gets no gradient.
+        row_scale: (B,) float32 with B = x.shape[0], drop-path, or one for each row; it gets no gradient.
         out_dtype: of the normalised result; by default that of what is normalised.
 
     Returns:

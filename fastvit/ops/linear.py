@@ -45,7 +45,8 @@ def linear(
         norm: (weight (K,), bias (K,) or None, eps) of a LayerNorm before the product, or None.
         activation: None, "gelu" (erf), "gelu_tanh" or "quick_gelu" (x sigmoid(1.702 x)).
         residual: (..., N); may be float32, and the result then is.
-        gamma: (N,) LayerScale (Touvron et al., 2021). row_scale: (B,) float32 with B = x.shape[0], drop-path.
+        gamma: (N,) LayerScale (Touvron et al., 2021).
+        row_scale: (B,) float32 with B = x.shape[0], drop-path, or one for each row; it gets no gradient.
 
     Returns:
         (..., N) in the residual's dtype, or without one in the weight's.

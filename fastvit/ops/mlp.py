@@ -52,7 +52,7 @@ def mlp(
         norm: (weight (D,), bias (D,) or None, eps) of the LayerNorm before, or None.
         activation: "gelu" (erf), "gelu_tanh", "quick_gelu" (CLIP) or "swiglu" (DINOv2-g: silu(first half) * second).
         residual: (..., D'); may be float32, and the result then is. gamma: (D',) LayerScale.
-        row_scale: (B,) float32 with B = x.shape[0], drop-path; it gets no gradient.
+        row_scale: (B,) float32 with B = x.shape[0], drop-path, or one for each row; it gets no gradient.
 
     Returns:
         (..., D') in the residual's dtype, or without one in the weights'. Backward keeps x, the norm's statistics

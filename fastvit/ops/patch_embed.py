@@ -71,7 +71,9 @@ def patch_embed(
             f"ops.patch_embed: pos_embed has shape {tuple(pos_embed.shape)}, expected (1, {tokens}, {width}) "
             f"or (1, {prefix + tokens}, {width})"
         )
-    mean, std = (_constants(name, t, channels, images.device) for name, t in (("mean", mean), ("std", std)))
+    mean, std = (
+        constants("patch_embed", name, t, channels, images.device) for name, t in (("mean", mean), ("std", std))
+    )
     checks.same_device(
         "patch_embed", images, weight=weight, bias=bias, pos_embed=pos_embed, prefix_tokens=prefix_tokens
     )
@@ -79,10 +81,7 @@ def patch_embed(
     chosen = backends.choose(
         "patch_embed", images if images.dtype != torch.uint8 else weight, needs_grad=grad, weights=(weight,)
     )
-    if out_dtype is None and autocasting(images):
-        out_dtype = torch.get_autocast_dtype(images.device.type)
-        for row in (pos_embed, prefix_tokens):
-            out_dtype = out_dtype if row is None else torch.promote_types(out_dtype, row.dtype)
+    out_dtype = out_dtype or stream_dtype(images, pos_embed, prefix_tokens)
     if chosen in backends.KERNELS:
         (weight,) = cast_for_autocast(images, weight)
         return _patch_embed(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, chosen)
@@ -98,23 +97,33 @@ def patch_embed(
     )
 
 
+def stream_dtype(images: Tensor, *rows: Tensor | None) -> torch.dtype | None:
+    """The result's dtype where nothing says otherwise: the weight's (None), or under autocast the widest's."""
+    if not autocasting(images):
+        return None
+    dtype = torch.get_autocast_dtype(images.device.type)
+    for row in rows:
+        dtype = dtype if row is None else torch.promote_types(dtype, row.dtype)
+    return dtype
+
+
 @cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False), unset_fake_temporarily():  # it outlives the mode of its first use
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _constants(
-    name: str, values: Tensor | Sequence[float] | None, channels: int, device: torch.device
+def constants(
+    op: str, name: str, values: Tensor | Sequence[float] | None, channels: int, device: torch.device
 ) -> Tensor | None:
     """mean or std as a float32 tensor (C,) on ``device``; sequences are copied there once per process."""
     if values is None:
         return None
     if not isinstance(values, Tensor):
         values = _on_device(tuple(float(v) for v in values), device)
-    checks.shape("patch_embed", name, values, (channels,))
+    checks.shape(op, name, values, (channels,))
     if values.device != device:
-        raise ValueError(f"ops.patch_embed: {name} is on {values.device}, the images are on {device}")
+        raise ValueError(f"ops.{op}: {name} is on {values.device}, the images are on {device}")
     return values.float().contiguous()
 
 

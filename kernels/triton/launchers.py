@@ -13,6 +13,7 @@ from fastvit.triton.patch_embed import (
     patch_embed_row_gradients,
     patch_embed_weight_gradient,
 )
+from fastvit.triton.patch_embed_packed import patch_embed_packed_forward, patch_embed_packed_weight_gradient
 from fastvit.triton.rope import rope
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "linear_weight_gradient",
     "patch_embed_forward",
     "patch_embed_image_gradient",
+    "patch_embed_packed_forward",
+    "patch_embed_packed_weight_gradient",
     "patch_embed_row_gradients",
     "patch_embed_weight_gradient",
     "rope",

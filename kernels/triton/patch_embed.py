@@ -37,6 +37,30 @@ def _pixel_offsets(k, stride_c, stride_h, stride_w, P: tl.constexpr, Q: tl.const
 
 
 @triton.jit
+def normalised(
+    values,  # (ROWS, COLUMNS) uint8 or floating
+    mean_ptr,  # (C,) float32 or None
+    std_ptr,  # (C,) float32 or None
+    k,  # (COLUMNS,)
+    k_mask,  # (COLUMNS,)
+    PLANE: tl.constexpr,  # values of a channel in a patch
+    DTYPE: tl.constexpr,
+):
+    """Pixels k of patches in DTYPE: uint8 scaled to 0..1, then (value - mean) / std in float32."""
+    if values.dtype == tl.uint8 or mean_ptr is not None or std_ptr is not None:
+        # One multiply-add a pixel: the divisions are done once a column.
+        scale = tl.full(k.shape, 1 / 255 if values.dtype == tl.uint8 else 1.0, tl.float32)
+        shift = tl.zeros(k.shape, tl.float32)
+        if mean_ptr is not None:
+            shift -= tl.load(mean_ptr + k // PLANE, k_mask, other=0.0)
+        if std_ptr is not None:
+            std = tl.load(std_ptr + k // PLANE, k_mask, other=1.0)
+            scale, shift = scale / std, shift / std
+        values = values.to(tl.float32) * scale[None, :] + shift[None, :]
+    return values if values.dtype == DTYPE else narrow(values.to(tl.float32), DTYPE)
+
+
+@triton.jit
 def _patches(
     images_ptr,  # (B, C, H, W), any strides; uint8 or floating
     mean_ptr,  # (C,) float32 or None
@@ -52,21 +76,11 @@ def _patches(
     Q: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The (ROWS, COLUMNS) tile of patches in DTYPE: uint8 scaled to 0..1, then (value - mean) / std in float32."""
+    """The (ROWS, COLUMNS) tile of patches in DTYPE, normalised."""
     k_mask = k < C * P * Q
     pixels = images_ptr + patch_offsets[:, None] + _pixel_offsets(k, stride_c, stride_h, stride_w, P, Q)[None, :]
     values = tl.load(pixels, patch_mask[:, None] & k_mask[None, :], other=0)
-    if images_ptr.dtype.element_ty == tl.uint8 or mean_ptr is not None or std_ptr is not None:
-        # One multiply-add a pixel: the divisions are done once a column.
-        scale = tl.full(k.shape, 1 / 255 if images_ptr.dtype.element_ty == tl.uint8 else 1.0, tl.float32)
-        shift = tl.zeros(k.shape, tl.float32)
-        if mean_ptr is not None:
-            shift -= tl.load(mean_ptr + k // (P * Q), k_mask, other=0.0)
-        if std_ptr is not None:
-            std = tl.load(std_ptr + k // (P * Q), k_mask, other=1.0)
-            scale, shift = scale / std, shift / std
-        values = values.to(tl.float32) * scale[None, :] + shift[None, :]
-    return values if values.dtype == DTYPE else narrow(values.to(tl.float32), DTYPE)
+    return normalised(values, mean_ptr, std_ptr, k, k_mask, P * Q, DTYPE)
 
 
 @triton.jit(do_not_specialize=["M", "tokens", "prefix_rows", "pos_rows", "grid_w"])
@@ -229,7 +243,9 @@ def patch_embed_image_gradient_kernel(
     store(pixels, acc, row_mask[:, None] & k_mask[None, :])
 
 
-def _tile(kernel: str, like: Tensor, size: int, rows: int, pixels: torch.dtype, weight: torch.Size) -> dict[str, Any]:
+def choose_tile(
+    kernel: str, like: Tensor, size: int, rows: int, pixels: torch.dtype, weight: torch.Size
+) -> dict[str, Any]:
     """The table's tile; of the derived ones the first for ``kernel`` that ``size`` output rows are enough for.
 
     ``rows`` are those that grow with the batch, ``pixels`` the dtype of the images, ``weight`` its shape.
@@ -246,7 +262,9 @@ def _tile(kernel: str, like: Tensor, size: int, rows: int, pixels: torch.dtype, 
     )  # fmt: skip
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], tile: dict[str, Any], dtype: torch.dtype, args: dict[str, Any]) -> None:
+def launch_tile(
+    kernel: Any, grid: tuple[int, ...], tile: dict[str, Any], dtype: torch.dtype, args: dict[str, Any]
+) -> None:
     blocks = {name.upper(): tile[name] for name in ("block_m", "block_n", "block_k")}
     launch(
         kernel,
@@ -256,6 +274,15 @@ def _launch(kernel: Any, grid: tuple[int, ...], tile: dict[str, Any], dtype: tor
         num_stages=tile["stages"],
         hot=dtype != torch.float32,
     )
+
+
+def split_rows(rows: int, grid: int, tile: dict[str, Any], like: Tensor) -> tuple[int, int]:
+    """(splits, rows of each) of a contraction over ``rows`` whose tiles of results are ``grid`` programs."""
+    # Enough splits for two programs on every multiprocessor, none shorter than eight steps.
+    steps = triton.cdiv(rows, tile["block_k"])
+    splits = max(min(triton.cdiv(2 * multiprocessors(like), grid), steps // 8), 1)
+    per_split = triton.cdiv(steps, splits) * tile["block_k"]
+    return max(triton.cdiv(rows, max(per_split, 1)), 1), per_split
 
 
 def _near(images: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -295,7 +322,7 @@ def patch_embed_forward(
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
     tokens = prefix + (height // p) * (width // q)
     out = torch.empty((batch, tokens, dim), dtype=out_dtype or weight.dtype, device=images.device)
-    tile = tile or _tile("forward", weight, batch * tokens, batch * tokens, images.dtype, weight.shape)
+    tile = tile or choose_tile("forward", weight, batch * tokens, batch * tokens, images.dtype, weight.shape)
     args = {
         "images_ptr": images,
         "weight_ptr": weight.contiguous(),
@@ -317,7 +344,7 @@ def patch_embed_forward(
         "Q": q,
     }
     grid = triton.cdiv(batch * tokens, tile["block_m"]) * triton.cdiv(dim, tile["block_n"])
-    _launch(patch_embed_forward_kernel, (grid,), tile, weight.dtype, args)
+    launch_tile(patch_embed_forward_kernel, (grid,), tile, weight.dtype, args)
     return out
 
 
@@ -341,13 +368,9 @@ def patch_embed_weight_gradient(
     images = _near(images, (p, q))
     per_image, size = (height // p) * (width // q), channels * p * q
     patches = batch * per_image
-    tile = tile or _tile("weight_gradient", dout, dim, patches, images.dtype, torch.Size(weight_shape))
+    tile = tile or choose_tile("weight_gradient", dout, dim, patches, images.dtype, torch.Size(weight_shape))
     grid = triton.cdiv(dim, tile["block_m"]) * triton.cdiv(size, tile["block_n"])
-    # Enough splits for two programs on every multiprocessor, none shorter than eight steps.
-    steps = triton.cdiv(patches, tile["block_k"])
-    splits = max(min(triton.cdiv(2 * multiprocessors(dout), grid), steps // 8), 1)
-    per_split = triton.cdiv(steps, splits) * tile["block_k"]
-    splits = max(triton.cdiv(patches, max(per_split, 1)), 1)
+    splits, per_split = split_rows(patches, grid, tile, dout)
     partials = torch.empty((splits, *weight_shape), dtype=torch.float32, device=dout.device)
     args = {
         "dout_ptr": dout.contiguous(),
@@ -366,7 +389,7 @@ def patch_embed_weight_gradient(
         "P": p,
         "Q": q,
     }
-    _launch(patch_embed_weight_gradient_kernel, (grid, splits), tile, dout.dtype, args)
+    launch_tile(patch_embed_weight_gradient_kernel, (grid, splits), tile, dout.dtype, args)
     return sum_partials(partials)
 
 
@@ -398,7 +421,7 @@ def patch_embed_image_gradient(
     per_image, size = (height // p) * (width // q), channels * p * q
     dimages = torch.empty(image_shape, dtype=dtype, device=dout.device)
     patches = batch * per_image
-    tile = tile or _tile("image_gradient", dout, patches, patches, dtype, weight.shape)
+    tile = tile or choose_tile("image_gradient", dout, patches, patches, dtype, weight.shape)
     args = {
         "dout_ptr": dout.contiguous(),
         "weight_ptr": weight.contiguous(),
@@ -415,5 +438,5 @@ def patch_embed_image_gradient(
         "Q": q,
     }
     grid = triton.cdiv(patches, tile["block_m"]) * triton.cdiv(size, tile["block_n"])
-    _launch(patch_embed_image_gradient_kernel, (grid,), tile, dout.dtype, args)
+    launch_tile(patch_embed_image_gradient_kernel, (grid,), tile, dout.dtype, args)
     return dimages

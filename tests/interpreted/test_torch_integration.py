@@ -22,6 +22,7 @@ FULL = [
     if str(c)
     in (
         "patch_embed-oblong",
+        "patch_embed_packed-mix",
         "layer_norm-merge",
         "layer_norm-odd",
         "linear-merge",
