@@ -10,14 +10,17 @@ struct CUstream_st;
 
 namespace fastvit {
 
-enum class DType { float32, float16, bfloat16, uint8 };
+enum class DType { float32, float16, bfloat16, uint8, int32, int64 };
 
 constexpr int bytes(DType dtype) {
-  return dtype == DType::float32 ? 4 : dtype == DType::uint8 ? 1 : 2;
+  constexpr int sizes[] = {4, 2, 2, 1, 4, 8};
+  return sizes[static_cast<int>(dtype)];
 }
 
+constexpr bool is_floating(DType dtype) { return dtype <= DType::bfloat16; }
+
 inline const char* name(DType dtype) {
-  constexpr const char* names[] = {"float32", "float16", "bfloat16", "uint8"};
+  constexpr const char* names[] = {"float32", "float16", "bfloat16", "uint8", "int32", "int64"};
   return names[static_cast<int>(dtype)];
 }
 
