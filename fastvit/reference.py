@@ -8,10 +8,13 @@ double backward see through it.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Norm = tuple[Tensor, Tensor | None, float]  # weight (D,), bias (D,) or None, eps
 
@@ -136,27 +139,172 @@ def mlp(
     return linear(hidden, fc2_weight, fc2_bias, residual=residual, gamma=gamma, row_scale=row_scale)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See :func:`fastvit.ops.attention`. softmax(q k^T * scale) v for each head."""
+_WORD = 0xFFFFFFFF
+
+
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, seed: Tensor) -> Tensor:
+    """Word 0 of Philox4x32-10 (Salmon et al., 2011) of counter (c0, c1, c2, 0), with the seed's halves for a key.
+
+    All are int64 and broadcast; the counter's words, and the result, go from 0 to 2^32 - 1.
+    """
+    c3 = torch.zeros_like(seed)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the 64 bits of these products are right, whatever sign they have
+        c0, c1, c2, c3 = (b >> 32 & _WORD) ^ c1 ^ k0, b & _WORD, (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return c0
+
+
+def dropout_factor(seed: Tensor, p: float, heads: int, image: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """0 where attention's weight of query i and key j is dropped, with probability p, else 1 / (1 - p).
+
+    Args:
+        seed: int64 of one element.
+        heads: H.
+        image, i, j: int64, which image and which tokens inside it; broadcastable to (B, 1, Tq, Tk).
+
+    Returns:
+        (B, H, Tq, Tk) float32.
+    """
+    row = image * heads + torch.arange(heads, device=seed.device).view(-1, 1, 1)
+    kept = philox(j, i, row, seed.reshape(())) >= math.floor(p * 2**32)
+    return kept.float() / (1 - p)
+
+
+def table_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """BEiT's relative position bias (1, H, T, T) from its table ((2h-1)(2w-1) [+3], H), as ``ops.attention`` says."""
+    h, w = window
+    y = torch.arange(h, device=table.device).repeat_interleave(w)
+    x = torch.arange(w, device=table.device).repeat(h)
+    index = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
+    n = table.shape[0]
+    if n > (2 * h - 1) * (2 * w - 1):
+        index = F.pad(index, (1, 0, 1, 0))
+        index[0, :] = n - 3
+        index[:, 0] = n - 2
+        index[0, 0] = n - 1
+    return table[index].permute(2, 0, 1)[None]
+
+
+def readable(t: Tensor) -> bool:
+    """Whether t's values can be looked at without waiting for a device, and without a trace that breaks at it."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    return_lse: bool,
+    mask: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """factor * softmax(q k^T * scale + mask) v for each head: out (B, Tq, H, d), lse (B, H, Tq) if it is asked for.
+
+    mask and factor broadcast to (B, H, Tq, Tk). A row with no key, or with -inf for all, gives zeros and -inf.
+    """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if k.shape[2] == 0:  # a row with no key gives zeros
+    wide = torch.promote_types(q.dtype, torch.float32)
+    nothing, lse = None, None
+    if k.shape[2] == 0:
         out = (q @ k.mT) @ v  # zeros, with a graph
-        lse = q.new_full(q.shape[:-1], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = q.new_full(q.shape[:-1], -math.inf, dtype=wide)
+        return out.transpose(1, 2), lse
+    if mask is not None:
+        nothing = (mask == -math.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(nothing, 0).expand(-1, -1, q.shape[2], k.shape[2])
+    if factor is not None or return_lse:
+        scores = q.to(wide) @ k.to(wide).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = scores if mask is None else scores + mask
+        lse = scores.logsumexp(-1)
+    if factor is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), scale=scale)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        if return_lse:
-            wide = torch.promote_types(q.dtype, torch.float32)
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            lse = (q.to(wide) @ k.to(wide).mT * scale).logsumexp(-1)
-    out = out.transpose(1, 2)
-    return (out, lse) if return_lse else out
+        out = (scores.softmax(-1) * factor).to(v.dtype) @ v
+    if nothing is not None:
+        out = out.masked_fill(nothing, 0)
+        lse = None if lse is None else lse.masked_fill(nothing.squeeze(-1), -math.inf)
+    return out.transpose(1, 2), lse
 
 
-def attention_qkvpacked(
-    qkv: Tensor, *, scale: float | None = None, return_lse: bool = False
+def _positions(starts: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Which sequence each of the tokens belongs to, and where in it: (tokens,) int64 each."""
+    token, starts = torch.arange(tokens, device=starts.device), starts.long()
+    sequence = (token[:, None] >= starts[1:]).sum(-1)
+    return sequence, token - starts[sequence]
+
+
+def _attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    return_lse: bool,
+    starts: tuple[Tensor, Tensor],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`_attend` for each sequence by itself: one after the other, or under a mask where that can't be traced."""
+    heads = q.shape[2]
+    if all(map(readable, starts)):
+        parts = []
+        edges = (list(pairwise(s.tolist())) for s in starts)
+        for image, ((a, b), (c, d)) in enumerate(zip(*edges, strict=True)):
+            factor = None
+            if seed is not None and dropout_p:
+                at = (torch.arange(n, device=seed.device) for n in (b - a, d - c))
+                i, j = next(at)[:, None], next(at)
+                factor = dropout_factor(seed, dropout_p, heads, torch.tensor(image, device=seed.device), i, j)
+            parts.append(_attend(q[:, a:b], k[:, c:d], v[:, c:d], scale, return_lse, factor=factor))
+        outs, sums = zip(*parts, strict=True)
+        return torch.cat(outs, 1), torch.cat(sums, 2) if return_lse else None
+    (of_query, i), (of_key, j) = (_positions(s, t.shape[1]) for s, t in zip(starts, (q, k), strict=True))
+    of_query, i = of_query[:, None], i[:, None]
+    mask = q.new_zeros(()).masked_fill(of_query != of_key, -math.inf)[None, None]
+    factor = dropout_factor(seed, dropout_p, heads, of_query, i, j) if seed is not None and dropout_p else None
+    return _attend(q, k, v, scale, return_lse, mask, factor)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    bias: Tensor | None = None,
+    rel_pos_table: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    max_seqlen: int | tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See :func:`fastvit.ops.attention_qkvpacked`."""
+    """See :func:`fastvit.ops.attention`. softmax(q k^T * scale + bias) v for each head, the bias materialised."""
+    if cu_seqlens is not None:
+        starts = (cu_seqlens, cu_seqlens) if isinstance(cu_seqlens, Tensor) else cu_seqlens
+        out, lse = _attend_packed(q, k, v, scale, return_lse, starts, dropout_p, seed)
+    else:
+        mask, factor = bias, None
+        if rel_pos_table is not None and window is not None:
+            mask = table_bias(rel_pos_table, window)
+        if key_mask is not None:
+            absent = ~key_mask[:, None, None, :]
+            mask = (q.new_zeros(()) if mask is None else mask).masked_fill(absent, -math.inf)
+        if seed is not None and dropout_p:
+            image, i, j = (torch.arange(n, device=seed.device) for n in (q.shape[0], q.shape[1], k.shape[1]))
+            factor = dropout_factor(seed, dropout_p, q.shape[2], image.view(-1, 1, 1, 1), i[:, None], j)
+        out, lse = _attend(q, k, v, scale, return_lse, mask, factor)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def attention_qkvpacked(qkv: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`fastvit.ops.attention_qkvpacked`: :func:`attention` of its thirds."""
     q, k, v = qkv.unbind(2)
-    return attention(q, k, v, scale=scale, return_lse=return_lse)
+    return attention(q, k, v, **options)

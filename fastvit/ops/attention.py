@@ -10,26 +10,57 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import reference
-from fastvit.ops import backends, checks
+from fastvit.ops import attention_modifiers, backends, checks
+from fastvit.ops.attention_modifiers import SCHEMA, Modifiers
 from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, register
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    bias: Tensor | None = None,
+    rel_pos_table: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    max_seqlen: int | tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale) v for each head (Vaswani et al., 2017, equation 1), T x T never stored.
+    """softmax(q k^T * scale + bias) v for each head (Vaswani et al., 2017, equation 1), T x T never stored.
 
     Args:
         q: (B, Tq, H, d) floating; k, v: (B, Tk, H, d). The last dimension is contiguous (else it is copied), the
             other strides are free: views of a packed projection need no copy. The kernels take d from 1 to 128.
         scale: of the scores; by default d ** -0.5.
         return_lse: also return the log-sum-exp of each row of scores.
+        bias: floating, of 4 dimensions that broadcast to (B, H, Tq, Tk), added to the scaled scores. It has a
+            gradient.
+        rel_pos_table: ((2h-1)(2w-1), H) floating with window=(h, w): the relative position bias of BEiT (Bao et al.,
+            2022) for Tq = Tk = h*w patches in raster order. Query (yi, xi) and key (yj, xj) take row
+            (yi - yj + h - 1) * (2w - 1) + xi - xj + w - 1. With 3 rows more a class token comes first, and they are
+            for the class token's query with any key, any query with its key, and both its own. It has a gradient.
+        key_mask: (B, Tk) bool, True = kept: the others are no keys at all.
+        cu_seqlens: (n + 1,) int32: B = 1, and the n sequences that start there, the last of which ends at T, attend
+            each to itself. Two of them where queries and keys are packed differently. Not with bias, rel_pos_table or
+            key_mask. On a CPU its values are checked; on a GPU nothing waits for them, and tokens outside every
+            sequence get no result.
+        max_seqlen: the longest sequence (of queries, of keys), or more; goes with cu_seqlens.
+        dropout_p: the probability, below 1, that a weight is dropped; the others are divided by 1 - dropout_p.
+        seed: int64 of one element on q's device. Weight (i, j) of image b and head h is dropped where word 0 of
+            Philox4x32-10, with counter (j, i, b * H + h, 0) and key (seed's low, seed's high 32 bits), is below
+            dropout_p * 2^32. Sequences are images, and i and j start in each.
 
     Returns:
-        (B, Tq, H, d) in q's dtype; with return_lse also (B, H, Tq) float32, natural log. With Tk = 0: zeros, -inf.
+        (B, Tq, H, d) in q's dtype; with return_lse also (B, H, Tq) float32, natural log, that of the weights before
+        dropout. A row with no key gives zeros and -inf.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype, device or value that does not fit.
         BackendUnavailable: the backend that is set can't run this.
     """
     checks.floating("attention", q=q, k=k, v=v)
@@ -43,23 +74,40 @@ def attention(
     checks.same_device("attention", q, k=k, v=v)
     if not autocasting(q):
         checks.same_dtype("attention", q=q, k=k, v=v)
-    chosen = backends.choose("attention", q, needs_grad=needs_grad(q, k, v))
+    given = attention_modifiers.check(
+        "attention", q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]),
+        bias=bias, rel_pos_table=rel_pos_table, window=window, key_mask=key_mask, cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    wanted = needs_grad(q, k, v, given.learned)
+    chosen = backends.choose("attention", q, needs_grad=wanted, modifiers=given.names())
     if chosen not in backends.KERNELS:
-        with _differentiable_twice("attention", q, k, v):
-            return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
+        with _differentiable_twice("attention", wanted):
+            return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **given.for_reference())
     q, k, v = cast_for_autocast(q, q, k, v)
-    out, lse = _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, chosen)
+    out, lse = _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, chosen, *given)
     return (out, lse) if return_lse else out
 
 
 def attention_qkvpacked(
-    qkv: Tensor, *, scale: float | None = None, return_lse: bool = False
+    qkv: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    bias: Tensor | None = None,
+    rel_pos_table: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`attention` on q, k, v = qkv.unbind(2), with one packed gradient.
 
     Args:
         qkv: (B, T, 3, H, d) floating, as a fused projection writes it.
-        scale, return_lse: as in :func:`attention`.
+        scale and what follows: as in :func:`attention`.
 
     Returns:
         (B, T, H, d); with return_lse also (B, H, T) float32.
@@ -70,43 +118,57 @@ def attention_qkvpacked(
     checks.floating("attention_qkvpacked", qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
         raise ValueError(f"ops.attention_qkvpacked: qkv has shape {tuple(qkv.shape)}, expected (B, T, 3, H, d)")
-    chosen = backends.choose("attention_qkvpacked", qkv, needs_grad=needs_grad(qkv))
+    batch, tokens, _, heads, _ = qkv.shape
+    given = attention_modifiers.check(
+        "attention_qkvpacked", qkv, (batch, heads, tokens, tokens),
+        bias=bias, rel_pos_table=rel_pos_table, window=window, key_mask=key_mask, cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    wanted = needs_grad(qkv, given.learned)
+    chosen = backends.choose("attention_qkvpacked", qkv, needs_grad=wanted, modifiers=given.names())
     if chosen not in backends.KERNELS:
-        with _differentiable_twice("attention_qkvpacked", qkv):
-            return reference.attention_qkvpacked(qkv, scale=scale, return_lse=return_lse)
+        with _differentiable_twice("attention_qkvpacked", wanted):
+            return reference.attention_qkvpacked(qkv, scale=scale, return_lse=return_lse, **given.for_reference())
     (qkv,) = cast_for_autocast(qkv, qkv)
-    out, lse = _attention_qkvpacked(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale, chosen)
+    out, lse = _attention_qkvpacked(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale, chosen, *given)
     return (out, lse) if return_lse else out
 
 
-def _differentiable_twice(op: str, *tensors: Tensor) -> AbstractContextManager[None]:
+def _differentiable_twice(op: str, needs_grad: bool) -> AbstractContextManager[None]:
     """PyTorch's fused attention has no second (or forward-mode) derivatives; who names the reference gets them."""
-    if backends.setting(op) == "reference" and (needs_grad(*tensors) or backends.transformed()):
+    if backends.setting(op) == "reference" and (needs_grad or backends.transformed()):
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
+
+
+# --- the ops: (tensors, scale, backend, *modifiers) -> (out, lse) ---------------------------------------------
 
 
 def _unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    return launchers(backend).attention_forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), scale)
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
+    keywords = Modifiers(*modifiers).for_launcher(q, k)
+    return launchers(backend).attention_forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), scale, **keywords)
 
 
-def _forward_packed(qkv: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+def _forward_packed(qkv: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
     q, k, v = _unit_stride(qkv).unbind(2)
-    return _forward(q, k, v, scale, backend)
+    return _forward(q, k, v, scale, backend, *modifiers)
 
 
-def _fake(q, k, v, scale, backend):
+def _fake(q, k, v, *_):
     batch, tokens, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
-def _fake_packed(qkv, scale, backend):
+def _fake_packed(qkv, *_):
     q, k, v = qkv.unbind(2)
-    return _fake(q, k, v, scale, backend)
+    return _fake(q, k, v)
+
+
+# --- their derivatives: the last argument says whether the bias's or the table's is wanted, (0,) where it isn't ---
 
 
 def _backward(
@@ -119,20 +181,19 @@ def _backward(
     lse: Tensor,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    _backward_into(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, backend)
-    return dq, dk, dv
+    return dq, dk, dv, _backward_into(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, backend, *rest)
 
 
 def _backward_packed(
-    dout: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str
-) -> Tensor:
+    dout: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str, *rest: Any
+) -> tuple[Tensor, Tensor]:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)
-    _backward_into(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, backend)
-    return dqkv
+    return dqkv, _backward_into(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, backend, *rest)
 
 
 def _backward_into(
@@ -148,47 +209,78 @@ def _backward_into(
     dk: Tensor,
     dv: Tensor,
     backend: str,
-) -> None:
+    *rest: Any,
+) -> Tensor:
+    """Write dq, dk and dv; return the float32 gradient of what is learned."""
+    *modifiers, wanted = rest
+    given = Modifiers(*modifiers)
+    keywords = given.for_launcher(q, k)
+    dlearned = _learned_gradient(given, wanted, lse)
+    if wanted:
+        keywords["dtable" if given.bias is None else "dbias"] = dlearned
     dout, q, k, v = (_unit_stride(t) for t in (dout, q, k, v))
-    launchers(backend).attention_backward(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv)
+    launchers(backend).attention_backward(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, **keywords)
+    return dlearned
 
 
-def _backward_fake(dout, dlse, q, k, v, out, lse, scale, backend):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _learned_gradient(given: Modifiers, wanted: bool, lse: Tensor) -> Tensor:
+    return lse.new_empty(given.learned.shape if wanted and given.learned is not None else 0)
 
 
-def _backward_fake_packed(dout, dlse, qkv, out, lse, scale, backend):
-    return qkv.new_empty(qkv.shape)
+def _backward_fake(dout, dlse, q, k, v, out, lse, scale, backend, *rest):
+    *modifiers, wanted = rest
+    dlearned = _learned_gradient(Modifiers(*modifiers), wanted, lse)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlearned
+
+
+def _backward_fake_packed(dout, dlse, qkv, out, lse, scale, backend, *rest):
+    *modifiers, wanted = rest
+    return qkv.new_empty(qkv.shape), _learned_gradient(Modifiers(*modifiers), wanted, lse)
+
+
+_TENSORS = ("bias", "rel_pos_table", "key_mask", "cu_q", "cu_k", "seed")  # of the modifiers, to be saved as such
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.backend = inputs
+    count = len(inputs) - len(Modifiers._fields) - 2  # of what is attended to: q, k, v or qkv
+    ctx.scale, ctx.backend = inputs[count : count + 2]
+    given = Modifiers(*inputs[count + 2 :])
+    ctx.others = {name: value for name, value in given._asdict().items() if name not in _TENSORS}
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*(getattr(given, name) for name in _TENSORS), *inputs[:count], *output)
 
 
-def _upstream(dout: Tensor | None, out: Tensor) -> Tensor:
-    return torch.zeros_like(out) if dout is None else dout
+def _differentiate(ctx: Any, op: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs: those of the tensors, None for scale and backend, one for each modifier."""
+    saved = ctx.saved_tensors
+    given = Modifiers(**ctx.others, **dict(zip(_TENSORS, saved[: len(_TENSORS)], strict=True)))
+    *inputs, out, lse = saved[len(_TENSORS) :]
+    needs = Modifiers(*ctx.needs_input_grad[-len(Modifiers._fields) :])
+    wanted = needs.bias or needs.rel_pos_table
+    dout = torch.zeros_like(out) if dout is None else dout
+    *gradients, dlearned = op(dout, dlse, *inputs, out, lse, ctx.scale, ctx.backend, *given, wanted)
+    of_modifiers: dict[str, Tensor | None] = dict.fromkeys(Modifiers._fields)
+    if given.learned is not None and wanted:
+        of_modifiers["bias" if needs.bias else "rel_pos_table"] = dlearned.to(given.learned.dtype)
+    return *gradients, None, None, *of_modifiers.values()
 
 
 def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse = ctx.saved_tensors
-    return *_attention_backward(_upstream(dout, out), dlse, q, k, v, out, lse, ctx.scale, ctx.backend), None, None
+    return _differentiate(ctx, _attention_backward, dout, dlse)
 
 
 def _gradient_packed(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, out, lse = ctx.saved_tensors
-    return _attention_qkvpacked_backward(_upstream(dout, out), dlse, qkv, out, lse, ctx.scale, ctx.backend), None, None
+    return _differentiate(ctx, _attention_qkvpacked_backward, dout, dlse)
 
 
 _attention_backward = register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    f"str backend, {SCHEMA}, bool wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _attention = register(
-    "attention(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor out, Tensor lse)",
+    f"attention(Tensor q, Tensor k, Tensor v, float scale, str backend, {SCHEMA}) -> (Tensor out, Tensor lse)",
     _forward,
     _fake,
     backward=_gradient,
@@ -196,12 +288,12 @@ _attention = register(
 )
 _attention_qkvpacked_backward = register(
     "attention_qkvpacked_backward(Tensor dout, Tensor? dlse, Tensor qkv, Tensor out, Tensor lse, float scale, "
-    "str backend) -> Tensor",
+    f"str backend, {SCHEMA}, bool wanted) -> (Tensor, Tensor)",
     _backward_packed,
     _backward_fake_packed,
 )
 _attention_qkvpacked = register(
-    "attention_qkvpacked(Tensor qkv, float scale, str backend) -> (Tensor out, Tensor lse)",
+    f"attention_qkvpacked(Tensor qkv, float scale, str backend, {SCHEMA}) -> (Tensor out, Tensor lse)",
     _forward_packed,
     _fake_packed,
     backward=_gradient_packed,

@@ -166,7 +166,7 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor]) -> str | None:
+def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor], modifiers: Iterable[str] = ()) -> str | None:
     if cuda.MISSING:
         return cuda.MISSING
     if x.device.type not in ("cuda", "cpu" if cuda.EMULATED else "cuda"):
@@ -191,6 +191,9 @@ def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor]) -> str | None:
                 return f"dtype {dtype} is not supported; accepted: {_names(KERNEL_DTYPES[1:])}"
     if op.startswith("attention") and (x.shape[-1] % 8 or not 32 <= x.shape[-1] <= MAX_HEAD_DIM):
         return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8 from 32 to {MAX_HEAD_DIM}"
+    for name in modifiers:
+        if name not in cuda.ATTENTION_MODIFIERS:
+            return f"{name} is not supported; accepted: {', '.join(cuda.ATTENTION_MODIFIERS) or 'plain attention'}"
     for weight in weights:
         widths = weight.shape if weight.ndim == 2 else weight.shape[:1]  # of patches any
         if any(width % 8 for width in widths):
@@ -205,8 +208,12 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def choose(op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] = ()) -> str:
+def choose(
+    op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] = (), modifiers: tuple[str, ...] = ()
+) -> str:
     """The backend that runs ``op`` on ``x``, with ``weights`` those of its matrix products: not "auto".
+
+    ``modifiers`` names what attention is asked for beyond q, k and v.
 
     Called once per op, in forward; backward and checkpoint recomputation follow what was chosen.
 
@@ -223,14 +230,14 @@ def choose(op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] 
             reason = _refuse_triton(op, x)
             if reason is None:
                 return "triton"
-            other = _refuse_cuda(op, x, weights)
+            other = _refuse_cuda(op, x, weights, modifiers)
             if other is None:
                 return "cuda"
             note_fallback(f"ops.{op} runs on the reference: triton: {reason}; cuda: {other}")
             return "reference"
         return "onednn" if op in ONEDNN_OPS and _refuse_onednn(x, needs_grad) is None else "reference"
     if asked == "cuda":
-        reason = _refuse_cuda(op, x, weights)
+        reason = _refuse_cuda(op, x, weights, modifiers)
     else:
         reason = _refuse_triton(op, x) if asked == "triton" else _refuse_onednn(x, needs_grad)
     if reason is not None:

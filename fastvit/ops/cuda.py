@@ -25,6 +25,7 @@ _library: Any = None  # torch.ops.fastvit_cuda, or fastvit_emulated in the tests
 EMULATED = False
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+ATTENTION_MODIFIERS: tuple[str, ...] = ()  # of ops.attention's arguments, those that the kernels take
 MAX_WIDTH = 8192  # of a row that LayerNorm normalises
 
 

@@ -6,7 +6,11 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastvit.ops.attention_modifiers import Modifiers
 
 Shape = tuple[int, ...]
 
@@ -14,11 +18,6 @@ Shape = tuple[int, ...]
 def _product(x: Shape, weight: Shape) -> int:
     """x (..., K) times weight (N, K) transposed."""
     return 2 * prod(x[:-1]) * prod(weight)
-
-
-def _bhtd(shape: Shape) -> Shape:
-    batch, tokens, heads, dim = shape
-    return batch, heads, tokens, dim
 
 
 @register_flop_formula(torch.ops.fastvit.linear)
@@ -46,28 +45,49 @@ def mlp_backward(dout: Shape, x: Shape, fc1: Shape, fc1_bias: Shape | None, fc2:
     return _product(x, fc1) * (needs_x + needs_fc1) + _product(x, fc2) * (1 + needs_fc2)
 
 
-@register_flop_formula(torch.ops.fastvit.attention)
-def attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    """As F.scaled_dot_product_attention."""
-    return sdpa_flop_count(_bhtd(q), _bhtd(k), _bhtd(v))
+def _pairs(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> int:
+    """How many scores a head has, over all images: queries times keys, in each sequence where they are packed.
+
+    Lengths that can't be read, as in a trace or on meta tensors, count as equal.
+    """
+    if cu_q is None or cu_k is None:
+        return q.shape[0] * q.shape[1] * k.shape[1]
+    if cu_q.is_meta or isinstance(cu_q, FakeTensor):
+        return q.shape[1] * k.shape[1] // (cu_q.shape[0] - 1)
+    return int((cu_q.diff().long() * cu_k.diff().long()).sum())
 
 
-@register_flop_formula(torch.ops.fastvit.attention_backward)
-def attention_backward(dout: Shape, dlse: Shape | None, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    """As F.scaled_dot_product_attention's backward."""
-    return sdpa_backward_flop_count(_bhtd(dout), _bhtd(q), _bhtd(k), _bhtd(v))
+def _products(q: Tensor, pairs: int) -> int:
+    """One product of every head with so many scores in all."""
+    return 2 * pairs * q.shape[2] * q.shape[3]
 
 
-@register_flop_formula(torch.ops.fastvit.attention_qkvpacked)
-def attention_qkvpacked(qkv: Shape, *_: Any, **__: Any) -> int:
+@register_flop_formula(torch.ops.fastvit.attention, get_raw=True)
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *modifiers: Any, **_: Any) -> int:
+    """As F.scaled_dot_product_attention, and of the scores that exist only: q k^T, p v."""
+    given = Modifiers(*modifiers)
+    return 2 * _products(q, _pairs(q, k, given.cu_q, given.cu_k))
+
+
+@register_flop_formula(torch.ops.fastvit.attention_backward, get_raw=True)
+def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
+    """As F.scaled_dot_product_attention's backward: the scores once more, and one product for each of the others."""
+    given = Modifiers(*rest[-len(Modifiers._fields) - 1 : -1])
+    return 5 * _products(q, _pairs(q, k, given.cu_q, given.cu_k))
+
+
+@register_flop_formula(torch.ops.fastvit.attention_qkvpacked, get_raw=True)
+def attention_qkvpacked(qkv: Tensor, *rest: Any, **_: Any) -> int:
     """As :func:`attention` of its thirds."""
-    return attention(*[(*qkv[:2], *qkv[3:])] * 3)
+    q, k, v = qkv.unbind(2)
+    return attention(q, k, v, *rest)
 
 
-@register_flop_formula(torch.ops.fastvit.attention_qkvpacked_backward)
-def attention_qkvpacked_backward(dout: Shape, dlse: Shape | None, qkv: Shape, *_: Any, **__: Any) -> int:
+@register_flop_formula(torch.ops.fastvit.attention_qkvpacked_backward, get_raw=True)
+def attention_qkvpacked_backward(dout: Tensor, dlse: Tensor | None, qkv: Tensor, *rest: Any, **_: Any) -> int:
     """As :func:`attention_backward` of its thirds."""
-    return attention_backward(dout, dlse, *[(*qkv[:2], *qkv[3:])] * 3)
+    q, k, v = qkv.unbind(2)
+    return attention_backward(dout, dlse, q, k, v, *rest)
 
 
 @register_flop_formula(torch.ops.fastvit.patch_embed)

@@ -13,6 +13,9 @@ from torch.distributed.tensor.experimental import register_sharding
 
 # One letter an argument, then one a result. b: its first dimension is the batch's (or the batch's rows);
 # r: a parameter, whole on every rank; p: a parameter's gradient, each rank holding its images' part; -: no tensor.
+# Of attention's modifiers: a: a bias, by batch where it has one, else as r; l: the gradient of the bias or the table;
+# t: a table, by heads; !: what is counted over all images (packed sequences, a dropout's seed): they stay together.
+_MODIFIERS = "a r - b ! ! - - - !"
 _BY_BATCH = {
     "patch_embed": ("b r r r r r r - -", "b"),
     "patch_embed_backward": ("b b - - r r r - - -", "b p p"),
@@ -22,35 +25,49 @@ _BY_BATCH = {
     "linear_backward": ("b b r r r r - b b b - r b - -", "b p p p p p"),
     "mlp": ("b r r r r r r - - b - r b - -", "b b b b"),
     "mlp_backward": ("b b r r r r r r - b b b - - r b - -", "b p p p p p p p"),
-    "attention": ("b b b - -", "b b"),
-    "attention_backward": ("b b b b b b b - -", "b b b"),
-    "attention_qkvpacked": ("b - -", "b b"),
-    "attention_qkvpacked_backward": ("b b b b b - -", "b"),
+    "attention": (f"b b b - - {_MODIFIERS}", "b b"),
+    "attention_backward": (f"b b b b b b b - - {_MODIFIERS} -", "b b b l"),
+    "attention_qkvpacked": (f"b - - {_MODIFIERS}", "b b"),
+    "attention_qkvpacked_backward": (f"b b b b b - - {_MODIFIERS} -", "b l"),
 }
-# Where the heads are, in each tensor argument and result of the attention ops.
-_BY_HEADS: dict[str, tuple[tuple[int | None, ...], tuple[int, ...]]] = {
-    "attention": ((2, 2, 2, None, None), (2, 1)),
-    "attention_backward": ((2, 1, 2, 2, 2, 2, 1, None, None), (2, 2, 2)),
-    "attention_qkvpacked": ((3, None, None), (2, 1)),
-    "attention_qkvpacked_backward": ((2, 1, 3, 2, 1, None, None), (3,)),
+# Where the heads are, in each tensor argument and result of the attention ops; packed sequences are no obstacle here.
+_MODIFIERS_BY_HEADS = "a t - r r r - - - !"
+_BY_HEADS = {
+    "attention": (f"2 2 2 - - {_MODIFIERS_BY_HEADS}", "2 1"),
+    "attention_backward": (f"2 1 2 2 2 2 1 - - {_MODIFIERS_BY_HEADS} -", "2 2 2 l"),
+    "attention_qkvpacked": (f"3 - - {_MODIFIERS_BY_HEADS}", "2 1"),
+    "attention_qkvpacked_backward": (f"2 1 3 2 1 - - {_MODIFIERS_BY_HEADS} -", "3 l"),
 }
-_BATCH: dict[str, Placement | None] = {"b": Shard(0), "r": Replicate(), "p": Partial(), "-": None}
-_WHOLE: dict[str, Placement | None] = {"b": Replicate(), "r": Replicate(), "p": Replicate(), "-": None}
+_PLACES: dict[str, Placement | None] = {"b": Shard(0), "r": Replicate(), "p": Partial(), "!": Replicate(), "-": None}
+_PLACES |= {"t": Shard(1), **{str(n): Shard(n) for n in (1, 2, 3)}}
 
 Placements = list[Placement | None]
 
 
+def _strategy(letters: tuple[str, str], args: tuple[Any, ...], dim: int) -> tuple[Placements, Placements] | None:
+    """The (results, arguments) placements of one way to share a call, or None where it can't be shared so.
+
+    A bias has its part of what is shared (images: 0, heads: 1) in dimension ``dim``; absent tensors have no placement.
+    """
+    inputs, outputs = (one.split() for one in letters)
+    given = {letter: arg for letter, arg in zip(inputs, args, strict=True) if arg is not None and letter in "at!"}
+    if "!" in given:
+        return None
+    split = "a" in given and given["a"].shape[dim] > 1
+    places = {**_PLACES, "a": Shard(dim) if split else Replicate()}
+    places["l"] = Shard(dim) if split or "t" in given else Partial()
+    arguments = [None if arg is None else places[letter] for letter, arg in zip(inputs, args, strict=True)]
+    return [places[o] for o in outputs], arguments
+
+
 def _strategies(name: str, args: tuple[Any, ...]) -> list[tuple[Placements, Placements]]:
-    """The acceptable (results, arguments) placements of one call; absent tensors have none."""
+    """The acceptable (results, arguments) placements of one call."""
     inputs, outputs = (letters.split() for letters in _BY_BATCH[name])
-    found = [([m[o] for o in outputs], [m[i] for i in inputs]) for m in (_WHOLE, _BATCH)]
+    whole: Placements = [None if arg is None or i == "-" else Replicate() for i, arg in zip(inputs, args, strict=True)]
+    ways = [_strategy(_BY_BATCH[name], args, 0)]
     if name in _BY_HEADS:
-        dims_in, dims_out = _BY_HEADS[name]
-        found.append(([Shard(d) for d in dims_out], [None if d is None else Shard(d) for d in dims_in]))
-    return [
-        (results, [None if arg is None else place for place, arg in zip(places, args, strict=True)])
-        for results, places in found
-    ]
+        ways.append(_strategy(_BY_HEADS[name], args, 1))
+    return [([Replicate() for _ in outputs], whole), *(way for way in ways if way is not None)]
 
 
 def _register(name: str) -> None:
