@@ -25,7 +25,8 @@ _library: Any = None  # torch.ops.fastvit_cuda, or fastvit_emulated in the tests
 EMULATED = False
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
-ATTENTION_MODIFIERS: tuple[str, ...] = ()  # of ops.attention's arguments, those that the kernels take
+# Of ops.attention's arguments, those that the kernels take.
+ATTENTION_MODIFIERS = ("bias", "rel_pos_table", "key_mask", "cu_seqlens", "dropout_p")
 MAX_WIDTH = 8192  # of a row that LayerNorm normalises
 
 
