@@ -155,31 +155,29 @@ struct Walk {
   // runs ahead of that barrier, ahead(step + 1) behind it.
   template <int PART, class Add, class Before, class Ahead>
   __device__ __forceinline__ void go(bool active, const Add& add, const Before& before, const Ahead& ahead) const {
-    constexpr bool kWhole = PART == kBlockRows<DIM>;
-    const auto all = [&]<bool FULL>(int step, int rows, std::bool_constant<FULL> is_full) {
-      if constexpr (kWhole) {
-        add(step, 0, rows, is_full);
-      } else {
-#pragma unroll 1
-        for (int part = 0; part < rows; part += PART) add(step, part, min(rows - part, PART), std::false_type());
-      }
-    };
-    ptx::copy_async_wait<0>();
-    __syncthreads();
-    if (full > 0) {
-      load(1);
-      ahead(1);
-    }
-    if (active) all(0, rest, std::false_type());
-    for (int step = 1; step <= full; ++step) {
-      before(step);
+    const auto arrive = [&](int step) {
+      if (step > 0) before(step);
       ptx::copy_async_wait<0>();
       __syncthreads();
       if (step < full) {
         load(step + 1);
         ahead(step + 1);
       }
-      if (active) all(step, kBlockRows<DIM>, std::true_type());
+    };
+    if constexpr (PART == kBlockRows<DIM>) {
+      arrive(0);
+      if (active) add(0, 0, rest, std::false_type());
+      for (int step = 1; step <= full; ++step) {
+        arrive(step);
+        if (active) add(step, 0, PART, std::true_type());
+      }
+    } else {
+      for (int step = 0; step <= full; ++step) {
+        arrive(step);
+        const int rows = !active ? 0 : step == 0 ? rest : kBlockRows<DIM>;
+#pragma unroll 1
+        for (int part = 0; part < rows; part += PART) add(step, part, min(rows - part, PART), std::false_type());
+      }
     }
   }
 };

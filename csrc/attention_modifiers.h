@@ -313,10 +313,10 @@ inline Modified modified(const AttentionModifiers& m, const Array& q, const Arra
 }
 
 // The bytes of shared memory that a kernel with `bytes` of its own is launched with: behind them lies a head's part of
-// the table, where there is room for it.
+// the table, as long as two blocks still share a multiprocessor (each takes 1 KB for itself). Else it is read as it is.
 inline size_t stage_table(const Device& device, size_t bytes, Modified& modified) {
   const size_t all = bytes + modified.entries * sizeof(float);
-  modified.staged = modified.table && all <= static_cast<size_t>(device.shared_bytes);
+  modified.staged = modified.table && 2 * (all + 1024) <= static_cast<size_t>(device.shared_bytes) + 1024;
   return modified.staged ? all : bytes;
 }
 

@@ -3,6 +3,7 @@ relative positions, key mask, packed sequences, dropout, against the reference a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -13,10 +14,19 @@ from torch import Tensor
 import fastvit
 from fastvit import ops, reference
 from fastvit.ops import cuda
-from numerics import assert_as_right_as_eager, assert_same_bits_twice, check_op
+from numerics import assert_same_bits_twice, check_op
 
 HALF = (torch.float16, torch.bfloat16)
 SEED = torch.tensor([0x1234567_89ABCDEF])
+
+
+@pytest.fixture(autouse=True)
+def _eager_in_its_own_dtype() -> Iterator[None]:
+    """Where a mask has a gradient PyTorch's attention would compute in float32, which is no eager result in 16 bits."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    yield
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def attention(**args: Any) -> tuple[Tensor, Tensor]:
@@ -129,21 +139,14 @@ def test_tables_of_dtypes_and_head_dims(dim: int, dtype: torch.dtype) -> None:
     check(args | {"rel_pos_table": table_of((7, 7), dtype=dtype), "window": (7, 7)})
 
 
-@pytest.mark.parametrize("architecture", [80, 86])  # 163 KB of shared memory, and 99
-def test_a_table_that_shared_memory_has_no_room_for(architecture: int) -> None:
-    """127 x 127 entries are 63 KB: they lie beside the keys and values of one of these, and are gathered for the other."""
-    window, dim = (64, 64), 128
-    table = table_of(window, 1)
-    q = torch.randn(1, 64 * 64 + 1, 1, dim, dtype=torch.float16)
-    first = slice(0, 70)
-    cuda.assume(architecture)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_table_that_shared_memory_has_no_room_for(dtype: torch.dtype) -> None:
+    """Two blocks of head dim 128 do not fit the 99 KB of compute capability 8.6 as it is."""
+    cuda.assume(86)
     try:
-        out, _ = attention(q=q, k=q, v=q, rel_pos_table=table, window=window)
+        check(make(50, 50, 128) | {"rel_pos_table": table_of((7, 7), dtype=dtype), "window": (7, 7)})
     finally:
         cuda.assume(80)
-    bias = reference.table_bias(table, window)[:, :, first]
-    runs = (reference.attention(q[:, first].to(t), q.to(t), q.to(t), bias=bias.to(t)) for t in (q.dtype, torch.float64))
-    assert_as_right_as_eager(out[:, first], *runs)
 
 
 def test_197_tokens_of_beit() -> None:
@@ -343,7 +346,7 @@ def test_what_the_launchers_do_not_take_is_refused() -> None:
             cuda.attention_forward(q, q, q, 1.0, **options)
 
     refused(r"bias; accepted: \(1, 2, 4, 4\) float32", bias=torch.zeros(1, 2, 4, 3))
-    refused(r"a table of \(9, 3\) for a window of 2x2; accepted: 9 or 12, 2", table=torch.zeros(9, 3), window=(2, 2))
+    refused(r"a table of \(9, 3\) for a window of 2x2; accepted: \(9 or 12, 2\)", table=torch.zeros(9, 3), window=(2, 2))
     refused("4 queries and 4 keys for a window of 2x2; accepted: 5", table=torch.zeros(12, 2), window=(2, 2))
     refused(r"key_mask; accepted: \(1, 4\) bytes", key_mask=torch.ones(1, 3).bool())
     refused(r"cu_q and cu_k; accepted: \(n \+ 1,\) int32", cu_q=cu, cu_k=cu.long(), max_q=4, max_k=4)
