@@ -27,6 +27,7 @@ build = binary.build_module()
 AMPERE, HOPPER = {"HMMA", "LDSM", "LDGSTS"}, {"HGMMA"}
 PRODUCTS = {
     "attention_backward_sm80": AMPERE,
+    "attention_bias_sm80": AMPERE,
     "attention_sm80": AMPERE,
     "attention_sm90": HOPPER,
     "linear_sm80": AMPERE,

@@ -367,7 +367,7 @@ def attention_backward(
     dbias: Tensor | None = None,
     dtable: Tensor | None = None,
 ) -> None:
-    """Write dq, dk and dv, as :func:`fastvit.triton.attention_backward.attention_backward`; dbias, dtable where given."""
+    """Write dq, dk, dv, and dbias or dtable if given: :func:`fastvit.triton.attention_backward.attention_backward`."""
     if 0 in (q.shape[0], q.shape[1], k.shape[1]):
         for gradient in (dq, dk, dv, dbias, dtable):
             if gradient is not None:
