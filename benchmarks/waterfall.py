@@ -25,6 +25,11 @@ STEPS = {
 BACKEND = {"cpu": "onednn", "cuda": "triton"}
 
 
+def step_of(op: str) -> str:
+    """The step that switches an op on."""
+    return "attention" if op.startswith(("attention", "rotate")) else op
+
+
 class EveryToken(nn.Module):
     """A model without the class token's saving: its last block computes all tokens."""
 
@@ -44,7 +49,7 @@ class Step(Throughput):
     def __init__(self, cell: Cell, device: str, batches: Sequence[int]) -> None:
         self.steps = STEPS[device][: STEPS[device].index(cell.contender) + 1]
         super().__init__(cell, device, batches)
-        fused = [op for op in OPS if op.removesuffix("_qkvpacked") in self.steps]
+        fused = [op for op in OPS if step_of(op) in self.steps]
         fastvit.backend(BACKEND[device], only=fused)  # for good: the process is this step's alone
 
     def _find(self, name: str) -> Contender:

@@ -217,6 +217,10 @@ struct Op<launcher, R (*)(const Device&, const AttentionModifiers&, P...)> {
   _(attention_key_value_gradient)    \
   _(attention_bias_gradient)         \
   _(attention_table_gradient)        \
+  _(attention_rows)                  \
+  _(attention_distance)              \
+  _(attention_distance_blocks)       \
+  _(rope)                            \
   _(patch_embed_forward)             \
   _(patch_embed_weight_gradient)     \
   _(patch_embed_weight_gradient_splits) \

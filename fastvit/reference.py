@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 Norm = tuple[Tensor, Tensor | None, float]  # weight (D,), bias (D,) or None, eps
 
@@ -139,6 +138,20 @@ def mlp(
     return linear(hidden, fc2_weight, fc2_bias, residual=residual, gamma=gamma, row_scale=row_scale)
 
 
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`fastvit.ops.rotate`. x cos + half(x) sin for all but the first tokens of q and of k."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T', 1, d): the same for every head
+    prefix = q.shape[1] - cos.shape[-3]
+
+    def turn(x: Tensor) -> Tensor:
+        untouched, x = x[:, :prefix], x[:, prefix:]
+        first, second = x.chunk(2, dim=-1)
+        turned = (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+        return torch.cat([untouched, turned], dim=1) if prefix else turned
+
+    return turn(q), turn(k)
+
+
 _WORD = 0xFFFFFFFF
 
 
@@ -172,24 +185,27 @@ def dropout_factor(seed: Tensor, p: float, heads: int, image: Tensor, i: Tensor,
     return kept.float() / (1 - p)
 
 
-def table_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """BEiT's relative position bias (1, H, T, T) from its table ((2h-1)(2w-1) [+3], H), as ``ops.attention`` says."""
+def table_bias(table: Tensor, window: tuple[int, int], rows: Tensor | None = None) -> Tensor:
+    """BEiT's relative position bias (1, H, T, T) from its table ((2h-1)(2w-1) [+3], H), as ``ops.attention`` says.
+
+    With ``rows`` (R,) int64, from 0 to T - 1, of these queries alone: (1, H, R, T).
+    """
     h, w = window
-    y = torch.arange(h, device=table.device).repeat_interleave(w)
-    x = torch.arange(w, device=table.device).repeat(h)
-    index = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
     n = table.shape[0]
-    if n > (2 * h - 1) * (2 * w - 1):
-        index = F.pad(index, (1, 0, 1, 0))
-        index[0, :] = n - 3
-        index[:, 0] = n - 2
-        index[0, 0] = n - 1
+    prefix = int(n > (2 * h - 1) * (2 * w - 1))  # a class token
+    j = torch.arange(prefix + h * w, device=table.device)
+    i = (j if rows is None else rows)[:, None]
+    down, across = (i - prefix) // w - (j - prefix) // w, (i - prefix) % w - (j - prefix) % w
+    index = (down + h - 1) * (2 * w - 1) + across + w - 1
+    if prefix:
+        index = torch.where(j == 0, n - 2, index)
+        index = torch.where(i == 0, torch.where(j == 0, n - 1, n - 3), index)
     return table[index].permute(2, 0, 1)[None]
 
 
 def readable(t: Tensor) -> bool:
     """Whether t's values can be looked at without waiting for a device, and without a trace that breaks at it."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(t, FakeTensor)
+    return type(t) is Tensor and t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _attend(
@@ -278,12 +294,15 @@ def attention(
     rel_pos_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
     key_mask: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
     max_seqlen: int | tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`fastvit.ops.attention`. softmax(q k^T * scale + bias) v for each head, the bias materialised."""
+    if rope is not None:
+        q, k = rotate(q, k, *rope)
     if cu_seqlens is not None:
         starts = (cu_seqlens, cu_seqlens) if isinstance(cu_seqlens, Tensor) else cu_seqlens
         out, lse = _attend_packed(q, k, v, scale, return_lse, starts, dropout_p, seed)
@@ -308,3 +327,59 @@ def attention_qkvpacked(qkv: Tensor, **options: Any) -> Tensor | tuple[Tensor, T
     """See :func:`fastvit.ops.attention_qkvpacked`: :func:`attention` of its thirds."""
     q, k, v = qkv.unbind(2)
     return attention(q, k, v, **options)
+
+
+def bias_of_rows(
+    rows: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    rel_pos_table: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor | None:
+    """What :func:`attention` adds to the scores of some queries, broadcastable to (B, H, R, Tk), or None for nothing.
+
+    rows: (R,) int64, from 0 to Tq - 1. An absent key has -inf.
+    """
+    added = None
+    if rel_pos_table is not None and window is not None:
+        added = table_bias(rel_pos_table, window, rows).to(dtype)
+    elif bias is not None:
+        added = (bias if bias.shape[2] == 1 else bias[:, :, rows]).to(dtype)
+    if key_mask is not None:
+        added = torch.zeros((), dtype=dtype, device=rows.device) if added is None else added
+        added = added.masked_fill(~key_mask[:, None, None, :], -math.inf)
+    return added
+
+
+def attention_rows(
+    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, *, scale: float | None = None, **modifiers: Any
+) -> Tensor:
+    """See :func:`fastvit.ops.attention_rows`. exp(scores - lse) of the rows (R,), which may count from the end."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = rows % q.shape[1]
+    added = bias_of_rows(rows, wide, **modifiers)
+    scores = q[:, rows].transpose(1, 2).to(wide) @ k.permute(0, 2, 3, 1).to(wide)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    lse = lse[:, :, rows, None]
+    weights = ((scores if added is None else scores + added) - lse).exp()
+    return weights.masked_fill(lse == -math.inf, 0)
+
+
+def attention_distance(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    grid: tuple[int, int],
+    *,
+    patch_size: tuple[float, float] = (1.0, 1.0),
+    scale: float | None = None,
+) -> Tensor:
+    """See :func:`fastvit.ops.attention_distance`."""
+    tokens, (h, w) = q.shape[1], grid
+    patches = torch.arange(h * w, device=q.device)
+    prefix = tokens - h * w
+    weights = attention_rows(q, k, lse, prefix + patches, scale=scale)[..., prefix:]
+    down, across = (patches // w).to(weights.dtype) * patch_size[0], (patches % w).to(weights.dtype) * patch_size[1]
+    distance = torch.hypot(down[:, None] - down, across[:, None] - across)
+    return (weights * distance).sum(-1).mean(-1)

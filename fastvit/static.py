@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastvit import ops
 from fastvit.layers import SwiGLU
 from fastvit.ops import backends
 from fastvit.ops.library import KERNELS
@@ -113,6 +114,53 @@ def launches(workload: Workload, arch: int) -> Trace:
     return result
 
 
+@dataclass(frozen=True)
+class Attention:
+    """A call of packed attention with modifiers, whose kernels ship: of ``window`` patches and a class token."""
+
+    name: str
+    head_dim: int = 64
+    window: tuple[int, int] = (14, 14)
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.head_dim}-{self.window[0]}x{self.window[1]}-{str(self.dtype).removeprefix('torch.')}"
+
+
+# With dropout and a mask wherever they can be had: what needs the most registers.
+ATTENTIONS = (
+    *(Attention(name, d) for d in (64, 80, 128) for name in ("bias", "table", "packed")),
+    *(Attention(name, dtype=torch.float32) for name in ("bias", "table", "packed")),
+    Attention("key mask"),
+    Attention("table", window=(24, 24)),  # a tile of 32 rows for its gradient
+    Attention("table", window=(64, 64)),  # rows of the window in parts
+)
+
+
+def attention_launches(call: Attention, arch: int) -> Trace:
+    """Forward and backward of one of :data:`ATTENTIONS`, with every gradient."""
+    (h, w), heads, batch = call.window, 12, 8
+    tokens, meta = h * w + 1, {"device": "meta"}
+    options: dict[str, Any] = {"dropout_p": 0.1, "seed": torch.empty(1, dtype=torch.int64, **meta)}
+    kept = torch.empty(batch, tokens, dtype=torch.bool, **meta)
+    if call.name == "bias":
+        bias = torch.empty(1, heads, tokens, tokens, requires_grad=True, dtype=call.dtype, **meta)
+        options |= {"bias": bias, "key_mask": kept}
+    elif call.name == "table":
+        table = torch.empty((2 * h - 1) * (2 * w - 1) + 3, heads, requires_grad=True, **meta)
+        options |= {"rel_pos_table": table, "window": call.window, "key_mask": kept}
+    elif call.name == "packed":
+        options |= {"cu_seqlens": torch.empty(batch + 1, dtype=torch.int32, **meta), "max_seqlen": tokens}
+        batch, tokens = 1, batch * tokens
+    else:
+        options = {"key_mask": kept}
+    qkv = torch.empty(batch, tokens, 3, heads, call.head_dim, dtype=call.dtype, requires_grad=True, **meta)
+    with trace(arch) as result:
+        out = ops.attention_qkvpacked(qkv, **options)
+        out.backward(torch.empty_like(out))
+    return result
+
+
 _ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "lift_fresh")
 
 
@@ -181,7 +229,7 @@ def flops(launch: Any) -> int:
     match name:
         case "linear_pointer_kernel" | "linear_tma_kernel":
             return 2 * args["M"] * args["N"] * args["K"]
-        case "attention_forward_kernel":
+        case "attention_forward_kernel" if args["modifiers"].cu_q_ptr is None:  # else only the device knows
             return 4 * args["q_ptr"].numel() * args["k_ptr"].shape[1]
         case "patch_embed_forward_kernel":
             return 2 * args["images_ptr"].numel() * args["D"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,6 +83,31 @@ def _uint8(make: Make, shape: tuple[int, ...], d: int, p: int, c: int) -> dict[s
         "mean": torch.rand(c, device=device),
         "std": torch.rand(c, device=device) + 0.2,
     }
+
+
+def _angles(make: Make, *shape: int) -> dict[str, Tensor]:
+    """cos and sin in float32; every element has its own, so that none can stand for another."""
+    return {name: make(*shape, dtype=F32, grad=False) for name in ("cos", "sin")}
+
+
+def _qkv(make: Make, batch: int, queries: int, keys: int) -> dict[str, Any]:
+    return {name: make(batch, queries if name == "q" else keys, 2, 32) for name in "qkv"}
+
+
+def _mask(make: Make, batch: int, keys: int) -> dict[str, Any]:
+    """Every second key of all images but the first, which has none."""
+    kept = torch.arange(keys, device=make(1).device) % 2 == 0
+    return {"key_mask": torch.stack([kept & (image > 0) for image in range(batch)])}
+
+
+def _sequences(make: Make, *starts: int) -> dict[str, Any]:
+    """Sequences packed in one row; the longest is said to be longer than it is."""
+    longest = max(end - start for start, end in pairwise(starts)) + 3
+    return {"cu_seqlens": torch.tensor(starts, dtype=torch.int32, device=make(1).device), "max_seqlen": longest}
+
+
+def _seed(make: Make) -> Tensor:
+    return torch.tensor([-0x123456789ABCDEF], device=make(1).device)
 
 
 CASES = [
@@ -168,6 +194,8 @@ CASES = [
             "fc2_bias": None,
         },
     ),
+    Case("rotate", "grid", lambda m: {"q": m(2, 6, 3, 32), "k": m(2, 6, 3, 32)} | _angles(m, 6, 32)),
+    Case("rotate", "prefix", lambda m: {"q": m(2, 11, 2, 40), "k": m(2, 11, 2, 40)} | _angles(m, 2, 8, 40)),
     *(
         Case(
             "attention",
@@ -182,6 +210,23 @@ CASES = [
         for t, d in ((17, 64), (65, 72), (197, 32))
     ),
     Case("attention_qkvpacked", "scale", lambda m: {"qkv": m(2, 5, 3, 2, 24), "scale": 0.4}),
+    Case("attention", "bias", lambda m: _qkv(m, 2, 5, 19) | {"bias": m(1, 2, 5, 19, dtype=F32)} | _mask(m, 2, 19)),
+    Case("attention", "dropout", lambda m: _qkv(m, 2, 17, 9) | {"dropout_p": 0.4, "seed": _seed(m)} | _LSE),
+    Case(
+        "attention",
+        "rope-packed",
+        lambda m: _qkv(m, 1, 21, 21) | {"rope": tuple(_angles(m, 21, 32).values())} | _sequences(m, 0, 4, 4, 21),
+    ),
+    Case(
+        "attention_qkvpacked",
+        "table",
+        lambda m: {"qkv": m(2, 7, 3, 2, 32), "rel_pos_table": m(18, 2, dtype=F32), "window": (2, 3)} | _LSE,
+    ),
+    Case(
+        "attention_qkvpacked",
+        "packed",
+        lambda m: {"qkv": m(1, 30, 3, 2, 32), "dropout_p": 0.2, "seed": _seed(m)} | _sequences(m, 0, 17, 17, 18, 30),
+    ),
 ]
 
 

@@ -225,7 +225,7 @@ def test_each_step_of_the_waterfall_adds_one_thing() -> None:
             assert all(backends.setting(op) == "reference" for op in backends.OPS if op not in fused)
             seen.append((fused, isinstance(step.model, waterfall.EveryToken)))
     assert seen == [([], True), (["linear"], True), (["linear", "mlp"], True), (["linear", "mlp"], False)]
-    assert {op.removesuffix("_qkvpacked") for op in backends.OPS} < set(waterfall.STEPS["cuda"])
+    assert {waterfall.step_of(op) for op in backends.OPS} < set(waterfall.STEPS["cuda"])
 
 
 def test_bad_options_name_what_is_accepted(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -342,6 +343,17 @@ def test_symbolic_trace_sees_one_node_per_op() -> None:
 
 W = torch.randn(8, 4)
 X = torch.randn(2, 3, 4)
+Q = torch.randn(2, 4, 2, 8)
+LSE = torch.zeros(2, 2, 4)
+ANGLES = torch.ones(2, 3, 8)
+TABLE = torch.zeros(9, 2)
+STARTS = torch.tensor([0, 3, 4], dtype=torch.int32)
+
+
+def sequences(starts: Any, max_seqlen: Any = 4, **options: Any) -> Any:
+    return ops.attention(Q[:1], Q[:1], Q[:1], cu_seqlens=starts, max_seqlen=max_seqlen, **options)
+
+
 BAD = {
     "width": (lambda: ops.linear(torch.randn(2, 5), W), r"\(2, 5\).*\(8, 4\)"),
     "bias": (lambda: ops.linear(X, W, torch.randn(7)), r"bias has shape \(7,\), expected \(8,\)"),
@@ -362,6 +374,83 @@ BAD = {
     "no heads": (lambda: ops.attention(*[torch.randn(2, 5, 0, 16)] * 3), r"start at 1"),
     "attention": (lambda: ops.attention(X, X, X), r"\(B, Tq, H, d\)"),
     "packed": (lambda: ops.attention_qkvpacked(torch.randn(1, 2, 4, 1, 8)), r"\(1, 2, 4, 1, 8\), expected"),
+    "bias's dimensions": (
+        lambda: ops.attention(Q, Q, Q, bias=torch.zeros(4, 4)),
+        r"bias has shape \(4, 4\); accepted: .*\(B, H, Tq, Tk\) = \(2, 2, 4, 4\)",
+    ),
+    "bias's shape": (lambda: ops.attention(Q, Q, Q, bias=torch.zeros(2, 3, 4, 4)), r"bias has shape \(2, 3, 4, 4\)"),
+    "bias's dtype": (lambda: ops.attention(Q, Q, Q, bias=torch.zeros(1, 1, 4, 4).bool()), r"bias has dtype torch.bool"),
+    "bias and table": (
+        lambda: ops.attention(Q, Q, Q, bias=torch.zeros(1, 1, 4, 4), rel_pos_table=TABLE, window=(2, 2)),
+        r"bias and rel_pos_table exclude each other",
+    ),
+    "table alone": (lambda: ops.attention(Q, Q, Q, rel_pos_table=TABLE), r"window is missing"),
+    "window alone": (lambda: ops.attention(Q, Q, Q, window=(2, 2)), r"rel_pos_table is missing"),
+    "table's window": (
+        lambda: ops.attention(Q, Q, Q, rel_pos_table=TABLE, window=(4, 1)),
+        r"rel_pos_table has shape \(9, 2\); a window of 4x1 and 2 heads take \(7, 2\), or \(10, 2\) with a class token",
+    ),
+    "table's heads": (
+        lambda: ops.attention(Q, Q, Q, rel_pos_table=TABLE[:, :1], window=(2, 2)),
+        r"shape \(9, 1\); a window of 2x2 and 2 heads",
+    ),
+    "table's tokens": (
+        lambda: ops.attention(Q, Q, Q, rel_pos_table=torch.zeros(12, 2), window=(2, 2)),
+        r"4 queries and 4 keys; .* 12 rows for a window of 2x2 takes 5",
+    ),
+    "window": (lambda: ops.attention(Q, Q, Q, rel_pos_table=TABLE, window=(0, 2)), r"window=\(0, 2\).*at least 1"),
+    "key_mask's shape": (
+        lambda: ops.attention(Q, Q, Q, key_mask=torch.ones(2, 3).bool()),
+        r"key_mask has shape \(2, 3\).*expected \(B, Tk\) = \(2, 4\)",
+    ),
+    "key_mask's dtype": (lambda: ops.attention(Q, Q, Q, key_mask=torch.ones(2, 4)), r"dtype torch.float32; expected"),
+    "starts of a batch": (lambda: ops.attention(Q, Q, Q, cu_seqlens=STARTS, max_seqlen=4), r"a batch of 2; .*B = 1"),
+    "starts' dtype": (lambda: sequences(STARTS.long()), r"shape \(3,\) and dtype torch.int64 on cpu; .*torch.int32"),
+    "starts' shape": (lambda: sequences(STARTS[:1]), r"shape \(1,\).*expected \(n \+ 1,\)"),
+    "starts' end": (lambda: sequences(STARTS - 1), r"goes from -1 to 3; expected 0 to 4"),
+    "falling starts": (lambda: sequences(torch.tensor([0, 3, 2, 4]).int()), r"has 3 and then 2, sequence 1"),
+    "longest": (lambda: sequences(STARTS, max_seqlen=2), r"has 0 and then 3, sequence 0.*max_seqlen=2"),
+    "no longest": (lambda: sequences(STARTS, max_seqlen=None), r"max_seqlen=None; expected one tensor and one int"),
+    "longest alone": (lambda: ops.attention(Q, Q, Q, max_seqlen=4), r"max_seqlen=4 without cu_seqlens"),
+    "starts of keys": (
+        lambda: sequences((STARTS, torch.tensor([0, 4]).int()), max_seqlen=(4, 4)),
+        r"2 and 1 sequences; they must be as many",
+    ),
+    "starts and a bias": (
+        lambda: sequences(STARTS, bias=torch.zeros(1, 1, 4, 4)),
+        r"cu_seqlens and bias can't be combined",
+    ),
+    "starts and a mask": (
+        lambda: sequences(STARTS, key_mask=torch.ones(1, 4).bool()),
+        r"cu_seqlens and key_mask can't be combined",
+    ),
+    "dropout": (lambda: ops.attention(Q, Q, Q, dropout_p=1.0), r"dropout_p=1.0; accepted: from 0 to below 1"),
+    "no seed": (lambda: ops.attention(Q, Q, Q, dropout_p=0.1), r"dropout_p=0.1 with a seed None; expected int64"),
+    "seed": (
+        lambda: ops.attention(Q, Q, Q, dropout_p=0.1, seed=torch.zeros(2)),
+        r"a seed of shape \(2,\) and dtype torch.float32; expected int64 of one element",
+    ),
+    "queries turned": (lambda: ops.attention(Q[:, :2], Q, Q, rope=tuple(ANGLES)), r"ops.rotate: q \(2, 2, 2, 8\)"),
+    "rotation": (lambda: ops.rotate(Q, Q[:, :3], *ANGLES), r"q \(2, 4, 2, 8\), k \(2, 3, 2, 8\)"),
+    "odd heads": (lambda: ops.rotate(Q[..., :7], Q[..., :7], *ANGLES), r"head dim 7 is odd"),
+    "angles": (
+        lambda: ops.rotate(Q[:, :2], Q[:, :2], *ANGLES),
+        r"cos has shape \(3, 8\).*\(2, T', 8\) with T' up to 2$",
+    ),
+    "angles of images": (lambda: ops.rotate(Q, Q, *torch.ones(2, 3, 3, 8)), r"cos has shape \(3, 3, 8\)"),
+    "sines": (lambda: ops.rotate(Q, Q, ANGLES[0], ANGLES[1][:2]), r"sin has shape \(2, 8\), expected \(3, 8\)"),
+    "learned angles": (lambda: ops.rotate(Q, Q, ANGLES[0], ANGLES[1].clone().requires_grad_()), r"no gradient"),
+    "rows": (lambda: ops.attention_rows(Q, Q, LSE, (0, 4, -5)), r"rows \[4, -5\]; accepted: from -4 to 3"),
+    "rows of a tensor": (lambda: ops.attention_rows(Q, Q, LSE, torch.tensor([4])), r"rows \[4\]; accepted"),
+    "rows in int32": (lambda: ops.attention_rows(Q, Q, LSE, torch.zeros(1).int()), r"int32 on cpu; expected \(R,\)"),
+    "lse": (lambda: ops.attention_rows(Q, Q, LSE[:1], (0,)), r"lse has shape \(1, 2, 4\), expected \(2, 2, 4\)"),
+    "rows of heads": (lambda: ops.attention_rows(Q, X, LSE, (0,)), r"k \(2, 3, 4\); expected .*\(B, Tk, H, d\)"),
+    "rows' table": (
+        lambda: ops.attention_rows(Q, Q, LSE, (0,), rel_pos_table=torch.ones(9, 2), window=(2, 3)),
+        r"rel_pos_table has shape \(9, 2\)",
+    ),
+    "grid": (lambda: ops.attention_distance(Q, Q, LSE, (5, 1)), r"a grid of 5x1 patches; accepted: from 1 to the 4"),
+    "distance": (lambda: ops.attention_distance(Q, Q[:, :3], LSE, (2, 2)), r"4 queries and 3 keys"),
     "channels": (lambda: ops.patch_embed(torch.randn(1, 4, 8, 8), torch.randn(6, 3, 4, 4)), r"3 channels"),
     "patches": (lambda: ops.patch_embed(torch.randn(1, 3, 9, 8), torch.randn(6, 3, 4, 4)), r"9x8.*4x4"),
     "positions": (

@@ -30,6 +30,52 @@ def test_packed_attention_is_attention() -> None:
     assert torch.equal(reference.attention_qkvpacked(qkv), reference.attention(*qkv.unbind(2)))
 
 
+@pytest.mark.parametrize("what", ["plain", "bias", "table", "mask"])
+def test_rows_of_attention_are_the_softmax(what: str) -> None:
+    q, k = torch.randn(2, 2, 7, 3, 8).double()
+    modifiers = {
+        "plain": {},
+        "bias": {"bias": torch.randn(1, 3, 7, 7).double()},
+        "table": {"rel_pos_table": torch.randn(3 * 5 + 3, 3).double(), "window": (2, 3)},
+        "mask": {"key_mask": torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0] * 7]).bool()},
+    }[what]
+    _, lse = reference.attention(q, k, k, scale=0.3, return_lse=True, **modifiers)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.3
+    scores = (
+        scores
+        + {
+            "plain": lambda: 0,
+            "bias": lambda: modifiers["bias"],
+            "table": lambda: reference.table_bias(modifiers["rel_pos_table"], (2, 3)),
+            "mask": lambda: torch.where(modifiers["key_mask"], 0, -math.inf)[:, None, None],
+        }[what]()
+    )
+    rows = torch.tensor([3, 0, -1])
+    found = reference.attention_rows(q, k, lse, rows, scale=0.3, **modifiers)
+    torch.testing.assert_close(found, scores.softmax(-1)[:, :, rows].nan_to_num(0))
+
+
+def test_attention_distance_weighs_the_distance_of_patches() -> None:
+    """Of a 2 x 3 grid of 4 x 5 pixels behind a class token, whose weight counts for nothing."""
+    q, k = torch.randn(2, 2, 7, 3, 8).double()
+    _, lse = reference.attention(q, k, k, return_lse=True)
+    p = (torch.einsum("bqhd,bkhd->bhqk", q, k) * 8**-0.5).softmax(-1)[..., 1:, 1:]
+    at = [(y * 4, x * 5) for y in range(2) for x in range(3)]
+    expected = sum(p[..., i, j] * math.dist(at[i], at[j]) for i in range(6) for j in range(6)) / 6
+    torch.testing.assert_close(reference.attention_distance(q, k, lse, (2, 3), patch_size=(4, 5)), expected)
+
+
+@pytest.mark.parametrize("of_images", [False, True])
+def test_rotation_turns_pairs_of_half_a_head_apart(of_images: bool) -> None:
+    """As complex numbers times e^(i angle), all tokens but the first two."""
+    q, k = torch.randn(2, 2, 7, 3, 8).double()
+    angles = torch.randn(*[2] * of_images, 5, 4).double()
+    cos, sin = (f(angles).repeat(*[1] * of_images, 1, 2) for f in (torch.cos, torch.sin))
+    for x, turned in zip((q, k), reference.rotate(q, k, cos, sin), strict=True):
+        pairs = torch.complex(*x[:, 2:].chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
+        torch.testing.assert_close(turned, torch.cat([x[:, :2], torch.cat([pairs.real, pairs.imag], -1)], 1))
+
+
 @pytest.mark.parametrize("prefix_position", [True, False])
 def test_patch_embed_is_a_projection_of_flattened_patches(prefix_position: bool) -> None:
     images, weight, bias = torch.randn(2, 3, 8, 12).double(), torch.randn(6, 3, 4, 2).double(), torch.randn(6).double()

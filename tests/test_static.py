@@ -85,7 +85,8 @@ def _check(compiled: static.Compiled, half: bool) -> None:
     if not half:
         assert "tf32" not in compiled.ptx, f"{where}: tf32 in a float32 kernel"
     elif compiled.has_dot:
-        few_rows = "ROWS=16" in compiled.constants  # one query: wgmma and tcgen05 start at 64 rows
+        # One query, a row of a window, or tiles for many registers: wgmma and tcgen05 start at 64 rows.
+        few_rows = any(f"ROWS={n}," in compiled.constants for n in (16, 32))
         wanted = "HMMA" if few_rows else {90: "HGMMA", 100: "tcgen05"}.get(compiled.arch, "HMMA")
         found = wanted in compiled.ptx if wanted == "tcgen05" else wanted in compiled.instructions()
         assert found, f"{where}: no {wanted}"
@@ -118,6 +119,13 @@ def test_every_variation_compiles_and_passes_its_gates(workload: static.Workload
     assert added
     for one in added:
         _check(static.compile_launch(one, arch), half=True)
+
+
+@pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in ARCHITECTURES])
+@pytest.mark.parametrize("call", static.ATTENTIONS, ids=str)
+def test_attention_with_modifiers_compiles_and_passes_its_gates(call: static.Attention, arch: int) -> None:
+    for one in static.attention_launches(call, arch).launches:
+        _check(static.compile_launch(one, arch), call.dtype != torch.float32)
 
 
 def _tile(one: Any) -> tuple[Any, ...]:

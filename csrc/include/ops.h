@@ -195,6 +195,37 @@ void attention_table_gradient(
     double scale,
     const Array& dtable);  // (R, H) float32, contiguous
 
+// out[b, h, r] = exp(scale q[b, rows[r], h] k^T + bias - lse): rows of attention's weights. A row with lse = -inf is 0.
+void attention_rows(
+    const Device& device,
+    const Array& q,     // (B, Tq, H, d) float16 or bfloat16, last stride 1, others multiples of 8
+    const Array& k,     // (B, Tk, H, d)
+    const Array& lse,   // (B, H, Tq) float32, contiguous
+    const Array& rows,  // (R,) int64, contiguous, from the end where negative; NaN comes of one that is no row
+    const Array& bias,  // (B, H, R, Tk) float32, any strides, or none
+    double scale,
+    const Array& out);  // (B, H, R, Tk) float32, contiguous
+
+// partials[s] (blocks, B, H) float32, contiguous: this block's part of the mean over the patches i of sum_j p_ij |i - j|.
+// The last height * width tokens are the patches, by lines; a patch is patch_height x patch_width.
+void attention_distance(
+    const Device& device, const Array& q, const Array& k, const Array& lse, double scale, int64_t height, int64_t width,
+    double patch_height, double patch_width, const Array& partials);
+
+// How many blocks that is.
+int64_t attention_distance_blocks(const Device& device, int64_t patches);
+
+// x cos + half(x) sin for x in (q, k), half(x) = (-x[d/2:], x[:d/2]); with inverse the transpose of that.
+void rope(
+    const Device& device,
+    const Array& q,        // (B, T, H, d) float16 or bfloat16, last stride 1, others multiples of 8
+    const Array& k,        // (B, T, H, d)
+    const Array& cos,      // (T', d) or (B, T', d) any, contiguous: of the last T' tokens, the others are copied
+    const Array& sin,      // like cos
+    int64_t inverse,       // 0 or 1
+    const Array& q_out,    // (B, T, H, d), may be q
+    const Array& k_out);   // (B, T, H, d), may be k
+
 // Patches of images to tokens, prefix tokens first.
 void patch_embed_forward(
     const Device& device,

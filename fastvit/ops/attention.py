@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastvit import reference
 from fastvit.ops import attention_modifiers, backends, checks
 from fastvit.ops.attention_modifiers import SCHEMA, Modifiers
-from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, register
+from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, register, unit_stride
+from fastvit.ops.rope import rotate
 
 
 def attention(
@@ -26,6 +27,7 @@ def attention(
     rel_pos_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
     key_mask: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
     max_seqlen: int | tuple[int, int] | None = None,
     dropout_p: float = 0.0,
@@ -45,6 +47,7 @@ def attention(
             (yi - yj + h - 1) * (2w - 1) + xi - xj + w - 1. With 3 rows more a class token comes first, and they are
             for the class token's query with any key, any query with its key, and both its own. It has a gradient.
         key_mask: (B, Tk) bool, True = kept: the others are no keys at all.
+        rope: (cos, sin): q and k are turned first, as :func:`fastvit.ops.rope.rotate` says; Tq = Tk.
         cu_seqlens: (n + 1,) int32: B = 1, and the n sequences that start there, the last of which ends at T, attend
             each to itself. Two of them where queries and keys are packed differently. Not with bias, rel_pos_table or
             key_mask. On a CPU its values are checked; on a GPU nothing waits for them, and tokens outside every
@@ -74,6 +77,8 @@ def attention(
     checks.same_device("attention", q, k=k, v=v)
     if not autocasting(q):
         checks.same_dtype("attention", q=q, k=k, v=v)
+    if rope is not None:
+        q, k = rotate(q, k, *rope)
     given = attention_modifiers.check(
         "attention", q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]),
         bias=bias, rel_pos_table=rel_pos_table, window=window, key_mask=key_mask, cu_seqlens=cu_seqlens,
@@ -98,12 +103,13 @@ def attention_qkvpacked(
     rel_pos_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
     key_mask: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`attention` on q, k, v = qkv.unbind(2), with one packed gradient.
+    """:func:`attention` on q, k, v = qkv.unbind(2), with one packed gradient (but for rope, which makes new q and k).
 
     Args:
         qkv: (B, T, 3, H, d) floating, as a fused projection writes it.
@@ -118,6 +124,13 @@ def attention_qkvpacked(
     checks.floating("attention_qkvpacked", qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
         raise ValueError(f"ops.attention_qkvpacked: qkv has shape {tuple(qkv.shape)}, expected (B, T, 3, H, d)")
+    if rope is not None:
+        q, k, v = qkv.unbind(2)
+        return attention(
+            *rotate(q, k, *rope), v,
+            scale=scale, return_lse=return_lse, bias=bias, rel_pos_table=rel_pos_table, window=window,
+            key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
     batch, tokens, _, heads, _ = qkv.shape
     given = attention_modifiers.check(
         "attention_qkvpacked", qkv, (batch, heads, tokens, tokens),
@@ -144,17 +157,13 @@ def _differentiable_twice(op: str, needs_grad: bool) -> AbstractContextManager[N
 # --- the ops: (tensors, scale, backend, *modifiers) -> (out, lse) ---------------------------------------------
 
 
-def _unit_stride(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
     keywords = Modifiers(*modifiers).for_launcher(q, k)
-    return launchers(backend).attention_forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), scale, **keywords)
+    return launchers(backend).attention_forward(unit_stride(q), unit_stride(k), unit_stride(v), scale, **keywords)
 
 
 def _forward_packed(qkv: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
-    q, k, v = _unit_stride(qkv).unbind(2)
+    q, k, v = unit_stride(qkv).unbind(2)
     return _forward(q, k, v, scale, backend, *modifiers)
 
 
@@ -218,7 +227,7 @@ def _backward_into(
     dlearned = _learned_gradient(given, wanted, lse)
     if wanted:
         keywords["dtable" if given.bias is None else "dbias"] = dlearned
-    dout, q, k, v = (_unit_stride(t) for t in (dout, q, k, v))
+    dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))
     launchers(backend).attention_backward(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, **keywords)
     return dlearned
 

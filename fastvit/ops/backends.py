@@ -23,7 +23,10 @@ log = logging.getLogger("fastvit")
 BACKENDS = ("auto", "reference", "onednn", "triton", "cuda")
 KERNELS = ("triton", "cuda")  # those that run through torch.ops.fastvit
 ONEDNN_OPS = ("linear", "mlp")  # the others run PyTorch's own kernels under onednn, as on the reference
-OPS = ("patch_embed", "layer_norm", "linear", "mlp", "attention", "attention_qkvpacked")
+OPS = (
+    "patch_embed", "layer_norm", "linear", "mlp", "rotate",
+    "attention", "attention_qkvpacked", "attention_rows", "attention_distance",
+)  # fmt: skip
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
 
@@ -191,6 +194,8 @@ def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor], modifiers: Itera
                 return f"dtype {dtype} is not supported; accepted: {_names(KERNEL_DTYPES[1:])}"
     if op.startswith("attention") and (x.shape[-1] % 8 or not 32 <= x.shape[-1] <= MAX_HEAD_DIM):
         return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8 from 32 to {MAX_HEAD_DIM}"
+    if op == "rotate" and x.shape[-1] % 8:
+        return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8"
     for name in modifiers:
         if name not in cuda.ATTENTION_MODIFIERS:
             return f"{name} is not supported; accepted: {', '.join(cuda.ATTENTION_MODIFIERS) or 'plain attention'}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -384,6 +385,33 @@ def attention_backward(
         _library.attention_bias_gradient(q, *modifiers, dout, q, k, v, lse, delta, scale, dbias)
     if dtable is not None:
         _library.attention_table_gradient(q, *modifiers, dout, q, k, v, lse, delta, scale, dtable)
+
+
+def attention_rows(
+    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, scale: float, *, bias: Tensor | None = None
+) -> Tensor:
+    """(B, H, R, Tk), as :func:`fastvit.triton.attention_rows.attention_rows`; d is a multiple of 8 from 32 to 128."""
+    shape = (q.shape[0], q.shape[2], rows.shape[0], k.shape[1])
+    out = torch.empty(shape, dtype=torch.float32, device=q.device)
+    _library.attention_rows(q, _aligned(q), _aligned(k), lse, rows, bias, float(scale), out)
+    return out
+
+
+def attention_distance(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, grid: Sequence[int], patch_size: Sequence[float]
+) -> Tensor:
+    """(B, H), as :func:`fastvit.triton.attention_rows.attention_distance`."""
+    blocks = _library.attention_distance_blocks(q, grid[0] * grid[1])
+    partials = torch.empty((blocks, q.shape[0], q.shape[2]), dtype=torch.float32, device=q.device)
+    _library.attention_distance(q, _aligned(q), _aligned(k), lse, float(scale), *grid, *patch_size, partials)
+    return sum_partials(partials)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """(q', k'), as :func:`fastvit.triton.rope.rope`; d is a multiple of 8."""
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    _library.rope(q, _aligned(q), _aligned(k), _aligned(cos), _aligned(sin), int(inverse), q_out, k_out)
+    return q_out, k_out
 
 
 def patch_embed_forward(

@@ -90,6 +90,18 @@ def attention_qkvpacked_backward(dout: Tensor, dlse: Tensor | None, qkv: Tensor,
     return attention_backward(dout, dlse, q, k, v, *rest)
 
 
+@register_flop_formula(torch.ops.fastvit.attention_rows)
+def attention_rows(q: Shape, k: Shape, lse: Shape, rows: Shape, *_: Any, **__: Any) -> int:
+    """The scores of the rows that are asked for."""
+    return 2 * prod(k) * rows[0]
+
+
+@register_flop_formula(torch.ops.fastvit.attention_distance)
+def attention_distance(q: Shape, k: Shape, lse: Shape, scale: float, grid: Any, *_: Any, **__: Any) -> int:
+    """The scores of all patches."""
+    return 2 * prod(k) // k[1] * prod(grid) ** 2
+
+
 @register_flop_formula(torch.ops.fastvit.patch_embed)
 def patch_embed(images: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
     """As the strided convolution: every pixel meets every output channel once."""

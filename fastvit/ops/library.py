@@ -67,6 +67,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def unit_stride(t: Tensor) -> Tensor:
+    """t with a contiguous last dimension; a copy only where strides demand it."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x (..., D) as (M, D) with the last dimension contiguous; a copy only where strides demand it."""
     x = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x

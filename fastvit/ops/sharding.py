@@ -15,6 +15,7 @@ from torch.distributed.tensor.experimental import register_sharding
 # r: a parameter, whole on every rank; p: a parameter's gradient, each rank holding its images' part; -: no tensor.
 # Of attention's modifiers: a: a bias, by batch where it has one, else as r; l: the gradient of the bias or the table;
 # t: a table, by heads; !: what is counted over all images (packed sequences, a dropout's seed): they stay together.
+# c: a rotation's angles, by batch where they have one.
 _MODIFIERS = "a r - b ! ! - - - !"
 _BY_BATCH = {
     "patch_embed": ("b r r r r r r - -", "b"),
@@ -25,18 +26,24 @@ _BY_BATCH = {
     "linear_backward": ("b b r r r r - b b b - r b - -", "b p p p p p"),
     "mlp": ("b r r r r r r - - b - r b - -", "b b b b"),
     "mlp_backward": ("b b r r r r r r - b b b - - r b - -", "b p p p p p p p"),
+    "rotate": ("b b c c - -", "b b"),
     "attention": (f"b b b - - {_MODIFIERS}", "b b"),
     "attention_backward": (f"b b b b b b b - - {_MODIFIERS} -", "b b b l"),
     "attention_qkvpacked": (f"b - - {_MODIFIERS}", "b b"),
     "attention_qkvpacked_backward": (f"b b b b b - - {_MODIFIERS} -", "b l"),
+    "attention_rows": ("b b b r a - -", "b"),
+    "attention_distance": ("b b b - - - -", "b"),
 }
 # Where the heads are, in each tensor argument and result of the attention ops; packed sequences are no obstacle here.
 _MODIFIERS_BY_HEADS = "a t - r r r - - - !"
 _BY_HEADS = {
+    "rotate": ("2 2 c c - -", "2 2"),
     "attention": (f"2 2 2 - - {_MODIFIERS_BY_HEADS}", "2 1"),
     "attention_backward": (f"2 1 2 2 2 2 1 - - {_MODIFIERS_BY_HEADS} -", "2 2 2 l"),
     "attention_qkvpacked": (f"3 - - {_MODIFIERS_BY_HEADS}", "2 1"),
     "attention_qkvpacked_backward": (f"2 1 3 2 1 - - {_MODIFIERS_BY_HEADS} -", "3 l"),
+    "attention_rows": ("2 2 1 r a - -", "1"),
+    "attention_distance": ("2 2 1 - - - -", "1"),
 }
 _PLACES: dict[str, Placement | None] = {"b": Shard(0), "r": Replicate(), "p": Partial(), "!": Replicate(), "-": None}
 _PLACES |= {"t": Shard(1), **{str(n): Shard(n) for n in (1, 2, 3)}}
@@ -50,11 +57,12 @@ def _strategy(letters: tuple[str, str], args: tuple[Any, ...], dim: int) -> tupl
     A bias has its part of what is shared (images: 0, heads: 1) in dimension ``dim``; absent tensors have no placement.
     """
     inputs, outputs = (one.split() for one in letters)
-    given = {letter: arg for letter, arg in zip(inputs, args, strict=True) if arg is not None and letter in "at!"}
+    given = {letter: arg for letter, arg in zip(inputs, args, strict=True) if arg is not None and letter in "act!"}
     if "!" in given:
         return None
     split = "a" in given and given["a"].shape[dim] > 1
-    places = {**_PLACES, "a": Shard(dim) if split else Replicate()}
+    angles = "c" in given and dim == 0 and given["c"].ndim == 3
+    places = {**_PLACES, "a": Shard(dim) if split else Replicate(), "c": Shard(0) if angles else Replicate()}
     places["l"] = Shard(dim) if split or "t" in given else Partial()
     arguments = [None if arg is None else places[letter] for letter, arg in zip(inputs, args, strict=True)]
     return [places[o] for o in outputs], arguments

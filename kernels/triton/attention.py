@@ -6,6 +6,8 @@ exp2, one sum. Then come the full blocks of keys, if there are any, each rescali
 it (Milakov and Gimelshein 2018; Dao 2023, algorithm 1). Where registers allow, the table asks for no blocks:
 every key is in the first pieces and nothing is ever rescaled.
 
+What changes the scores (a bias, absent keys, sequences packed in one row...) is in ``attention_scores.py``.
+
 A head dim is cut into power-of-two pieces too (72 = 64 + 8 of 16), so it is never padded to the next power of two.
 q, k and v are read through their own strides: views of a packed (B, T, 3, H, d) tensor need no copy.
 """
@@ -21,9 +23,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.triton import tiles
+from fastvit.triton.attention_scores import (
+    LOG2_E,
+    Modifiers,
+    dropout_factor,
+    modified,
+    modifiers,
+    sequence,
+    softmax_shift,
+)
 from fastvit.triton.launch import architecture, before, dot, launch, narrow, pieces, precision, store
-
-LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.constexpr_function
@@ -33,10 +42,20 @@ def last(pieces, i):
 
 
 @triton.jit
-def head_rows(pointer, strides, image, head, UNIT: tl.constexpr):
-    """(where one head of one image starts, the step from token to token); strides are (image, token, head) / UNIT."""
+def head_rows(pointer, strides, image, head, UNIT: tl.constexpr, start=0):
+    """(token ``start`` of one head of one image, the step to the next); strides are (image, token, head) / UNIT."""
     step = tl.full((), UNIT, tl.int64)
-    return pointer + image * (strides[0] * step) + head * (strides[2] * step), strides[1] * step
+    first = pointer + image * (strides[0] * step) + head * (strides[2] * step) + start * (strides[1] * step)
+    return first, strides[1] * step
+
+
+@triton.jit
+def full_blocks(length, BLOCK: tl.constexpr):
+    """How many of ``length`` rows come in full blocks, with something left to be last; 0 for a BLOCK of 0."""
+    rows = 0
+    if BLOCK:
+        rows = tl.maximum(length - 1, 0) // BLOCK * BLOCK
+    return rows
 
 
 @triton.jit
@@ -111,37 +130,50 @@ def _attend(
     start,
     keys,
     scale_log2,
+    modifiers,
+    site,  # (image, head, H, its queries (ROWS,), Tq)
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,  # pieces of the keys to add, which begin at ``start``
     DIM: tl.constexpr,
     PIECES: tl.constexpr,
     EDGE: tl.constexpr,  # the last of these keys is the last key; no keys came before
+    MODIFIED: tl.constexpr,  # scores are scaled at once, to be modified; else their maximum is that of q k^T
     PRECISION: tl.constexpr,
 ):
     """One step of the online softmax."""
+    image, head, heads, queries, count = site
     highest, total, acc = state
     top = highest
     scores, values = (), ()
     for j in tl.static_range(len(KEYS)):
         at = start + before(KEYS, j)
         s = products(q, load_rows(k, at, keys, KEYS[j], DIM, PIECES, EDGE and last(KEYS, j)), ROWS, KEYS[j], PRECISION)
+        columns = at + tl.arange(0, KEYS[j])
+        if MODIFIED:
+            s = modified(s * scale_log2, modifiers, image, head, heads, queries[:, None], columns[None, :], count, keys)
         if EDGE and last(KEYS, j):
-            s = tl.where((at + tl.arange(0, KEYS[j]) < keys)[None, :], s, float("-inf"))
+            s = tl.where((columns < keys)[None, :], s, float("-inf"))
         values += (load_rows(v, at, keys, KEYS[j], DIM, PIECES, EDGE and last(KEYS, j)),)
         top = tl.maximum(top, tl.max(s, 1))
         scores += (s,)
     if not EDGE:
-        shrink = tl.math.exp2((highest - top) * scale_log2)
+        shrink = tl.math.exp2(highest - softmax_shift(top) if MODIFIED else (highest - top) * scale_log2)
         total *= shrink
         acc = scaled(acc, shrink[:, None])
     for j in tl.static_range(len(KEYS)):
-        p = tl.math.exp2(scores[j] * scale_log2 - (top * scale_log2)[:, None])
+        if MODIFIED:
+            p = tl.math.exp2(scores[j] - softmax_shift(top)[:, None])
+        else:
+            p = tl.math.exp2(scores[j] * scale_log2 - (top * scale_log2)[:, None])
         total += tl.sum(p, 1)
+        if modifiers.seed_ptr is not None:
+            columns = start + before(KEYS, j) + tl.arange(0, KEYS[j])
+            p *= dropout_factor(modifiers, image * heads + head, queries[:, None], columns[None, :])
         acc = add_products(acc, p, values[j], PRECISION)
     return top, total, acc
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "keys"])
+@triton.jit(do_not_specialize=["heads", "queries", "keys", "longest"])
 def attention_forward_kernel(
     q_ptr,  # (B, Tq, H, d)
     k_ptr,  # (B, Tk, H, d)
@@ -155,49 +187,73 @@ def attention_forward_kernel(
     heads,  # H
     queries,  # Tq
     keys,  # Tk
+    longest,  # Tq, or at least as many queries as any packed sequence has
     scale,
+    modifiers,  # see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
     ROWS: tl.constexpr,  # query rows of a program
     REST: tl.constexpr,  # pieces of the keys that do not fill a block
     BLOCK: tl.constexpr,  # keys in a full block; 0: they are all in REST
+    MODIFIED: tl.constexpr,  # whether the modifiers change the scores
     PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(queries, ROWS)
+    blocks = tl.cdiv(longest, ROWS)
     row = tl.program_id(0) // blocks  # image * H + head
     first = tl.program_id(0) % blocks * ROWS
     image, head = row // heads, row % heads
-    q = head_rows(q_ptr, q_strides, image, head, UNIT)
-    k = head_rows(k_ptr, k_strides, image, head, UNIT)
-    v = head_rows(v_ptr, v_strides, image, head, UNIT)
-    out = head_rows(out_ptr, out_strides, image, head, UNIT)
+    q_start, q_length, holder = sequence(modifiers.cu_q_ptr, image, queries)
+    k_start, k_length, _ = sequence(modifiers.cu_k_ptr, image, keys)
+    if modifiers.cu_q_ptr is not None and first >= q_length:
+        return
+    q = head_rows(q_ptr, q_strides, holder, head, UNIT, q_start)
+    k = head_rows(k_ptr, k_strides, holder, head, UNIT, k_start)
+    v = head_rows(v_ptr, v_strides, holder, head, UNIT, k_start)
+    out = head_rows(out_ptr, out_strides, holder, head, UNIT, q_start)
+    rows = first + tl.arange(0, ROWS)
+    site = image, head, heads, rows, q_length
 
-    # The highest score must also be the highest scaled score: q takes the scale's sign, which is exact.
-    q = scaled(load_rows(q, first, queries, ROWS, DIM, PIECES, True), tl.where(scale < 0, -1.0, 1.0))
-    scale_log2 = tl.maximum(tl.abs(scale) * LOG2_E, 1e-37)  # not 0: -inf, the score of an absent key, stays -inf
+    q = load_rows(q, first, q_length, ROWS, DIM, PIECES, True)
+    scale_log2 = scale * LOG2_E
+    if not MODIFIED:
+        # The highest score must also be the highest scaled score: q takes the scale's sign, which is exact.
+        q = scaled(q, tl.where(scale < 0, -1.0, 1.0))
+        scale_log2 = tl.maximum(tl.abs(scale) * LOG2_E, 1e-37)  # not 0: -inf, the score of an absent key, stays -inf
 
     state = tl.full((ROWS,), float("-inf"), tl.float32), tl.full((ROWS,), 0.0, tl.float32), zero_rows(ROWS, PIECES)
-    full = (keys - 1) // BLOCK * BLOCK if BLOCK else 0
-    state = _attend(state, q, k, v, full, keys, scale_log2, ROWS, REST, DIM, PIECES, True, PRECISION)
+    full = full_blocks(k_length, BLOCK)
+    state = _attend(
+        state, q, k, v, full, k_length, scale_log2, modifiers, site, ROWS, REST, DIM, PIECES, True, MODIFIED, PRECISION
+    )
     if BLOCK:
         for start in range(0, full, BLOCK):
-            state = _attend(state, q, k, v, start, keys, scale_log2, ROWS, (BLOCK,), DIM, PIECES, False, PRECISION)
+            state = _attend(
+                state, q, k, v, start, k_length, scale_log2, modifiers, site,
+                ROWS, (BLOCK,), DIM, PIECES, False, MODIFIED, PRECISION,
+            )  # fmt: skip
     highest, total, acc = state
 
-    store_rows(out, first, queries, scaled(acc, 1 / total[:, None]), ROWS, DIM, PIECES)
-    rows = first + tl.arange(0, ROWS)
-    lse = (highest * scale_log2 + tl.math.log2(total)) / LOG2_E
-    tl.store(lse_ptr + row.to(tl.int64) * queries + rows, lse, mask=rows < queries)
+    lse = tl.math.log2(total)
+    if MODIFIED:  # a row without a key: zeros, -inf
+        lse += highest
+        total = tl.where(total == 0, 1.0, total)
+    else:
+        lse += highest * scale_log2
+    store_rows(out, first, q_length, scaled(acc, 1 / total[:, None]), ROWS, DIM, PIECES)
+    at = (holder * heads + head).to(tl.int64) * queries + q_start
+    tl.store(lse_ptr + at + rows, lse / LOG2_E, mask=rows < q_length)
 
 
-def choose(kernel: str, tensor: Tensor, owned: int, length: int) -> dict[str, Any]:
+def choose(kernel: str, tensor: Tensor, owned: int, length: int, modified: bool = False) -> dict[str, Any]:
     """The table's tile for ``kernel`` on ``tensor`` (B, T, H, d) with ``owned`` rows to own, ``length`` to go through.
 
-    Of the derived ones it is the first that takes them.
+    Of the derived ones it is the first that takes them. ``modified``: with modifiers, which need registers of their
+    own; for those only derived tiles exist.
     """
     batch, _, heads, head_dim = tensor.shape
     limits = {"max_head_dim": head_dim, "max_owned": owned, "max_length": length}
+    kernel = f"modified_{kernel}" if modified else kernel
 
     def derived() -> dict[str, Any]:
         for row in tiles.rows("attention", architecture(tensor), tensor.dtype):
@@ -205,6 +261,8 @@ def choose(kernel: str, tensor: Tensor, owned: int, length: int) -> dict[str, An
                 return row
         raise ValueError(f"attention kernels take a head dim of 1 to 128, got {head_dim}")
 
+    if modified:
+        return derived()
     return tiles.choose(
         "attention", tensor, tensor.dtype, batch, derived,
         kernel=kernel, heads=heads, head_dim=head_dim, owned=owned, length=length,
@@ -223,31 +281,81 @@ def cut(row: dict[str, Any], head_dim: int, owned: int, length: int) -> dict[str
     }
 
 
-def in_units(**tensors: Tensor) -> dict[str, Any]:
+def in_units(*, packed: bool = False, **tensors: Tensor) -> dict[str, Any]:
     """Strides of (image, token, head) for every (B, T, H, d) tensor, divided by their common UNIT of at most 8.
 
     Multiplied by a constant again in the kernel, they tell the compiler that rows are 16-byte aligned, which
-    Triton finds out by itself only for strides of 16 elements: those of d = 72 or 88 are not.
+    Triton finds out by itself only for strides of 16 elements: those of d = 72 or 88 are not. Sequences packed in one
+    row have an image stride of 0, as theirs would differ with every mix.
     """
-    unit = math.gcd(8, *(s for x in tensors.values() for s in x.stride()[:3]))
-    strides = {f"{name}_strides": tuple(s // unit for s in x.stride()[:3]) for name, x in tensors.items()}
+    given = {name: (0 if packed else x.stride(0), *x.stride()[1:3]) for name, x in tensors.items()}
+    unit = math.gcd(8, *(s for strides in given.values() for s in strides))
+    strides = {f"{name}_strides": tuple(s // unit for s in strides) for name, strides in given.items()}
     return {**{f"{name}_ptr": x for name, x in tensors.items()}, **strides, "UNIT": unit}
 
 
+def images(tensor: Tensor, cu: Tensor | None) -> int:
+    """How many images ``tensor`` (B, T, H, d) holds, or sequences if it is packed."""
+    return tensor.shape[0] if cu is None else cu.shape[0] - 1
+
+
+def work(
+    kernel: str, tensor: Tensor, owned: int, length: int, given: Modifiers, tile: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the tile, the constants) of ``kernel`` whose programs own rows of ``tensor`` (B, T, H, d).
+
+    Packed sequences have lengths that only the device knows: one block for all of them, nothing that fits one.
+    """
+    packed, modified = given.cu_q_ptr is not None, any(member is not None for member in given)
+    if packed:
+        owned = length = 2**31
+    tile = tile or choose(kernel, tensor, owned, length, modified)
+    constants = cut(tile, tensor.shape[3], owned, length)
+    if packed:
+        constants["REST"] = (tile["block"],)
+    return tile, {
+        "modifiers": given,
+        **constants,
+        "MODIFIED": given.change_scores,
+        "PRECISION": precision(tensor.dtype),
+    }
+
+
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, tile: dict[str, Any] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    table: Tensor | None = None,
+    window: tuple[int, int] | list[int] | None = None,
+    key_mask: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale) v and the logarithm of the softmax's denominator.
+    """softmax(q k^T * scale + bias) v and the logarithm of the softmax's denominator.
 
     Args:
         q: (B, Tq, H, d) float16, bfloat16 or float32, d from 1 to 128.
         k, v: (B, Tk, H, d) in q's dtype. The last dimension of all three is contiguous, other strides are free.
         scale: factor of the scores, of any sign.
+        bias: (B, H, Tq, Tk) floating, any strides, 0 where it is broadcast.
+        table, window: ((2h-1)(2w-1) [+3], H) floating and (h, w), instead of a bias.
+        key_mask: (B, Tk) bool, True = kept.
+        cu_q, cu_k: (n + 1,) int32, where the n sequences in the one row of q, and of k and v, start; max_q and max_k:
+            at least their longest.
+        dropout_p, seed: the rate, and an int64 tensor of one element; no dropout without a seed.
         tile: in place of the table's: rows, block, piece, head_piece, warps, stages.
 
     Returns:
         out (B, Tq, H, d) contiguous, in q's dtype, and lse (B, H, Tq) float32, the natural logarithm of
-        sum(exp(q k^T * scale)). With no key (Tk = 0), out is 0 and lse is -inf.
+        sum(exp(q k^T * scale + bias)). A row without a key has 0 and -inf.
 
     Raises:
         ValueError: the head dim is above 128.
@@ -260,19 +368,22 @@ def attention_forward(
     lse = torch.empty((batch, heads, queries), device=q.device, dtype=torch.float32)
     if keys == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    tile = tile or choose("forward", q, queries, keys)
-    constants = cut(tile, head_dim, queries, keys)
+    given = modifiers(
+        bias=bias, table=table, window=window, key_mask=key_mask, cu_q=cu_q, cu_k=cu_k, dropout_p=dropout_p, seed=seed
+    )
+    tile, constants = work("forward", q, queries, keys, given, tile)
+    longest = queries if cu_q is None else max_q
     args = {
-        **in_units(q=q, k=k, v=v, out=out),
+        **in_units(packed=cu_q is not None, q=q, k=k, v=v, out=out),
         "lse_ptr": lse,
         "heads": heads,
         "queries": queries,
         "keys": keys,
+        "longest": longest,
         "scale": float(scale),
         **constants,
-        "PRECISION": precision(q.dtype),
     }
-    grid = (triton.cdiv(queries, constants["ROWS"]) * batch * heads,)
+    grid = (triton.cdiv(longest, constants["ROWS"]) * images(q, cu_q) * heads,)
     hot = q.dtype != torch.float32
     launch(attention_forward_kernel, grid, args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)
     return out, lse

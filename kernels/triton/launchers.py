@@ -3,6 +3,7 @@
 from fastvit.triton.activations import activation_gradient
 from fastvit.triton.attention import attention_forward
 from fastvit.triton.attention_backward import attention_backward
+from fastvit.triton.attention_rows import attention_distance, attention_rows
 from fastvit.triton.layer_norm import layer_norm_backward, layer_norm_forward
 from fastvit.triton.linear import linear_forward
 from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient, scale_rows
@@ -12,11 +13,14 @@ from fastvit.triton.patch_embed import (
     patch_embed_row_gradients,
     patch_embed_weight_gradient,
 )
+from fastvit.triton.rope import rope
 
 __all__ = [
     "activation_gradient",
     "attention_backward",
+    "attention_distance",
     "attention_forward",
+    "attention_rows",
     "layer_norm_backward",
     "layer_norm_forward",
     "linear_forward",
@@ -26,5 +30,6 @@ __all__ = [
     "patch_embed_image_gradient",
     "patch_embed_row_gradients",
     "patch_embed_weight_gradient",
+    "rope",
     "scale_rows",
 ]

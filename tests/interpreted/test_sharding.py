@@ -45,6 +45,23 @@ def _worker(rank: int, port: int) -> None:
         by_heads = ops.attention_qkvpacked(distribute_tensor(qkv, mesh, [Shard(3)]))
         assert by_heads.placements == (Shard(2),)
         torch.testing.assert_close(by_heads.full_tensor(), ops.attention_qkvpacked(qkv))
+        q, k, _ = (t.contiguous() for t in qkv.unbind(2))
+        _, lse = ops.attention(q, k, k, return_lse=True)
+        angles = torch.randn(2, 2, 4, 16)
+        for dim in (0, 2):
+            place, lse_place = [Shard(dim)], [Shard(min(dim, 1))]
+            parts = [distribute_tensor(t, mesh, place) for t in (q, k)]
+            by_image = [distribute_tensor(t, mesh, [Shard(0) if dim == 0 else Replicate()]) for t in angles]
+            for turned, whole in zip(ops.rotate(*parts, *by_image), ops.rotate(q, k, *angles), strict=True):
+                assert turned.placements == tuple(place)
+                torch.testing.assert_close(turned.full_tensor(), whole)
+            parts.append(distribute_tensor(lse, mesh, lse_place))
+            far = ops.attention_distance(*parts, (2, 2))
+            assert far.placements == tuple(lse_place)
+            torch.testing.assert_close(far.full_tensor(), ops.attention_distance(q, k, lse, (2, 2)))
+            first = ops.attention_rows(*parts, distribute_tensor(torch.tensor([0]), mesh, [Replicate()]))
+            assert first.placements == tuple(lse_place)
+            torch.testing.assert_close(first.full_tensor(), ops.attention_rows(q, k, lse, (0,)))
     dist.destroy_process_group()
 
 

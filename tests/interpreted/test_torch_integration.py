@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -25,8 +27,12 @@ FULL = [
         "linear-merge",
         "linear-norm-gelu",
         "mlp-gelu",
+        "rotate-prefix",
         "attention-lse",
         "attention_qkvpacked-17x64",
+        "attention-bias",
+        "attention_qkvpacked-table",
+        "attention_qkvpacked-packed",
     )
 ]
 
@@ -97,7 +103,61 @@ def test_batch_and_tokens_are_dynamic_without_recompiling() -> None:
     assert sum(len(graph.graph.nodes) > 0 for graph in counter.graphs) == 1
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+def test_every_mix_of_sizes_is_one_compilation() -> None:
+    """Packed sequences: neither their number, nor their lengths, nor the longest, nor the total compiles again."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=True)
+    def step(qkv, cu_seqlens, longest):
+        return ops.attention_qkvpacked(qkv, cu_seqlens=cu_seqlens, max_seqlen=longest)
+
+    for lengths in ((3, 5), (4, 2, 9), (1, 0, 7, 16)):
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        qkv = torch.randn(1, sum(lengths), 3, 2, 16, requires_grad=True)
+        out = step(qkv, starts, max(lengths))
+        alone = [ops.attention_qkvpacked(x) for x in qkv.split(lengths, 1)]
+        torch.testing.assert_close(out, torch.cat(alone, 1))
+        (gradient,) = torch.autograd.grad(out.square().sum(), qkv)
+        torch.testing.assert_close(gradient, torch.autograd.grad(torch.cat(alone, 1).square().sum(), qkv)[0])
+    assert counter.frame_count == 1
+
+
+def _weights() -> dict[str, Any]:
+    """Calls of the ops that look at attention's weights: no gradient, so that all there is of them is forward."""
+    q, k = torch.randn(2, 2, 7, 2, 16)
+    _, lse = ops.attention(q, k, k, return_lse=True)
+    return {
+        "rows": lambda: ops.attention_rows(q, k, lse, torch.tensor([0, -1]), bias=torch.ones(1, 2, 7, 7)),
+        "distance": lambda: ops.attention_distance(q, k, lse, (2, 3), patch_size=(4.0, 4.0)),
+    }
+
+
+@pytest.mark.parametrize("name", ["rows", "distance"])
+def test_attentions_weights(name: str) -> None:
+    torch._dynamo.reset()
+    call = _weights()[name]
+    with _Calls() as seen:
+        expected = call()
+    ((op, args),) = seen.calls
+    torch.library.opcheck(op, args)
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert call().dtype == torch.float32
+
+
+def test_rotations_have_second_derivatives() -> None:
+    case = next(c for c in CASES if str(c) == "rotate-prefix")
+    args = case.args(torch.float32, "cpu")
+    second = []
+    for backend in ("triton", "reference"):
+        with fastvit.backend(backend):
+            first = torch.autograd.grad(sum((o**3).sum() for o in case.kernel(**args)), args["q"], create_graph=True)[0]
+            second.append(torch.autograd.grad((first**2).sum(), args["q"])[0])
+    torch.testing.assert_close(*second)
+
+
+@pytest.mark.parametrize("case", [c for c in FULL if c.op != "rotate"], ids=str)
 def test_second_derivatives_are_refused(case: Case) -> None:
     args = case.args(torch.float32, "cpu")
     leaves = [v for v in args.values() if isinstance(v, torch.Tensor) and v.requires_grad][:2]

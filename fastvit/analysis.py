@@ -1,0 +1,175 @@
+"""What a Vision Transformer attends to: attention maps, attention rollout, mean attention distance.
+
+Every number comes out of the fused kernels: they run as in inference, save the log-sum-exp of each row, and the weights
+that are wanted are computed from it, a row or a block of rows at a time. No T x T matrix is ever in memory.
+
+The functions take any :class:`fastvit.ViT` on any backend. The model runs in eval mode without gradients and is left as
+it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.layers import Attention
+from fastvit.layers.attention import head_norm
+from fastvit.layers.patch_embed import image_size
+from fastvit.models import ViT
+
+ROWS = 64  # rows of attention that are in memory at once
+
+_Result = TypeVar("_Result")
+
+
+class Rollout(NamedTuple):
+    """What :func:`rollout` returns."""
+
+    weights: Tensor  # (B, T): how much of each token of the first block; they sum to 1
+    grid: Tensor  # (B, h, w): those of the patches, where they are in the image
+
+
+class _Heads(NamedTuple):
+    """The attention of one block, before it is taken."""
+
+    q: Tensor  # (B, T, H, d)
+    k: Tensor
+    lse: Tensor  # (B, H, T)
+    scale: float
+
+    def rows(self, rows: Sequence[int] | Tensor) -> Tensor:
+        """(B, H, R, T)."""
+        return ops.attention_rows(self.q, self.k, self.lse, rows, scale=self.scale)
+
+
+def attention_maps(model: ViT, images: Tensor, rows: Sequence[int] = (0,)) -> Tensor:
+    """What some tokens attend to, in every block.
+
+    Args:
+        model: the ViT.
+        images: as its ``forward`` takes them.
+        rows: tokens by their index, which may count from the end; the class token is 0.
+
+    Returns:
+        (blocks, B, H, R, T): the softmax of the scores, in float32. Tokens are prefix tokens, then patches in raster
+        order; ``maps[..., model.num_prefix_tokens:].unflatten(-1, grid)`` are images.
+
+    Raises:
+        ValueError: a row that the model does not have.
+        TypeError: a block whose attention is not ours.
+    """
+    return torch.stack(_each_block(model, images, lambda heads: heads.rows(rows)))
+
+
+def rollout(model: ViT, images: Tensor) -> Rollout:
+    """Attention rollout (Abnar and Zuidema, 2020; appendix D.7 of the ViT paper): where the output comes from.
+
+    In each block the weights are averaged over the heads to A, and with the residual beside the attention to
+    (A + I) / 2, whose rows sum to 1; the matrices of all blocks are multiplied. Of the product only the row of the
+    class token is computed, or the mean of the patches' rows in a model without one: a row vector times one matrix
+    after the other, from the last block to the first, so that only q, k and the log-sum-exp of every block are kept.
+
+    Args:
+        model: the ViT.
+        images: as its ``forward`` takes them.
+
+    Returns:
+        ``weights`` (B, T) and those of the patches as a ``grid`` (B, h, w), both float32.
+
+    Raises:
+        TypeError: a block whose attention is not ours.
+    """
+    kept = _each_block(model, images, lambda heads: heads)
+    prefix, grid = model.num_prefix_tokens, _grid(model, images)
+    batch, tokens = kept[0].q.shape[:2] if kept else (images.shape[0], prefix + grid[0] * grid[1])
+    first = torch.zeros(batch, tokens, device=next(model.parameters()).device)
+    first[:, slice(1) if model.has_class_token else slice(prefix, None)] = 1
+    weights = first / first.sum(-1, keepdim=True)
+    with torch.no_grad():
+        while kept:
+            weights = (weights + _through(kept.pop(), weights)) / 2
+    return Rollout(weights, weights[:, prefix:].unflatten(-1, grid))
+
+
+def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
+    """How far each head looks, in pixels (figures 7 and 11 of the ViT paper), see ``fastvit.ops.attention_distance``.
+
+    Args:
+        model: the ViT.
+        images: as its ``forward`` takes them.
+
+    Returns:
+        (blocks, B, H) float32: the mean over the patches of the distance to the patches that they attend to.
+
+    Raises:
+        TypeError: a block whose attention is not ours.
+    """
+    grid = _grid(model, images)
+    height, width = model.patch_embed.patch_size
+    patch = (float(height), float(width))
+    return torch.stack(
+        _each_block(
+            model,
+            images,
+            lambda heads: ops.attention_distance(
+                heads.q, heads.k, heads.lse, grid, patch_size=patch, scale=heads.scale
+            ),
+        )
+    )
+
+
+def _through(heads: _Heads, weights: Tensor) -> Tensor:
+    """weights (B, T) times the block's attention, averaged over its heads: (B, T)."""
+    tokens = torch.arange(weights.shape[1], device=weights.device)
+    parts = [
+        torch.einsum("br,bhrt->bt", weights[:, rows], heads.rows(rows)) / heads.q.shape[2]
+        for rows in tokens.split(ROWS)
+    ]
+    return torch.stack(parts).sum(0)
+
+
+def _grid(model: ViT, images: Tensor) -> tuple[int, int]:
+    """(h, w): the patches of these images."""
+    h, w = model.patch_embed.dynamic_feat_size(image_size(images, model.in_chans))
+    return h, w
+
+
+def _each_block(model: ViT, images: Tensor, look: Callable[[_Heads], _Result]) -> list[_Result]:
+    """look(the heads of a block) for every block, as the images go through the model."""
+    found = []
+    with _evaluated(model), torch.no_grad():
+        x = model._embed(images)
+        for i, block in enumerate(model.blocks):
+            found.append(look(_heads(block, i, x)))
+            if i + 1 < len(model.blocks):
+                x = block(x)
+    return found
+
+
+def _heads(block: Any, index: int, x: Tensor) -> _Heads:
+    """The queries and keys that a block makes of its input x (B, T, D), and their log-sum-exp."""
+    attn = getattr(block, "attn", None)
+    if not isinstance(attn, Attention):
+        raise TypeError(f"the attention of block {index} is {type(attn).__name__}; accepted: fastvit.layers.Attention")
+    qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+    q, k, v = qkv.unbind(2)
+    q, k = head_norm(attn.q_norm, q), head_norm(attn.k_norm, k)
+    _, lse = ops.attention(q, k, v, scale=attn.scale, return_lse=True)
+    return _Heads(q, k, lse, attn.scale)
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards every module as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

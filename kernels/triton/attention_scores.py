@@ -1,0 +1,137 @@
+"""What changes the scores of attention: bias, relative position table, absent keys, packed sequences, dropout.
+
+The kernels take one argument for all of it, :class:`Modifiers`, and ask the functions here. Which of its members are
+None is known to the compiler: code for what is not used does not exist.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+class Modifiers(NamedTuple):
+    """As the kernels see them; None where there is none."""
+
+    bias_ptr: Any = None  # (B, H, Tq, Tk) floating
+    bias_strides: Any = None  # (image, head, query, key), 0 where it is broadcast
+    table_ptr: Any = None  # (R, H) floating, contiguous; R = (2h-1)(2w-1), + 3 with a class token
+    window: Any = None  # (h, w, 1 with a class token else 0)
+    mask_ptr: Any = None  # (B, Tk) uint8, not 0 where a key is kept
+    mask_strides: Any = None  # (image, key)
+    cu_q_ptr: Any = None  # (n + 1,) int32, where each sequence's queries start
+    cu_k_ptr: Any = None  # (n + 1,) int32
+    seed_ptr: Any = None  # (1,) int64
+    threshold: Any = None  # a weight is dropped where its 32 random bits are below this
+    gain: Any = None  # 1 / (1 - p): what the other weights are multiplied by
+
+    @property
+    def change_scores(self) -> bool:
+        """Whether a score may be another than scale * q k^T, and a row without any key."""
+        return any(t is not None for t in (self.bias_ptr, self.table_ptr, self.mask_ptr, self.cu_q_ptr))
+
+
+NONE = Modifiers()
+
+
+def modifiers(
+    *,
+    bias: Tensor | None = None,
+    table: Tensor | None = None,
+    window: tuple[int, int] | list[int] | None = None,
+    key_mask: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Modifiers:
+    """The kernels' argument from the launchers' keywords."""
+    given: dict[str, Any] = {}
+    if bias is not None:
+        given |= {"bias_ptr": bias, "bias_strides": bias.stride()}
+    if table is not None and window is not None:
+        h, w = window
+        prefix = int(table.shape[0] > (2 * h - 1) * (2 * w - 1))
+        given |= {"table_ptr": table.contiguous(), "window": (h, w, prefix)}
+    if key_mask is not None:
+        given |= {"mask_ptr": key_mask.view(torch.uint8), "mask_strides": key_mask.stride()}
+    if cu_q is not None and cu_k is not None:
+        given |= {"cu_q_ptr": cu_q.contiguous(), "cu_k_ptr": cu_k.contiguous()}
+    if seed is not None:
+        given |= {"seed_ptr": seed, "threshold": math.floor(dropout_p * 2**32), "gain": 1 / (1 - dropout_p)}
+    return Modifiers(**given)
+
+
+@triton.jit
+def sequence(cu_ptr, image, tokens):
+    """(where an image's tokens start, how many they are, which image of the tensors they are in) of ``tokens`` there.
+
+    What ``cu_ptr`` says is cut to the tokens that exist.
+    """
+    start, length, holder = 0, tokens, image
+    if cu_ptr is not None:
+        start = tl.minimum(tl.maximum(tl.load(cu_ptr + image), 0), tokens)
+        length = tl.minimum(tl.maximum(tl.load(cu_ptr + image + 1), start), tokens) - start
+        holder = 0
+    return start, length, holder
+
+
+@triton.jit
+def modified(s, modifiers, image, head, heads, i, j, queries, keys):
+    """s + bias for queries i and keys j of one head, in units of log2; -inf where a key is absent.
+
+    i and j broadcast to the shape of s, so a tile may have its queries along either axis. What lies beyond the last
+    query or key is not loaded, and only its being finite is of any use.
+    """
+    inside = (i < queries) & (j < keys)
+    if modifiers.bias_ptr is not None:
+        strides = modifiers.bias_strides
+        start = modifiers.bias_ptr + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+        bias = tl.load(start + i.to(tl.int64) * strides[2] + j.to(tl.int64) * strides[3], mask=inside, other=0.0)
+        s += bias.to(tl.float32) * LOG2_E
+    if modifiers.table_ptr is not None:
+        h, w, prefix = modifiers.window[0], modifiers.window[1], modifiers.window[2]
+        across, last = 2 * w - 1, (2 * h - 1) * (2 * w - 1) + 2
+        patch_i, patch_j = i - prefix, j - prefix
+        # (yi - yj + h - 1) (2w - 1) + xi - xj + w - 1: what i gives less what j takes
+        row = (patch_i // w + h - 1) * across + patch_i % w + w - 1 - (patch_j // w * across + patch_j % w)
+        row = tl.where(j < prefix, last - 1, row)
+        row = tl.where(i < prefix, tl.where(j < prefix, last, last - 2), row)
+        bias = tl.load(modifiers.table_ptr + row * heads + head, mask=inside, other=0.0)
+        s += bias.to(tl.float32) * LOG2_E
+    if modifiers.mask_ptr is not None:
+        strides = modifiers.mask_strides
+        start = modifiers.mask_ptr + image.to(tl.int64) * strides[0]
+        kept = tl.load(start + j.to(tl.int64) * strides[1], mask=j < keys, other=0)
+        s = tl.where(kept != 0, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def dropout_factor(modifiers, row, i, j):
+    """What each weight of queries i and keys j is multiplied by: 0 or gain. ``row`` is image * H + head.
+
+    Word 0 of Philox4x32-10 (Salmon et al., 2011) with counter (j, i, row, 0), the seed for a key.
+    """
+    bits, _, _, _ = tl.philox(tl.load(modifiers.seed_ptr), j, i, row, 0)
+    dropped = bits < tl.full((), modifiers.threshold, tl.uint32)
+    return tl.where(dropped, 0.0, modifiers.gain)
+
+
+@triton.jit
+def softmax_shift(top):
+    """What a row's scores are lowered by: their highest, or 0 for a row without a key, whose weights are then all 0."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def backward_lse(lse):
+    """The log-sum-exp as backward subtracts it: for a row without a key it is +inf, so that its weights are 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse)

@@ -1,0 +1,149 @@
+"""fastvit.analysis against its definitions on attention that is materialised block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvit
+from fastvit import ViT, analysis, ops
+
+SMALL: dict[str, Any] = {
+    "img_size": (24, 40), "patch_size": (8, 10), "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "no class token": {"class_token": False, "global_pool": "avg"},
+    "registers, qk norm, LayerScale": {"reg_tokens": 4, "qk_norm": True, "init_values": 0.5, "qkv_bias": False},
+    "dropout": {"drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3, "patch_drop_rate": 0.3},
+    "any size": {"dynamic_img_size": True},
+    "pixels": {"mean": (0.5,) * 3, "std": (0.2,) * 3},
+}
+
+
+def build(name: str) -> tuple[ViT, Tensor]:
+    """A model with every parameter off its start, and two images."""
+    model = ViT(**SMALL | MODELS[name])
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    size = (32, 30) if name == "any size" else (24, 40)
+    images = torch.randn(2, 3, *size)
+    return model, torch.randint(0, 256, images.shape, dtype=torch.uint8) if name == "pixels" else images
+
+
+@contextmanager
+def softmaxes(model: ViT) -> Iterator[list[Tensor]]:
+    """Every block's weights (B, H, T, T) as they pass its dropout, unfused."""
+    found: list[Tensor] = []
+    hooks = []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        hooks.append(block.attn.attn_drop.register_forward_hook(lambda _, args, __: found.append(args[0])))
+    yield found
+    for block, hook in zip(model.blocks, hooks, strict=True):
+        block.attn.fused_attn = True
+        hook.remove()
+
+
+def weights(model: ViT, images: Tensor) -> list[Tensor]:
+    """The same of the model in eval mode."""
+    training = model.training
+    with softmaxes(model) as found, torch.no_grad(), fastvit.backend("reference"):
+        model.eval().forward_features(images)
+    model.train(training)
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_maps_are_the_softmax(name: str) -> None:
+    model, images = build(name)
+    expected = torch.stack(weights(model, images))
+    maps = analysis.attention_maps(model, images)
+    assert maps.shape == (3, 2, 4, 1, expected.shape[-1])
+    torch.testing.assert_close(maps, expected[..., :1, :], rtol=0, atol=1e-5)
+    maps = analysis.attention_maps(model, images, rows=(2, -1))
+    torch.testing.assert_close(maps, expected[..., [2, -1], :], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 64])
+@pytest.mark.parametrize("name", MODELS)
+def test_rollout_is_the_product_of_all_blocks(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis, "ROWS", rows)
+    model, images = build(name)
+    blocks = weights(model, images)
+    product = unit = torch.eye(blocks[0].shape[-1])
+    for block in blocks:
+        mixed = block.mean(1) + unit
+        product = mixed / mixed.sum(-1, keepdim=True) @ product
+    prefix = model.num_prefix_tokens
+    expected = product[:, 0] if model.has_class_token else product[:, prefix:].mean(1)
+    found = analysis.rollout(model, images)
+    torch.testing.assert_close(found.weights, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.weights.sum(-1), torch.ones(2))
+    h, w = images.shape[2] // 8, images.shape[3] // 10
+    assert found.grid.shape == (2, h, w)
+    assert torch.equal(found.grid[:, 1, 2], found.weights[:, prefix + w + 2])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mean_attention_distance_is_in_pixels(name: str) -> None:
+    """Patches of 8 by 10 pixels: two beside each other are 10 apart, one below the other 8."""
+    model, images = build(name)
+    h, w, prefix = images.shape[2] // 8, images.shape[3] // 10, model.num_prefix_tokens
+    centres = [(8 * y, 10 * x) for y in range(h) for x in range(w)]
+    distance = torch.tensor([[math.dist(a, b) for b in centres] for a in centres])
+    expected = [(block[..., prefix:, prefix:] * distance).sum(-1).mean(-1) for block in weights(model, images)]
+    found = analysis.mean_attention_distance(model, images)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_heads_that_look_everywhere_alike_see_the_mean_distance() -> None:
+    model, images = build("no class token")
+    for block in model.blocks:
+        nn.init.zeros_(block.attn.qkv.weight)
+        nn.init.zeros_(block.attn.qkv.bias)
+    centres = [(8 * y, 10 * x) for y in range(3) for x in range(4)]
+    mean = sum(math.dist(a, b) for a in centres for b in centres) / 144
+    torch.testing.assert_close(analysis.mean_attention_distance(model, images), torch.full((3, 2, 4), mean))
+    assert torch.allclose(analysis.rollout(model, images).weights, torch.full((2, 12), 1 / 12))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Its modes, its weights and its gradients; dropout in training is not drawn."""
+    model, images = build("dropout")
+    model.train()
+    model.blocks[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    for look in (analysis.attention_maps, analysis.rollout, analysis.mean_attention_distance):
+        first, again = look(model, images), look(model, images)
+        for a, b in zip(*((x,) if isinstance(x, Tensor) else x for x in (first, again)), strict=True):
+            assert torch.equal(a, b) and not a.requires_grad
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_no_more_rows_at_once_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of T x T is in memory: the largest piece of weights has ROWS rows."""
+    monkeypatch.setattr(analysis, "ROWS", 3)
+    seen: list[int] = []
+    rows = ops.attention_rows
+    monkeypatch.setattr(ops, "attention_rows", lambda *a, **kw: (seen.append(len(a[3])), rows(*a, **kw))[1])
+    analysis.rollout(*build("class token"))
+    assert max(seen) == 3 and sum(seen) == 3 * 13
+
+
+def test_what_is_refused() -> None:
+    model, images = build("class token")
+    with pytest.raises(ValueError, match=r"rows \[13\]; accepted: from -13 to 12"):
+        analysis.attention_maps(model, images, rows=(0, 13))
+    model.blocks[1].attn = nn.Identity()
+    with pytest.raises(TypeError, match=r"block 1 is Identity; accepted: fastvit.layers.Attention"):
+        analysis.rollout(model, images)
