@@ -182,6 +182,8 @@ struct Op<launcher> {
   _(swiglu_forward)                  \
   _(activation_gradient)             \
   _(linear_forward)                  \
+  _(fold_norm)                       \
+  _(linear_folded_forward)           \
   _(linear_input_gradient)           \
   _(linear_weight_gradient)          \
   _(linear_weight_gradient_splits)   \
