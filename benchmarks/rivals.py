@@ -22,7 +22,7 @@ from benchmarks import networks
 from benchmarks.cells import Unavailable
 from benchmarks.roofline import Work
 from fastvit import ops, reference, static
-from fastvit.ops import rope
+from fastvit.ops import cublas, rope
 from fastvit.ops.backends import BACKENDS
 
 Arguments = dict[str, Any]
@@ -214,6 +214,38 @@ def _varlen_packed(op: str, arguments: Arguments) -> Function:
     return run
 
 
+def _cublaslt(op: str, arguments: Arguments) -> Function:
+    """cuBLASLt with its own epilogues where PyTorch reaches them, and PyTorch's kernels for the rest."""
+    if tensors(arguments)[0].device.type != "cuda":
+        raise Unavailable("cuBLASLt multiplies on CUDA devices only")
+    return with_epilogues(op)
+
+
+def with_epilogues(op: str) -> Function:
+    """``linear`` or ``mlp`` by ``addmm`` with a bias, ``_addmm_activation`` and the like: as backend cuda's library.
+
+    Backward, whose own kernels are autograd's, the pre-activation is kept: ``_addmm_activation`` has no derivative.
+    """
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor, *, norm: reference.Norm | None = None, **rest: Any) -> Tensor:
+        if norm is not None:
+            x = reference.normalise(x, *norm, weight.dtype)
+        fused = {"activation": None, "residual": None, "gamma": None, "row_scale": None, **rest}
+        if fused["residual"] is not None:
+            fused["residual"] = fused["residual"].flatten(0, -2)
+        out, _ = cublas.linear_forward(x.flatten(0, -2), weight, bias, **fused, save_preact=torch.is_grad_enabled())
+        return out.unflatten(0, x.shape[:-1])
+
+    def mlp(
+        x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, *, norm: Any, **rest: Any
+    ) -> Tensor:
+        hidden = linear(x, fc1_weight, fc1_bias, norm=norm, activation="gelu")
+        return linear(hidden, fc2_weight, fc2_bias, **rest)
+
+    functions: dict[str, Function] = {"linear": linear, "mlp": mlp}
+    return functions[op]
+
+
 def _unfolded(op: str, arguments: Arguments) -> Function:
     """The patches copied out as rows, then one matrix product."""
 
@@ -227,6 +259,7 @@ def _unfolded(op: str, arguments: Arguments) -> Function:
 
 OURS = {"fastvit": _fastvit("auto")} | {f"fastvit-{name}": _fastvit(name) for name in BACKENDS[1:]}
 COMMON: dict[str, Make] = {BASELINE: _eager, "torch-compile": _compiled, **OURS}
+LINEAR: dict[str, Make] = {**COMMON, "cublaslt": _cublaslt}
 ATTENTION: dict[str, Make] = {  # torch.compile has nothing to fuse in it
     BASELINE: _eager,
     "sdpa-flash": _sdpa("flash"),
@@ -357,11 +390,17 @@ CASES = {
     ),
     "rotate": Case("rotate", _rotated),
     "linear+norm": Case(
-        "linear", lambda random, s: {**_product(random, s, 3 * s.width), "norm": _norm(random, s.width)}
+        "linear", lambda random, s: {**_product(random, s, 3 * s.width), "norm": _norm(random, s.width)}, LINEAR
     ),
-    "linear+residual": Case("linear", lambda random, s: {**_product(random, s, s.width), **_residual(random, s)}),
-    "linear+gelu": Case("linear", lambda random, s: {**_product(random, s, s.hidden), "activation": "gelu"}),
-    "mlp": Case("mlp", _mlp),
+    "linear+residual": Case(
+        "linear", lambda random, s: {**_product(random, s, s.width), **_residual(random, s)}, LINEAR
+    ),
+    "linear+gelu": Case("linear", lambda random, s: {**_product(random, s, s.hidden), "activation": "gelu"}, LINEAR),
+    # The JAX checkpoints' GELU, and the only one that is an epilogue of cuBLASLt.
+    "linear+gelu_tanh": Case(
+        "linear", lambda random, s: {**_product(random, s, s.hidden), "activation": "gelu_tanh"}, LINEAR
+    ),
+    "mlp": Case("mlp", _mlp, LINEAR),
     "layer_norm": Case("layer_norm", _layer_norm),
     "layer_norm+residual": Case("layer_norm", lambda random, s: {**_layer_norm(random, s), **_residual(random, s)}),
     "patch_embed": Case("patch_embed", _patch_embed, {**COMMON, "unfold": _unfolded}),

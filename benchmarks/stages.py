@@ -103,6 +103,8 @@ def _tune(name: str, model: str, batch: int) -> Stage:
     )
 
 
+_LIBRARY = "--backend cuda --models vit_base_patch16_224 vit_large_patch16_224 vit_huge_patch14_224 --batch 256 32 1"
+
 INSTALL = Stage(
     "install",
     "-m pip install --no-index --no-deps --no-build-isolation --quiet -e .",
@@ -117,6 +119,12 @@ TUNING = (
     _tune("H", "vit_huge_patch14_224", 128),
     _tune("B", "vit_base_patch16_224", 32),
     _tune("B", "vit_base_patch16_224", 1),
+    Stage(
+        "tune-cuda",
+        f"-m fastvit tune {_LIBRARY} --budget 420 --out kernels/triton/tables/measured",
+        "who runs the products of backend cuda, its kernels or cuBLASLt, and whether norms are folded in",
+        f"-m fastvit tune {_LIBRARY} --dry-run --arch 90",
+    ),
 )
 STAGES = (
     INSTALL,

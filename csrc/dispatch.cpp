@@ -24,6 +24,9 @@ void attention_table_gradient(
 void linear_forward(
     const Device&, const Array& x, const Array& weight, const Array& bias, const std::string& activation,
     const Array& residual, const Array& gamma, const Array& row_scale, const Array& out, const Array& preact);
+void linear_folded_forward(
+    const Device&, const Array& x, const Array& weight, const Array& sums, const Array& offsets, const Array& mean,
+    const Array& rstd, const std::string& activation, const Array& out);
 void linear_input_gradient(
     const Device&, const Array& dout, const Array& weight, const Array& gamma, const Array& preact,
     const std::string& activation, const Array& dx, const Array& hidden);
@@ -40,6 +43,9 @@ bool linear_takes(int64_t m, int64_t n, int64_t k);
 void linear_forward(
     const Device&, const Array& x, const Array& weight, const Array& bias, const std::string& activation,
     const Array& residual, const Array& gamma, const Array& row_scale, const Array& out, const Array& preact);
+void linear_folded_forward(
+    const Device&, const Array& x, const Array& weight, const Array& sums, const Array& offsets, const Array& mean,
+    const Array& rstd, const std::string& activation, const Array& out);
 void linear_input_gradient(
     const Device&, const Array& dout, const Array& weight, const Array& gamma, const Array& preact,
     const std::string& activation, const Array& dx, const Array& hidden);
@@ -104,6 +110,17 @@ void linear_forward(
   }
 #endif
   sm80::linear_forward(device, x, weight, bias, activation, residual, gamma, row_scale, out, preact);
+}
+
+void linear_folded_forward(
+    const Device& device, const Array& x, const Array& weight, const Array& sums, const Array& offsets,
+    const Array& mean, const Array& rstd, const std::string& activation, const Array& out) {
+#ifdef FASTVIT_SM90
+  if (hopper(device) && sm90::linear_takes(x.size[0], weight.size[0], weight.size[1])) {
+    return sm90::linear_folded_forward(device, x, weight, sums, offsets, mean, rstd, activation, out);
+  }
+#endif
+  sm80::linear_folded_forward(device, x, weight, sums, offsets, mean, rstd, activation, out);
 }
 
 void linear_input_gradient(

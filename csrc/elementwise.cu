@@ -1,5 +1,5 @@
 // What only passes over memory: sums of partial results, scaled and rounded rows, SwiGLU, the gradient of an
-// activation, and the last step of a weight's gradient. Every operand is moved once, 16 bytes a lane of the widest
+// activation, the last step of a weight's gradient, and a norm's parameters multiplied into the weight after it. Every operand is moved once, 16 bytes a lane of the widest
 // operand where rows, strides and addresses allow that, else value by value in the same kernels.
 //
 // Rows map to blocks by lanes: a block of up to 256 threads takes several narrow rows or an even part of a wide one, so
@@ -178,6 +178,25 @@ __global__ void __launch_bounds__(kThreads) activation_gradient_kernel(
   });
 }
 
+// The sum of every thread's value, for thread 0. They meet in shared memory, (warps,) float32 from `meeting` on.
+__device__ __forceinline__ float block_sum(float value, float* meeting) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  if (threadIdx.x % 32 == 0) meeting[threadIdx.x / 32] = value;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) value += meeting[w];
+  }
+  return value;
+}
+
+// The value at `place` of a vector.
+__device__ __forceinline__ float at(const Matrix& vector, int64_t place) {
+  Vector<float, 1> value;
+  load<Any>(value, vector, 0, static_cast<int>(place));
+  return value.at[0];
+}
+
 // A block takes a row n. T: the dtype of weight and dweight.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) finish_weight_gradient_kernel(
@@ -190,12 +209,7 @@ __global__ void __launch_bounds__(kThreads) finish_weight_gradient_kernel(
     float* dgamma,   // (N',), or null
     int width) {     // K
   const int64_t row = blockIdx.x;
-  const auto at_row = [&](const Matrix& vector) {
-    Vector<float, 1> value;
-    load<Any>(value, vector, 0, static_cast<int>(row));
-    return value.at[0];
-  };
-  const float scale = gamma ? at_row(gamma) : 1;
+  const float scale = gamma ? at(gamma, row) : 1;
   float dot = 0;
   for (int column = threadIdx.x * N; column < width; column += blockDim.x * N) {
     Vector<float, N> gradient;
@@ -212,17 +226,55 @@ __global__ void __launch_bounds__(kThreads) finish_weight_gradient_kernel(
     store<T>(dweight, row, column, scaled);
   }
   if (dgamma) {
-    float* of_warps = reinterpret_cast<float*>(shared_memory());  // (warps,)
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = dot;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) dot += of_warps[w];
-      dgamma[row] = bias ? fmaf(at_row(bias), sums[row], dot) : dot;
-    }
+    dot = block_sum(dot, reinterpret_cast<float*>(shared_memory()));
+    if (threadIdx.x == 0) dgamma[row] = bias ? fmaf(at(bias, row), sums[row], dot) : dot;
   }
   if (threadIdx.x == 0 && gamma && sums) sums[row] *= scale;
+}
+
+// f(i, value i) for the N values of a vector from `column` on.
+template <int N, class F>
+__device__ __forceinline__ void for_each_of(const Matrix& vector, int column, F f) {
+  with_type<Any>(vector.dtype, [&](auto type) {
+    Vector<decltype(type), N> values;
+    load<decltype(type)>(values, static_cast<const decltype(type)*>(vector.data) + column);
+#pragma unroll
+    for (int i = 0; i < N; ++i) f(i, to_float(values.at[i]));
+  });
+}
+
+// A block takes a row n. T: the dtype of weight and folded.
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads) fold_norm_kernel(
+    Matrix weight,       // (N', K)
+    Matrix bias,         // (N',), or none
+    Matrix norm_weight,  // (K,), or none
+    Matrix norm_bias,    // (K,), or none
+    Matrix folded,       // (N', K)
+    float* sums,         // (N',)
+    float* offsets,      // (N',)
+    int width) {         // K
+  const int64_t row = blockIdx.x;
+  float sum = 0, offset = 0;
+  for (int column = threadIdx.x * N; column < width; column += blockDim.x * N) {
+    Vector<T, N> w;
+    load<T>(w, weight, row, column);
+    float product[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) product[i] = to_float(w.at[i]);
+    if (norm_bias) for_each_of<N>(norm_bias, column, [&](int i, float b) { offset = fmaf(product[i], b, offset); });
+    if (norm_weight) for_each_of<N>(norm_weight, column, [&](int i, float g) { product[i] *= g; });
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum += to_float(from_float<T>(product[i]));  // what the products will be made of
+    store<T>(folded, row, column, product);
+  }
+  float* meeting = reinterpret_cast<float*>(shared_memory());  // (2, warps)
+  sum = block_sum(sum, meeting);
+  offset = block_sum(offset, meeting + blockDim.x / 32);
+  if (threadIdx.x == 0) {
+    sums[row] = sum;
+    offsets[row] = bias ? offset + at(bias, row) : offset;
+  }
 }
 
 }  // namespace
@@ -358,6 +410,42 @@ void finish_weight_gradient(
            threads / 32 * sizeof(float), matrix(g), sums.as<float>(), matrix(weight), matrix(bias), matrix(gamma),
            matrix(dweight), dgamma.as<float>(), static_cast<int>(width));
   });
+}
+
+void fold_norm(
+    const Device& device, const Array& weight, const Array& bias, const Array& norm_weight, const Array& norm_bias,
+    const Array& folded, const Array& sums, const Array& offsets) {
+  const char* op = "fold_norm";
+  constexpr int N = 8;  // 16 bytes of the weight
+  const int64_t rows = weight.size[0], width = weight.size[1];
+  require_contiguous(op, "weight", weight, rows, width);
+  require_contiguous(op, "folded", folded, rows, width);
+  require(weight.dtype != DType::float32 && folded.dtype == weight.dtype, op, ": weight is ", name(weight.dtype),
+          ", folded ", name(folded.dtype), "; accepted: float16 or bfloat16, both the same");
+  require_vector(op, "bias", bias, rows);
+  require_vector(op, "norm_weight", norm_weight, width);
+  require_vector(op, "norm_bias", norm_bias, width);
+  for (const Array* each : {&sums, &offsets}) {
+    require(*each && each->dtype == DType::float32, op, ": sums and offsets; accepted: float32");
+    require_vector(op, "sums and offsets", *each, rows);
+  }
+  for (const Array* each : {&weight, &folded, &norm_weight, &norm_bias}) {
+    require(suits(*each, N), op, ": a width of ", width, "; accepted: multiples of 8 at 16-byte aligned addresses");
+  }
+  require(rows < (int64_t{1} << 31) && width < (int64_t{1} << 31), op, ": (", rows, ", ", width,
+          "); accepted: fewer than 2^31 each");
+  if (rows == 0) return;
+  const int threads = static_cast<int>(std::clamp<int64_t>(ceil_div(width, 32 * N) * 32, 32, kThreads));
+  const auto run = [&](auto type) {
+    launch(device, fold_norm_kernel<decltype(type), N>, dim3(static_cast<unsigned>(rows)), threads,
+           2 * threads / 32 * sizeof(float), matrix(weight), matrix(bias), matrix(norm_weight), matrix(norm_bias),
+           matrix(folded), sums.as<float>(), offsets.as<float>(), static_cast<int>(width));
+  };
+  if (weight.dtype == DType::float16) {
+    run(half());
+  } else {
+    run(bfloat16());
+  }
 }
 
 }  // namespace fastvit

@@ -133,7 +133,7 @@ struct Forward {
   Matrix gamma;     // (D,), or none
   Matrix weight;    // (D,), or none
   Matrix bias;      // (D,), or none
-  Matrix y;         // (M, D)
+  Matrix y;         // (M, D), or none
   Matrix stream;    // (M, D), or none: without a residual
   const float* row_scale;  // (B,), or null
   float* mean;             // (M,)
@@ -215,8 +215,10 @@ __global__ void __launch_bounds__(kBlockWarps * 32, N > 1 && CHUNKS * N <= 40 ? 
       a.mean[first + r] = mean[r];
       a.rstd[first + r] = rstd[r];
     }
-    for_each<N, CHUNKS>([&](int c, int i) { s[r][c][i] *= rstd[r]; });
   }
+  if (!a.y) return;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) for_each<N, CHUNKS>([&](int c, int i) { s[r][c][i] *= rstd[r]; });
   if (a.weight) {
     with_parameter<N, CHUNKS>(a.weight, a.width, team, [&](int c, int i, float weight) {
 #pragma unroll
@@ -421,7 +423,7 @@ void layer_norm_forward(
   const char* op = "layer_norm_forward";
   const int64_t rows = x.size[0], width = x.size[1];
   require_matrix(op, "x", x, rows, width);
-  require_contiguous(op, "y", y, rows, width);
+  if (y) require_contiguous(op, "y", y, rows, width);
   require_sizes(op, rows, width);
   require_vector(op, "weight", weight, width);
   require_vector(op, "bias", bias, width);
@@ -440,12 +442,12 @@ void layer_norm_forward(
       matrix(x), matrix(residual), matrix(gamma), matrix(weight), matrix(bias), matrix(y), matrix(stream),
       row_scale.as<float>(), mean.as<float>(), rstd.as<float>(), rows, static_cast<int>(width), lanes,
       rows_per_image(op, row_scale, rows), static_cast<float>(eps)};
-  const DType s = residual ? residual.dtype : x.dtype;
-  const int n = x.dtype == DType::float32 || s == DType::float32 || y.dtype == DType::float32 ? 4 : 8;
+  const DType s = residual ? residual.dtype : x.dtype, to = y ? y.dtype : s;
+  const int n = x.dtype == DType::float32 || s == DType::float32 || to == DType::float32 ? 4 : 8;
   bool vectors = true;
   for (const Array* each : {&x, &residual, &gamma, &weight, &bias, &y, &stream}) vectors = vectors && suits(*each, n);
 
-  with_types(x.dtype, s, y.dtype, vectors, [&](auto types) {
+  with_types(x.dtype, s, to, vectors, [&](auto types) {
     using T = decltype(types);
     with_values<8, 24, 40, 64>(a.width, lanes, [&](auto values) {
       constexpr int chunks = values() / T::N;

@@ -208,6 +208,8 @@ struct Op<launcher, R (*)(const Device&, const AttentionModifiers&, P...)> {
   _(swiglu_forward)                  \
   _(activation_gradient)             \
   _(linear_forward)                  \
+  _(fold_norm)                       \
+  _(linear_folded_forward)           \
   _(linear_input_gradient)           \
   _(linear_weight_gradient)          \
   _(linear_weight_gradient_splits)   \

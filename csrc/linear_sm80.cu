@@ -2,6 +2,7 @@
 // ways, and everything that surrounds it in a Vision Transformer in its epilogue, in float32, rounded once.
 //
 //   forward           out (m, n) = x (m, k) weight (n, k)^T           both operands k_major
+//   folded forward    the same, where the LayerNorm of x is left to the epilogue
 //   input gradient    dx (m, k) = dout (m, n) weight (n, k)           contracted over n: weight is mn_major
 //   weight gradient   partials[s] (n, k) = dout (m, n)^T x (m, k)     contracted over a split of m: both are mn_major
 //
@@ -110,9 +111,15 @@ struct Forward {
   Values out;    // (m, n)
   void* preact;  // (m, n) T or none
   Activation activation;
+  // Folded alone: what bias and gamma are to the columns, and the LayerNorm of the rows.
+  Values sums;        // (n,) float32
+  const float* mean;  // (m,)
+  const float* rstd;  // (m,)
 };
 
-template <class T, int choice>
+// Folded: x is not normalised yet, weight is multiplied by the norm's weight. The row's norm is taken from the sums:
+// rstd * (y - mean * sums) + bias. Then there is no gamma, no row_scale and no residual.
+template <class T, int choice, bool folded>
 __global__ void __launch_bounds__(kLinearTiles[choice].tile.threads(), kLinearTiles[choice].blocks)
     linear_forward_kernel(const __grid_constant__ Forward p) {
   constexpr Tile tile = kLinearTiles[choice].tile;
@@ -128,23 +135,30 @@ __global__ void __launch_bounds__(kLinearTiles[choice].tile.threads(), kLinearTi
   typename G::template Pieces<8> pieces(
       shared_memory(),
       beside(p.residual.data, p.residual_stride, p.out.dtype == DType::float32 ? 4 : 2, origin, p.m, p.n));
-  float bias[8], gamma[8];  // a lane keeps its columns
+  float bias[8], of_column[8];  // gamma or, folded, sums: a lane keeps its columns
   load8(bias, p.bias, column, in_columns, 0);
-  load8(gamma, p.gamma, column, in_columns, 1);
+  load8(of_column, folded ? p.sums : p.gamma, column, in_columns, 1);
   pieces.for_each(sum, [&](int within, float (&y)[8], const char* piece) {
     const int row = origin.row + within;
     if (row >= p.m || !in_columns) return;
     const int64_t at = static_cast<int64_t>(row) * p.n + column;
+    if constexpr (folded) {
+      const float mean = p.mean[row], rstd = p.rstd[row];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) y[i] += bias[i];
-    if (p.preact) store8<T>(p.preact, at, y);
+      for (int i = 0; i < 8; ++i) y[i] = fmaf(rstd, fmaf(-mean, of_column[i], y[i]), bias[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) y[i] += bias[i];
+      if (p.preact) store8<T>(p.preact, at, y);
+    }
     with_activation(p.activation, [&](auto activation) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] = activate<activation.value>(y[i]);
     });
+    if constexpr (folded) return store8<T>(p.out.data, at, y);
     const float scale = p.row_scale ? p.row_scale[row / p.rows_per_image] : 1;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) y[i] *= gamma[i] * scale;
+    for (int i = 0; i < 8; ++i) y[i] *= of_column[i] * scale;
     with_dtype(p.out.dtype, [&](auto zero) {
       using Out = decltype(zero);
       if (p.residual) {
@@ -362,45 +376,80 @@ dim3 linear_grid(int choice, int64_t rows, int64_t columns, int64_t splits = 1) 
   return dim3(static_cast<unsigned>(ceil_div(rows, tile.m) * ceil_div(columns, tile.n)), static_cast<unsigned>(splits));
 }
 
+// What every forward product has: x, weight, bias, activation and out.
+Forward forward_of(
+    const char* op, const Array& x, const Array& weight, const Array& bias, const std::string& activation,
+    const Array& out) {
+  const int64_t m = x.size[0], n = weight.size[0], k = weight.size[1];
+  expect_sizes(op, m, n, k);
+  expect_matrix(op, "x", x, m, k, false);
+  expect_matrix(op, "weight", weight, n, k);
+  expect_matrix(op, "out", out, m, n);
+  expect_vector(op, "bias", bias, n);
+  expect_dtype(op, "x", x, weight.dtype);
+  Forward p = {x.data, x.stride[0], weight.data, static_cast<int>(m), static_cast<int>(n), static_cast<int>(k)};
+  p.bias = Values(bias);
+  p.out = Values(out);
+  p.activation = parse_activation(op, activation);
+  return p;
+}
+
+template <bool folded>
+void launch_forward(const char* op, const Device& device, DType dtype, const Forward& p) {
+  if (p.m == 0 || p.n == 0) return;
+  const int choice = choose_linear_tile(device, p.m, p.n);
+  with_kernel(op, dtype, choice, [&](auto tile, auto zero) {
+    using T = decltype(zero);
+    using G = Gemm<T, kLinearTiles[tile.value].tile, Layout::k_major, Layout::k_major>;
+    const auto kernel = linear_forward_kernel<T, tile.value, folded>;
+    launch(device, kernel, linear_grid(choice, p.m, p.n), G::kThreads, G::kSharedBytes, p);
+  });
+}
+
 }  // namespace
 
 void linear_forward(
     const Device& device, const Array& x, const Array& weight, const Array& bias, const std::string& activation,
     const Array& residual, const Array& gamma, const Array& row_scale, const Array& out, const Array& preact) {
   constexpr const char* op = "linear_forward";
-  const int64_t m = x.size[0], n = weight.size[0], k = weight.size[1];
-  expect_sizes(op, m, n, k);
-  expect_matrix(op, "x", x, m, k, false);
-  expect_matrix(op, "weight", weight, n, k);
-  expect_matrix(op, "out", out, m, n);
-  if (residual) expect_matrix(op, "residual", residual, m, n, false);
-  if (preact) expect_matrix(op, "preact", preact, m, n);
-  expect_vector(op, "bias", bias, n);
-  expect_vector(op, "gamma", gamma, n);
-  expect_dtype(op, "x", x, weight.dtype);
+  Forward p = forward_of(op, x, weight, bias, activation, out);
+  if (residual) expect_matrix(op, "residual", residual, p.m, p.n, false);
+  if (preact) expect_matrix(op, "preact", preact, p.m, p.n);
+  expect_vector(op, "gamma", gamma, p.n);
   expect_dtype(op, "preact", preact, weight.dtype);
   expect_dtype(op, "out", out, residual ? residual.dtype : weight.dtype);
   expect_dtype(op, "row_scale", row_scale, DType::float32);
-  if (row_scale && (row_scale.size[0] == 0 ? m : m % row_scale.size[0])) {
-    throw error(op, ": ", row_scale.size[0], " row scales for ", m, " rows; accepted: a number that divides the rows");
+  if (row_scale && (row_scale.size[0] == 0 ? p.m : p.m % row_scale.size[0])) {
+    throw error(op, ": ", row_scale.size[0], " row scales for ", p.m, " rows; accepted: a number that divides the rows");
   }
-  Forward p = {x.data, x.stride[0], weight.data, static_cast<int>(m), static_cast<int>(n), static_cast<int>(k)};
-  p.bias = Values(bias);
   p.gamma = Values(gamma);
   p.row_scale = row_scale.as<float>();
+  p.rows_per_image = row_scale && p.m ? static_cast<int>(p.m / row_scale.size[0]) : 1;
   p.residual = Values(residual);
   p.residual_stride = residual.stride[0];
-  p.out = Values(out);
   p.preact = preact.data;
-  p.activation = parse_activation(op, activation);
-  if (m == 0 || n == 0) return;
-  p.rows_per_image = row_scale ? static_cast<int>(m / row_scale.size[0]) : 1;
-  const int choice = choose_linear_tile(device, m, n);
-  with_kernel(op, x.dtype, choice, [&](auto tile, auto zero) {
-    using T = decltype(zero);
-    using G = Gemm<T, kLinearTiles[tile.value].tile, Layout::k_major, Layout::k_major>;
-    launch(device, linear_forward_kernel<T, tile.value>, linear_grid(choice, m, n), G::kThreads, G::kSharedBytes, p);
-  });
+  launch_forward<false>(op, device, x.dtype, p);
+}
+
+void linear_folded_forward(
+    const Device& device, const Array& x, const Array& weight, const Array& sums, const Array& offsets,
+    const Array& mean, const Array& rstd, const std::string& activation, const Array& out) {
+  constexpr const char* op = "linear_folded_forward";
+  Forward p = forward_of(op, x, weight, offsets, activation, out);
+  const auto expect = [&](const char* name, const Array& vector, int64_t size) {
+    if (!vector) throw error(op, ": no ", name, "; accepted: (", size, ",) float32");
+    expect_vector(op, name, vector, size);
+    expect_dtype(op, name, vector, DType::float32);
+  };
+  expect("sums", sums, p.n);
+  expect("offsets", offsets, p.n);
+  expect("mean", mean, p.m);
+  expect("rstd", rstd, p.m);
+  expect_dtype(op, "out", out, weight.dtype);
+  p.sums = Values(sums);
+  p.mean = mean.as<float>();
+  p.rstd = rstd.as<float>();
+  launch_forward<true>(op, device, x.dtype, p);
 }
 
 void linear_input_gradient(

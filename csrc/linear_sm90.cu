@@ -136,6 +136,30 @@ struct Forward {
   }
 };
 
+// The forward product of what is not normalised yet, and with a weight that has the norm's weight in it: each row's norm is
+// taken from the sums, out = act(rstd * (v - mean * sums) + offsets).
+template <class T>
+struct FoldedForward {
+  Matrix sums;        // (N,) float32
+  Matrix offsets;     // (N,) float32
+  const float* mean;  // (M,)
+  const float* rstd;  // (M,)
+  Matrix out;         // (M, N) T
+  Activation activation;
+
+  template <class Read>
+  __device__ __forceinline__ void write(int64_t row, int col, float (&v)[8], Read) const {
+    const float mean_of_row = mean[row], rstd_of_row = rstd[row];
+    for_eight<float>(DType::float32, from(sums, 0, col, true), [&](int i, float s) { v[i] = fmaf(-mean_of_row, s, v[i]); });
+    for_eight<float>(DType::float32, from(offsets, 0, col, true), [&](int i, float o) { v[i] = fmaf(rstd_of_row, v[i], o); });
+    with_activation(activation, [&](auto a) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = activate<decltype(a)::value>(v[i]);
+    });
+    store<T>(out, row, col, v);
+  }
+};
+
 template <class T>
 struct InputGradient {
   Matrix hidden;  // (M, N): act(preact); none without a preact, which is streamed
@@ -576,6 +600,35 @@ void linear_forward(
         matrix(bias), matrix(gamma), matrix(residual), matrix(preact), matrix(out), row_scale.as<float>(), per_image, act,
         suits(bias, 8) && suits(gamma, 8), streamed};
     launch_best<T, Major::k>(device, x, weight, streamed ? residual : Array(), m, n, k, epilogue);
+  });
+}
+
+void linear_folded_forward(
+    const Device& device, const Array& x, const Array& weight, const Array& sums, const Array& offsets,
+    const Array& mean, const Array& rstd, const std::string& activation, const Array& out) {
+  const char* const op = "linear_folded_forward";
+  const int64_t m = x.size[0], k = x.size[1], n = weight.size[0];
+  require_operand(op, "x", x, m, k, weight.dtype);
+  require_operand(op, "weight", weight, n, k, x.dtype);
+  require_sizes(op, m, n, k);
+  const auto require_floats = [&](const char* what, const Array& vector, int64_t width) {
+    require(vector && vector.dtype == DType::float32, op, ": ", what, "; accepted: float32");
+    require_vector(op, what, vector, width);
+  };
+  require_floats("sums", sums, n);
+  require_floats("offsets", offsets, n);
+  require_floats("mean", mean, m);
+  require_floats("rstd", rstd, m);
+  require(suits(sums, 8) && suits(offsets, 8), op, ": sums and offsets; accepted: 16-byte alignment");
+  require_dense(op, "out", out, m, n);
+  require(out.dtype == x.dtype, op, ": out is ", name(out.dtype), "; accepted: ", name(x.dtype));
+  const Activation act = parse_activation(op, activation);
+  if (m == 0) return;
+  with_operand_type(x.dtype, [&](auto type) {
+    using T = decltype(type);
+    const FoldedForward<T> epilogue = {
+        matrix(sums), matrix(offsets), mean.as<float>(), rstd.as<float>(), matrix(out), act};
+    launch_best<T, Major::k>(device, x, weight, Array(), m, n, k, epilogue);
   });
 }
 

@@ -1,5 +1,7 @@
 """What ``fastvit tune`` measures: the problems of a model, a call that poses each, and the tiles worth trying.
 
+For backend ``cuda`` a "tile" is who runs a linear layer's product: {"run": "kernel"} is the one to beat.
+
 A model runs once on meta tensors, and every question that its launchers ask the tables is a problem
 (:class:`fastvit.triton.tiles.Problem`). Nothing here needs a GPU.
 """
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import static
+from fastvit.ops import cuda
 from fastvit.triton import launch, tiles
 from fastvit.triton.attention import attention_forward
 from fastvit.triton.attention_backward import attention_key_value_gradient, attention_query_gradient
@@ -34,9 +37,11 @@ SLACK = 1.75  # candidates are tried up to this many times the least time that t
 # --- problems -------------------------------------------------------------------------------------------------
 
 
-def problems(model: nn.Module, images: Tensor, arch: int, *, training: bool) -> dict[Problem, Row]:
+def problems(
+    model: nn.Module, images: Tensor, arch: int, *, training: bool, backend: str = "triton"
+) -> dict[Problem, Row]:
     """What ``model`` asks the tables for ``images`` (both on meta) on ``arch``, and the derived tiles it gets."""
-    with static.trace(arch), tiles.asked() as found:
+    with cuda.rehearse(), static.trace(arch, backend), tiles.asked() as found:
         if training:
             logits = model.train()(images)
             logits.backward(torch.empty_like(logits))
@@ -77,13 +82,18 @@ def example(problem: Problem, dtype: torch.dtype, device: torch.device | str) ->
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    make: dict[str, Callable[..., Example]] = {"linear": _linear, "attention": _attention, "patch_embed": _patch_embed}
+    make: dict[str, Callable[..., Example]] = {
+        "linear": _linear,
+        "attention": _attention,
+        "patch_embed": _patch_embed,
+        "cuda": _cuda,
+    }
     return make[problem.family](random, size=problem.size, **problem.fields)
 
 
 def poses(problem: Problem, dtype: torch.dtype, arch: int) -> bool:
     """Whether :func:`example` asks the problem's own question: only odd layouts of operands have no example."""
-    with launch.record(arch), tiles.asked() as found:
+    with cuda.rehearse(), launch.record(arch), tiles.asked() as found:
         example(problem, dtype, "meta").run()
     return any((p.family, p.dtype, p.key) == (problem.family, problem.dtype, problem.key) for p in found)
 
@@ -155,6 +165,36 @@ def _patch_embed(
     return Example(patch_embed_image_gradient, arguments)
 
 
+def _cuda(
+    random: Any,
+    size: int,
+    op: str,
+    activation: str | None,
+    scaled: bool,
+    residual: str | None,
+    saves: bool,
+    n: int,
+    k: int,
+) -> Example:
+    if op == "weight":
+        arguments = {"dout": random(size, n), "x": random(size, k), "need_bias": saves}
+        if scaled:
+            arguments |= {"weight": random(n, k), "gamma": random(n)}
+        return Example(cuda.linear_weight_gradient, arguments)
+    if op == "input":
+        preact = None if activation is None else random(size, 2 * n if activation == "swiglu" else n)
+        arguments = {"dout": random(size, k), "weight": random(k, n), "gamma": random(k) if scaled else None}
+        return Example(cuda.linear_input_gradient, {**arguments, "preact": preact, "activation": activation})
+    arguments = {"x": random(size, k), "weight": random(n, k), "bias": random(n), "activation": activation}
+    if op == "normed":  # rows that lie two deviations from zero: a mean is what folding has to take off
+        norm = (random(k), random(k), 1e-6)
+        return Example(cuda.linear_normed_forward, {**arguments, "x": arguments["x"] + 2, "norm": norm})
+    if residual is not None:
+        wide = {"dtype": torch.float32} if residual == "float32" else {}
+        arguments |= {"residual": random(size, n, **wide), "gamma": random(n) if scaled else None}
+    return Example(cuda.linear_forward, {**arguments, "save_preact": saves})
+
+
 # --- candidates ----------------------------------------------------------------------------------------------
 
 
@@ -174,6 +214,8 @@ def candidates(problem: Problem, arch: int, programs: int) -> list[Row]:
     if problem.family == "attention":
         return list(_attention_tiles(problem))
     key = problem.fields
+    if problem.family == "cuda":
+        return [{"run": run} for run in tiles.RUNS[key["op"]]]
     if problem.family == "linear":
         m, n = (key["n"], key["k"]) if key["op"] == "weight" else (problem.size, key["n"])
         length = problem.size if key["op"] == "weight" else None
@@ -249,6 +291,8 @@ def _attention_tile(rows: int, block: int, piece: int, head_piece: int, warps: i
 
 def refusal(problem: Problem, dtype: torch.dtype, tile: Row, arch: int) -> str | None:
     """Compile a candidate (into Triton's cache, where the launch will find it): why it is out, or None."""
+    if problem.family == "cuda":  # compiled long ago
+        return None
     try:
         with launch.record(arch) as launches:
             example(problem, dtype, "meta").run(tile)

@@ -85,6 +85,12 @@ def parser() -> argparse.ArgumentParser:
         "fastest into a table in the cache folder (FASTVIT_CACHE, default ~/.cache/fastvit), which fastvit reads from "
         "then on. A run that is interrupted goes on where it was.",
     )
+    tune.add_argument(
+        "--backend",
+        choices=("triton", "cuda"),
+        default="triton",
+        help="cuda: for each product of a linear layer, whether the CUDA kernel or cuBLASLt runs it",
+    )
     tune.add_argument("--models", nargs="+", metavar="NAME", default=["vit_base_patch16_224"])
     tune.add_argument("--batch", nargs="+", type=_positive, metavar="N", default=[256, 32, 1])
     tune.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"])

@@ -194,12 +194,15 @@ def without_notes() -> Iterator[None]:
 
 
 @contextmanager
-def trace(arch: int) -> Iterator[Trace]:
-    """Run models on meta tensors inside, as on a GPU of compute capability ``arch`` (90 for Hopper)."""
+def trace(arch: int, backend: str = "triton") -> Iterator[Trace]:
+    """Run models on meta tensors inside, as on a GPU of compute capability ``arch`` (90 for Hopper).
+
+    With the backend "cuda" no launch is recorded, and :func:`fastvit.ops.cuda.rehearse` must be on.
+    """
     from fastvit.triton import launch
 
     result = Trace()
-    with backends.backend("triton"), launch.record(arch) as result.launches, _Tracer(result):
+    with backends.backend(backend), launch.record(arch) as result.launches, _Tracer(result):
         yield result
 
 

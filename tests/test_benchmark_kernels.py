@@ -106,7 +106,15 @@ def test_every_contender_computes_the_op(direction: str) -> None:
                     try:
                         subject = kernels.Kernel(cell(name, op, direction, dtype), "cpu")
                     except (Unavailable, fastvit.BackendUnavailable) as error:
-                        on_gpus = ("sdpa-cudnn", "sdpa-efficient", "xformers", "varlen", "flex", *rivals.OURS)
+                        on_gpus = (
+                            "sdpa-cudnn",
+                            "sdpa-efficient",
+                            "xformers",
+                            "varlen",
+                            "flex",
+                            "cublaslt",
+                            *rivals.OURS,
+                        )
                         masked = name == "sdpa-flash" and op != "attention"  # no gradient of a mask
                         assert name in on_gpus or masked, error
                         continue
@@ -135,6 +143,19 @@ def test_a_backend_of_sdpa_is_the_only_one() -> None:
     with pytest.raises(Unavailable, match=r"no kernel for these tensors \(cpu\)"):
         attention.rivals["sdpa-cudnn"]("attention_qkvpacked", arguments)
     assert not torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.mark.usefixtures("_own_process")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("op", ["linear+norm", "linear+residual", "linear+gelu", "linear+gelu_tanh", "mlp"])
+def test_cublaslts_calls_compute_the_op(op: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU they would be another library's, and are no contender; there they are checked."""
+    expected = kernels.Kernel(cell("torch", op, direction, "bfloat16"), "cpu").expected()
+    with pytest.raises(Unavailable, match="CUDA devices only"):
+        kernels.Kernel(cell("cublaslt", op, direction, "bfloat16"), "cpu")
+    monkeypatch.setitem(rivals.LINEAR, "cublaslt", lambda op, arguments: rivals.with_epilogues(op))
+    subject = kernels.Kernel(cell("cublaslt", op, direction, "bfloat16"), "cpu")
+    assert subject.prepare(expected, None)["error_ratio"] <= 2
 
 
 @pytest.mark.usefixtures("_own_process")

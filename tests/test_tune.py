@@ -149,6 +149,18 @@ def test_a_table_that_cannot_be_used_is_refused_once_and_shown(
     assert "tiles       " + message in env.render(env.report() | {"tiles": tiles.sources(GPU)})
 
 
+@pytest.mark.parametrize(("op", "run"), [("forward", "folded"), ("normed", "library"), ("input", "quickly")])
+def test_a_run_that_an_op_does_not_have_is_refused(folders: dict[str, Path], op: str, run: str) -> None:
+    key = dict.fromkeys(tiles.KEYS["cuda"], 8) | {"op": op, "activation": None, "residual": None}
+    asked = Problem("cuda", "half", 8, tuple(key.values()))
+    table = tune.Table(folders["user"] / f"{GPU}.json", GPU, 80)
+    table.add(asked, {"size": 8, "key": key, "tile": {"run": tiles.RUNS[op][1]}})
+    assert tiles.read(table.path, GPU)
+    table.add(asked, {"size": 8, "key": key, "tile": {"run": run}})
+    with pytest.raises(tiles.TableError, match=run):
+        tiles.read(table.path, GPU)
+
+
 def test_sources_count_what_was_measured(folders: dict[str, Path]) -> None:
     assert len(tiles.sources(GPU)) == 1  # derived
     path = write(folders["user"], row(1), row(2))
@@ -174,8 +186,28 @@ def test_the_file_is_continued_or_set_aside(folders: dict[str, Path], capsys: py
 def test_every_problem_of_a_model_has_an_example(workload: static.Workload, arch: int) -> None:
     with tiles.asked() as asked:
         static.launches(workload, arch)
-    assert {p.family for p in asked} == set(tiles.KEYS)
+    assert {p.family for p in asked} == set(tiles.KEYS) - {"cuda"}
     assert [str(p) for p in asked if not candidates.poses(p, workload.dtype, arch)] == []
+
+
+def test_backend_cuda_asks_who_runs_each_product_of_a_model() -> None:
+    """Without the extension: qkv and fc1 behind a norm in inference, and every product of a training step."""
+    models = ["vit_base_patch16_224"]
+    inference = tune.asked_by(models, [256], [torch.bfloat16], [False], 90, "cuda")
+    rows = 256 * 197
+    assert {(p.fields["op"], p.size, p.fields["n"], p.fields["k"]) for p in inference} >= {
+        ("normed", rows, 2304, 768),
+        ("forward", rows, 2304, 768),
+        ("forward", rows, 768, 768),
+        ("normed", rows, 3072, 768),
+        ("forward", rows, 768, 3072),
+    }
+    training = tune.asked_by(models, [256], [torch.bfloat16], [True], 90, "cuda")
+    assert {p.fields["op"] for p in training} == {"forward", "input", "weight"}
+    for asked, (dtype, derived) in {**inference, **training}.items():
+        assert derived == {"run": "kernel"}
+        assert candidates.poses(asked, dtype, 90), str(asked)
+        assert candidates.refusal(asked, dtype, {"run": "library"}, 90) is None
 
 
 def _asked(arch: int, dtype: torch.dtype = torch.bfloat16) -> tune.Asked:
@@ -307,6 +339,15 @@ def test_dry_run_lists_problems_and_needs_no_gpu(capsys: pytest.CaptureFixture[s
     assert max(int(line.split()[0]) for line in lines) == 5
 
 
+def test_dry_run_of_backend_cuda_needs_no_extension(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["tune", "--backend", "cuda", "--dry-run", "--arch", "80", "--batch", "256", "--inference"]
+    assert cli.main(arguments) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert any("cuda normed gelu" in line for line in lines)
+    assert all(line.split()[:2] == ["2", "cuda"] for line in lines)
+    assert f"{len(lines)} problems on sm_80" in total
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_tuning_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune"]) == 2
@@ -320,6 +361,7 @@ def test_without_a_gpu_tuning_is_an_error(capsys: pytest.CaptureFixture[str]) ->
         (["--arch", "91", "--dry-run"], "80, 86"),
         (["--models", "vit_none", "--dry-run", "--arch", "90"], "vit_none"),
         (["--models", "resnetv2_50x1_bit", "--dry-run", "--arch", "90"], "no Vision Transformer"),
+        (["--backend", "cuda", "--dtype", "float32", "--dry-run", "--arch", "90"], "float16 and bfloat16"),
     ],
 )
 def test_mistakes_name_what_is_accepted(capsys: pytest.CaptureFixture[str], arguments: list[str], word: str) -> None:

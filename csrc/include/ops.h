@@ -20,7 +20,7 @@ void layer_norm_forward(
     const Array& residual,   // (M, D) any, or none
     const Array& gamma,      // (D,) any, or none
     const Array& row_scale,  // (B,) float32, or none: row m takes entry m / (M / B)
-    const Array& y,          // (M, D) any, contiguous
+    const Array& y,          // (M, D) any, contiguous; or none: only the statistics are wanted
     const Array& stream,     // (M, D) in the residual's dtype, contiguous; none without a residual
     const Array& mean,       // (M,) float32
     const Array& rstd);      // (M,) float32
@@ -75,6 +75,31 @@ void linear_forward(
     const Array& row_scale,  // (B,) float32, or none
     const Array& out,        // (M, N) in the residual's dtype, else x's; contiguous
     const Array& preact);    // (M, N) x's dtype, contiguous: x weight^T + bias; or none
+
+// A norm folded into the linear layer after it: with norm's weight g and bias b,
+// LN(x) weight^T + bias = rstd * (x folded^T - mean * sums) + offsets, where folded = g * weight, rounded, sums are
+// those of its rows as rounded, and offsets = weight b + bias.
+void fold_norm(
+    const Device& device,
+    const Array& weight,       // (N, K) float16 or bfloat16, contiguous
+    const Array& bias,         // (N,) any, or none
+    const Array& norm_weight,  // (K,) any, or none
+    const Array& norm_bias,    // (K,) any, or none
+    const Array& folded,       // (N, K) weight's dtype, contiguous
+    const Array& sums,         // (N,) float32
+    const Array& offsets);     // (N,) float32
+
+// out = act(rstd * (x weight^T - mean * sums) + offsets), products summed in float32.
+void linear_folded_forward(
+    const Device& device,
+    const Array& x,        // (M, K) float16 or bfloat16
+    const Array& weight,   // (N, K) x's dtype, contiguous
+    const Array& sums,     // (N,) float32
+    const Array& offsets,  // (N,) float32
+    const Array& mean,     // (M,) float32
+    const Array& rstd,     // (M,) float32
+    const std::string& activation,  // as above
+    const Array& out);     // (M, N) x's dtype, contiguous
 
 // dx = (gamma * dout) weight; with an activation, dx * act'(preact), and hidden = act(preact).
 void linear_input_gradient(

@@ -174,7 +174,7 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor], modifiers: Iterable[str] = ()) -> str | None:
     if cuda.MISSING:
         return cuda.MISSING
-    if x.device.type not in ("cuda", "cpu" if cuda.EMULATED else "cuda"):
+    if x.device.type not in ("cuda", "meta", "cpu" if cuda.EMULATED else "cuda"):
         return f"the tensors are on {x.device}; cuda takes CUDA tensors"
     if x.is_cuda:
         capability = torch.cuda.get_device_capability(x.device)
@@ -188,9 +188,10 @@ def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor], modifiers: Itera
         if x.shape[-1] > cuda.MAX_WIDTH:
             return f"a width of {x.shape[-1]} is not supported; accepted: up to {cuda.MAX_WIDTH}"
     else:
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # meta has none
         for operand in weights or (x,):
             dtype = operand.dtype
-            if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+            if autocast and dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(x.device.type)
             if dtype not in KERNEL_DTYPES[1:]:
                 return f"dtype {dtype} is not supported; accepted: {_names(KERNEL_DTYPES[1:])}"

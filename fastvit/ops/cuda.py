@@ -6,19 +6,31 @@ The extension (``fastvit/_C.abi3.so``) is loaded here. Where it is absent, or wa
 
 Products take float16 and bfloat16; LayerNorm and what is elementwise take float32 too. Arguments are as the Triton
 launchers' unless a docstring says otherwise; layouts that a kernel does not read are copied once.
+
+The linear launchers ask the measured tables (:mod:`fastvit.triton.tiles`, family "cuda") who runs a product: the
+kernel, as where nothing was measured, or cuBLASLt (:mod:`fastvit.ops.cublas`). Products in float32, which the judge of
+``fastvit tune`` alone asks for, are the library's.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from fastvit.ops import cublas
+
+try:
+    from fastvit.triton import tiles
+except ImportError:  # without Triton nothing was measured either: fastvit tune needs it
+    tiles = None
 
 _Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 _PACKAGE = Path(__file__).parent.parent
@@ -28,6 +40,7 @@ EMULATED = False
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 # Of ops.attention's arguments, those that the kernels take.
 ATTENTION_MODIFIERS = ("bias", "rel_pos_table", "key_mask", "cu_seqlens", "dropout_p")
+KERNEL = {"run": "kernel"}
 MAX_WIDTH = 8192  # of a row that LayerNorm normalises
 
 
@@ -57,6 +70,24 @@ def emulate(library: str | Path) -> None:
     global _library, EMULATED, MISSING
     torch.ops.load_library(str(library))
     _library, EMULATED, MISSING = torch.ops.fastvit_emulated, True, None
+
+
+class _Nothing:
+    """Stands for the extension: its launchers do nothing, and those that count say 1."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: 1
+
+
+@contextmanager
+def rehearse() -> Iterator[None]:
+    """Launch nothing inside: launchers take meta tensors, and ask the tables what they would ask."""
+    global _library, MISSING
+    before, _library, MISSING = (_library, MISSING), _Nothing(), None
+    try:
+        yield
+    finally:
+        _library, MISSING = before
 
 
 @cache
@@ -101,6 +132,44 @@ def _rows(t: _Maybe) -> _Maybe:
 def _check_scale(rows: int, row_scale: Tensor | None) -> None:
     if row_scale is not None and (row_scale.shape[0] == 0 or rows % row_scale.shape[0]) and rows:
         raise ValueError(f"row_scale has {row_scale.shape[0]} entries, which do not divide the {rows} rows")
+
+
+def _run(
+    tile: dict[str, Any] | None,
+    op: str,
+    on: Tensor,
+    size: int,
+    n: int,
+    k: int,
+    *,
+    activation: str | None = None,
+    scaled: bool = False,
+    residual: Tensor | None = None,
+    saves: bool = False,
+) -> str:
+    """Who runs a product: "kernel", "library" or, for ``op`` "normed", "folded".
+
+    Args:
+        tile: in place of the table's row: {"run": one of these}.
+        op: "forward", "input" or "weight", as the tables for Triton have them, or "normed".
+        on: an operand of the product.
+        size, n, k: the rows, and the widths of the result and of the sum; of the weight's gradient N and K.
+        activation, scaled, residual: of the epilogue; ``scaled`` by gamma or row_scale.
+        saves: the forward's pre-activation, or the weight gradient's sums for the bias, are wanted too.
+    """
+    if tiles is None or tile is not None:
+        return (tile or KERNEL)["run"]
+    wide = None if residual is None else tiles.kind(residual.dtype)
+    tile = tiles.choose(
+        "cuda", on, on.dtype, size, lambda: KERNEL,
+        op=op, activation=activation, scaled=scaled, residual=wide, saves=saves, n=n, k=k,
+    )  # fmt: skip
+    run: str = tile["run"]
+    return run
+
+
+def _by_library(tile: dict[str, Any] | None, op: str, on: Tensor, size: int, n: int, k: int, **key: Any) -> bool:
+    return on.dtype == torch.float32 or _run(tile, op, on, size, n, k, **key) == "library"
 
 
 def layer_norm_forward(
@@ -213,24 +282,103 @@ def linear_forward(
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
     save_preact: bool = False,
+    tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, preact or None), as :func:`fastvit.triton.linear.linear_forward`; sizes K and N are multiples of 8."""
+    """(out, preact or None), as :func:`fastvit.triton.linear.linear_forward`; sizes K and N are multiples of 8.
+
+    ``tile``, here and below, is {"run": "kernel"} or {"run": "library"} in place of what the tables say.
+    """
     if activation not in (None, "swiglu", *ACTIVATIONS):
         raise ValueError(f"unknown activation {activation!r}")
     swiglu = activation == "swiglu"
     if swiglu and (residual is not None or gamma is not None or row_scale is not None):
         raise ValueError("swiglu takes no residual, gamma or row_scale")
-    m, n = x.shape[0], weight.shape[0]
+    (m, k), n = x.shape, weight.shape[0]
     _check_scale(m, row_scale)
-    x, weight, residual = _aligned(x), _aligned(weight.contiguous()), _aligned(residual)
-    bias, gamma, row_scale = map(_rows, (bias, gamma, row_scale))
-    out = torch.empty(m, n, dtype=(x if residual is None else residual).dtype, device=x.device)
-    preact = torch.empty(m, n, dtype=x.dtype, device=x.device) if save_preact and not swiglu else None
-    fused = "" if activation is None or swiglu else activation
-    _library.linear_forward(x, x, weight, bias, fused, residual, gamma, row_scale, out, preact)
+    scaled, fused = gamma is not None or row_scale is not None, None if swiglu else activation
+    key = {"activation": activation, "scaled": scaled, "residual": residual, "saves": save_preact}
+    if _by_library(tile, "forward", x, m, n, k, **key):
+        out, preact = cublas.linear_forward(
+            x, weight, bias, activation=fused, residual=residual, gamma=gamma, row_scale=row_scale,
+            save_preact=save_preact and not swiglu,
+        )  # fmt: skip
+    else:
+        x, weight, residual = _aligned(x), _aligned(weight.contiguous()), _aligned(residual)
+        bias, gamma, row_scale = map(_rows, (bias, gamma, row_scale))
+        out = torch.empty(m, n, dtype=(x if residual is None else residual).dtype, device=x.device)
+        preact = torch.empty(m, n, dtype=x.dtype, device=x.device) if save_preact and not swiglu else None
+        _library.linear_forward(x, x, weight, bias, fused or "", residual, gamma, row_scale, out, preact)
     if swiglu:
         return swiglu_forward(out), out if save_preact else None
     return out, preact
+
+
+def fold_norm(
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A LayerNorm's weight g and bias b multiplied into the weight W (N, K) after it.
+
+    Returns:
+        g * W (N, K), rounded once; (N,) float32, the sums of its rows as rounded; (N,) float32, W b + bias.
+    """
+    weight = _aligned(weight.contiguous())
+    norm_weight, norm_bias = _aligned(norm_weight), _aligned(norm_bias)
+    folded = torch.empty_like(weight)
+    sums, offsets = (torch.empty(len(weight), dtype=torch.float32, device=weight.device) for _ in range(2))
+    _library.fold_norm(weight, weight, _rows(bias), norm_weight, norm_bias, folded, sums, offsets)
+    return folded, sums, offsets
+
+
+def linear_folded_forward(
+    x: Tensor,
+    norm: tuple[Tensor | None, Tensor | None, float],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, mean, rstd) of act(LN(x) W^T + b) by a product with x itself: LN(x) is never written.
+
+    LN(x) W^T + b = rstd * (x (g W)^T - mean * sums) + offsets, by :func:`fold_norm`. The statistics are those that
+    :func:`layer_norm_forward` computes. The difference is taken of float32 sums, so it loses what mean / deviation of a
+    row is more than 1 (docs/cuda.md says where that matters).
+
+    Args:
+        x: (M, K) float16 or bfloat16, the weight's dtype. norm: (weight (K,), bias (K,), eps) of the LayerNorm.
+        weight, bias, activation: of the linear layer, as for :func:`linear_forward`.
+    """
+    m, n = x.shape[0], weight.shape[0]
+    norm_weight, norm_bias, eps = norm
+    x, (folded, sums, offsets) = _aligned(x), fold_norm(weight, bias, norm_weight, norm_bias)
+    mean, rstd = (torch.empty(m, dtype=torch.float32, device=x.device) for _ in range(2))
+    _library.layer_norm_forward(x, x, None, None, eps, None, None, None, None, None, mean, rstd)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    fused = "" if activation in (None, "swiglu") else activation
+    _library.linear_folded_forward(x, x, folded, sums, offsets, mean, rstd, fused, out)
+    return swiglu_forward(out) if activation == "swiglu" else out, mean, rstd
+
+
+def linear_normed_forward(
+    x: Tensor,
+    norm: tuple[Tensor | None, Tensor | None, float],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    tile: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, mean, rstd) of act(LN(x) W^T + b), for inference: two kernels or, where a table says so, folded into one.
+
+    Arguments are :func:`linear_folded_forward`'s, but x may have any dtype; in another one than the weight's, as the
+    float32 stream of autocast, it is never folded: that would round x before its mean is taken off. ``tile`` is
+    {"run": "kernel"} or {"run": "folded"} in place of what the tables say.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    if x.dtype == weight.dtype != torch.float32 and _run(tile, "normed", x, m, n, k, activation=activation) == "folded":
+        return linear_folded_forward(x, norm, weight, bias, activation=activation)
+    rows, _, mean, rstd = layer_norm_forward(x, *norm, out_dtype=weight.dtype)
+    out, _ = linear_forward(rows, weight, bias, activation=activation)
+    return out, mean, rstd
 
 
 def linear_input_gradient(
@@ -242,15 +390,20 @@ def linear_input_gradient(
     preact: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(dx, hidden or None), as :func:`fastvit.triton.linear_backward.linear_input_gradient`."""
     if (preact is None) != (activation is None):
         raise ValueError("preact and activation go together")
     if activation not in (None, "swiglu", *ACTIVATIONS):
         raise ValueError(f"unknown activation {activation!r}")
-    dout, weight = _aligned(scale_rows(dout, weight.dtype, row_scale)), _aligned(weight.contiguous())
+    dout, (n, k) = scale_rows(dout, weight.dtype, row_scale), weight.shape
+    if _by_library(tile, "input", dout, dout.shape[0], k, n, activation=activation, scaled=gamma is not None):
+        dx = cublas.linear_input_gradient(dout, weight, gamma, out_dtype or weight.dtype)
+        return (dx, None) if preact is None or activation is None else activation_gradient(dx, preact, activation)
+    dout, weight = _aligned(dout), _aligned(weight.contiguous())
     fused = activation in ACTIVATIONS
-    dx = torch.empty(dout.shape[0], weight.shape[1], dtype=out_dtype or weight.dtype, device=dout.device)
+    dx = torch.empty(dout.shape[0], k, dtype=out_dtype or weight.dtype, device=dout.device)
     hidden = torch.empty_like(dx, dtype=preact.dtype) if fused and preact is not None else None
     inside = _aligned(preact.contiguous()) if fused and preact is not None else None
     _library.linear_input_gradient(dout, dout, weight, _rows(gamma), inside, activation if fused else "", dx, hidden)
@@ -268,23 +421,31 @@ def linear_weight_gradient(
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
     need_bias: bool = True,
+    tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dweight, dbias, dgamma), as :func:`fastvit.triton.linear_backward.linear_weight_gradient`."""
     if gamma is not None and weight is None:
         raise ValueError("the gradient of gamma needs the weight")
-    dout, x = _aligned(scale_rows(dout, x.dtype, row_scale)), _aligned(x)
+    dout = scale_rows(dout, x.dtype, row_scale)
     (m, n), k = dout.shape, x.shape[1]
+    need_sums = need_bias or (gamma is not None and bias is not None)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    splits = _library.linear_weight_gradient_splits(x, m, n, k)
-    partials = empty(splits, n, k)
-    need_sums = need_bias or (gamma is not None and bias is not None)
-    bias_partials = empty(splits, n) if need_sums else None
-    _library.linear_weight_gradient(x, dout, x, partials, bias_partials)
-    gradient = partials[0] if splits == 1 else sum_partials(partials)
-    sums = None if bias_partials is None else sum_partials(bias_partials)
+    if _by_library(tile, "weight", x, m, n, k, scaled=gamma is not None, saves=need_sums):
+        sums = dout.sum(0, dtype=torch.float32) if need_sums else None
+        gradient = cublas.linear_weight_gradient(dout, x, x.dtype if gamma is None else torch.float32)
+        if gamma is None:
+            return gradient, sums, None
+    else:
+        dout, x = _aligned(dout), _aligned(x)
+        splits = _library.linear_weight_gradient_splits(x, m, n, k)
+        partials = empty(splits, n, k)
+        bias_partials = empty(splits, n) if need_sums else None
+        _library.linear_weight_gradient(x, dout, x, partials, bias_partials)
+        gradient = partials[0] if splits == 1 else sum_partials(partials)
+        sums = None if bias_partials is None else sum_partials(bias_partials)
     dweight = empty(n, k, dtype=x.dtype)
     dgamma = None if gamma is None else empty(n)
     if gamma is None:

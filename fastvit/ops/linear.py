@@ -135,6 +135,35 @@ def normalise(
     return y, mean, rstd
 
 
+def normed_product(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    *,
+    activation: str | None,
+    save: bool,
+    **merged: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(out, preact, mean, rstd) of act(LN(x) W^T + b), ``merged`` with a residual, gamma or row_scale.
+
+    The norm is a kernel of its own but for CUDA in inference, whose launcher may fold it into the product.
+    """
+    kernels = launchers(backend)
+    if backend == "cuda" and eps is not None and not save and all(t is None for t in merged.values()):
+        norm = norm_weight, norm_bias, eps
+        out, mean, rstd = kernels.linear_normed_forward(as_rows(x), norm, weight, bias, activation=activation)
+        return out, None, mean, rstd
+    rows, mean, rstd = normalise(kernels, x, norm_weight, norm_bias, eps, weight.dtype)
+    out, preact = kernels.linear_forward(
+        rows, weight, bias, activation=activation, save_preact=save and activation is not None, **merged
+    )
+    return out, preact, mean, rstd
+
+
 def normalise_gradient(
     kernels: Any,
     dnormed: Tensor,
@@ -168,20 +197,22 @@ def _forward(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = launchers(backend)
     weight, bias, gamma, row_scale = dense(weight, bias, gamma, row_scale)
-    rows, mean, rstd = normalise(kernels, x, norm_weight, norm_bias, eps, weight.dtype)
-    out, preact = kernels.linear_forward(
-        rows,
+    out, preact, mean, rstd = normed_product(
+        backend,
+        x,
         weight,
         bias,
+        norm_weight,
+        norm_bias,
+        eps,
         activation=activation,
+        save=save,
         residual=None if residual is None else as_rows(residual),
         gamma=gamma,
         row_scale=row_scale,
-        save_preact=save and activation is not None,
     )
-    return out.view(*x.shape[:-1], out.shape[-1]), *(or_empty(t, out) for t in (mean, rstd, preact))
+    return out.view(*x.shape[:-1], out.shape[-1]), or_empty(mean, out), or_empty(rstd, out), or_empty(preact, out)
 
 
 def statistics_fake(x, eps):

@@ -23,6 +23,7 @@ from fastvit.ops.linear import (
     check,
     normalise,
     normalise_gradient,
+    normed_product,
     operands,
     statistics_fake,
     vector_fake,
@@ -147,8 +148,9 @@ def _forward(
     kernels = launchers(backend)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = dense(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     gamma, row_scale = dense(gamma, row_scale)
-    rows, mean, rstd = normalise(kernels, x, norm_weight, norm_bias, eps, fc1_weight.dtype)
-    hidden, preact = kernels.linear_forward(rows, fc1_weight, fc1_bias, activation=activation, save_preact=save)
+    hidden, preact, mean, rstd = normed_product(
+        backend, x, fc1_weight, fc1_bias, norm_weight, norm_bias, eps, activation=activation, save=save
+    )
     residual = x if add_x else residual
     out, _ = kernels.linear_forward(
         hidden,

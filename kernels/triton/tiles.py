@@ -4,6 +4,10 @@
 (``fastvit tune`` writes it) holds rows for exact problems and goes before them: first the user's own, in
 :func:`cache_folder`, then the one shipped in ``tables/measured/``, both named after the GPU. :func:`choose` is the one
 place where a launcher asks.
+
+The family "cuda" has no tiles and nothing derived: it says who runs a linear layer's product on the CUDA backend, whose
+launchers (``fastvit/ops/cuda.py``) ask here too. Its tile is {"run": one of :data:`RUNS`}, of which the first is the
+default.
 """
 
 from __future__ import annotations
@@ -37,11 +41,19 @@ KEYS = {
     "linear": ("op", "allows", "activation", "scaled", "residual", "n", "k"),
     "attention": ("kernel", "heads", "head_dim", "owned", "length"),
     "patch_embed": ("kernel", "pixels", "dim", "channels", "patch_height", "patch_width"),
+    "cuda": ("op", "activation", "scaled", "residual", "saves", "n", "k"),
 }
 TILES = {
     "linear": ("form", "block_m", "block_n", "block_k", "parts", "warps", "stages"),
     "attention": ("rows", "block", "piece", "head_piece", "warps", "stages"),
     "patch_embed": ("block_m", "block_n", "block_k", "warps", "stages"),
+    "cuda": ("run",),
+}
+RUNS = {  # by op
+    "forward": ("kernel", "library"),
+    "input": ("kernel", "library"),
+    "weight": ("kernel", "library"),
+    "normed": ("kernel", "folded"),  # LayerNorm's kernel and then whatever "forward" says, or both in one product
 }
 
 _log = logging.getLogger("fastvit")
@@ -127,8 +139,12 @@ def read(path: Path, gpu: str) -> dict[Problem, Row] | None:
                     problem = Problem(family, dtype, row["size"], tuple(row["key"][name] for name in KEYS[family]))
                     if problem.size < 1 or dtype not in ("half", "float32"):
                         raise TableError(f"size {problem.size}, dtype {dtype}")
-                    numbers = [row["tile"][name] for name in TILES[family] if name != "form"]
-                    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+                    tile = {name: row["tile"][name] for name in TILES[family] if name != "form"}
+                    if family == "cuda":
+                        right = tile["run"] in RUNS[row["key"]["op"]]
+                    else:
+                        right = all(isinstance(number, int) and number >= 0 for number in tile.values())
+                    if not right:
                         raise TableError(f"the tile {row['tile']} is none")
                     found[problem] = row
     except FileNotFoundError:
@@ -189,10 +205,13 @@ def sources(gpu: str) -> list[str]:
     for path in _paths(gpu):
         table = _load(path, gpu)
         if isinstance(table, dict):
-            said.append(f"measured, {sum(map(len, table.values()))} problems: {path}")
+            cuda = sum(len(found) for (family, _, _), found in table.items() if family == "cuda")
+            said.append(f"measured, {sum(map(len, table.values())) - cuda} problems: {path}")
+            if cuda:
+                said.append(f"backend cuda, kernel or cuBLASLt, measured, {cuda} problems: {path}")
         elif table is not None:
             said.append(table)
-    return [*said, "derived from the compiler's reports, where nothing was measured"]
+    return [*said, "derived from the compiler's reports, where nothing was measured; backend cuda: its own kernels"]
 
 
 _asked: dict[Problem, Row] | None = None
@@ -215,7 +234,7 @@ def choose(
     """The tile for a problem: what was measured near it on this GPU, else ``derived()``.
 
     Args:
-        family: "linear", "attention" or "patch_embed".
+        family: "linear", "attention", "patch_embed" or "cuda".
         tensor: tells the device.
         dtype: that of the product.
         size: what grows with the batch. A measured row serves sizes within a factor of two.

@@ -195,12 +195,12 @@ def test_refusals() -> None:
         linear_forward(x, weight[:20])
     with pytest.raises(RuntimeError, match=r"weight is \(32, 12\); accepted: multiples of 8"):
         linear_forward(x[:, :12], weight[:, :12])
-    with pytest.raises(RuntimeError, match="operands are float32; accepted: float16, bfloat16"):
-        linear_forward(x.float(), weight.float())
     with pytest.raises(RuntimeError, match="x is bfloat16; accepted: float16"):
         linear_forward(x.bfloat16(), weight)
     out = torch.empty(6, 32).half()
     op = torch.ops.fastvit_emulated.linear_forward
+    with pytest.raises(RuntimeError, match="operands are float32; accepted: float16, bfloat16"):
+        op(x, x.float(), weight.float(), None, "", None, None, None, out.float(), None)
     with pytest.raises(RuntimeError, match="x has rows 17 elements apart; accepted: 8 or a multiple"):
         op(x, strided(6, 16, torch.float16, gap=1), weight, None, "", None, None, None, out, None)
     with pytest.raises(RuntimeError, match="address that 16 does not divide"):

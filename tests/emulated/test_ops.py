@@ -8,22 +8,12 @@ import pytest
 import torch
 
 import fastvit
-from cases import CASES, Case, with_shared_residual
+from cases import CASES, FLOAT32_REFUSED, Case, refused_by_cuda, with_shared_residual
 from fastvit import ops, reference
 from fastvit.ops import cuda
 from numerics import assert_same_bits_twice, check_op
 
 HALF = (torch.float16, torch.bfloat16)
-
-# Widths that 8 does not divide and head dims below 32: said to be so, see test_what_is_refused.
-REFUSED = {
-    "patch_embed-square": "20, 3, 4, 4",
-    "patch_embed-oblong": "17, 5, 4, 6",
-    "patch_embed-uint8-nchw": "12, 3, 4, 4",
-    "patch_embed-uint8-nhwc": "12, 3, 4, 4",
-    "attention-lse": "head dim 16",
-    "attention_qkvpacked-scale": "head dim 24",
-}
 
 
 def _patches(make, images: torch.Tensor, width: int, p: int, q: int, prefix: int) -> dict:
@@ -63,7 +53,8 @@ ALSO = [  # what those refused are there for, at sizes that are taken
     ),
     Case("attention_qkvpacked", "scale-32", lambda m: {"qkv": m(2, 5, 3, 2, 32), "scale": 0.4}),
 ]
-TAKEN = [case for case in CASES if str(case) not in REFUSED] + ALSO
+REFUSED = [case for case in CASES if refused_by_cuda(case, torch.float16)]
+TAKEN = [case for case in CASES if case not in REFUSED] + ALSO
 
 
 @pytest.fixture(autouse=True, params=[80, 90])
@@ -100,10 +91,9 @@ def test_gradients_are_deterministic(case: Case) -> None:
     assert_same_bits_twice(case.kernel, case.args(torch.float16, "cpu"))
 
 
-@pytest.mark.parametrize(("name", "said"), REFUSED.items())
-def test_what_is_refused(name: str, said: str) -> None:
-    case = next(c for c in CASES if str(c) == name)
-    with pytest.raises(fastvit.BackendUnavailable, match=f"{case.op}.*{said}.*accepted: .*multiples of 8"):
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_what_is_refused(case: Case) -> None:
+    with pytest.raises(fastvit.BackendUnavailable, match=f"{case.op}.*{refused_by_cuda(case, torch.float16)}"):
         case.kernel(**case.args(torch.float16, "cpu"))
 
 
@@ -124,9 +114,11 @@ def test_rows_that_overlap_are_copied(which: str) -> None:
 
 
 def test_float32_products_are_refused() -> None:
-    case = next(c for c in CASES if c.op == "linear")
-    with pytest.raises(fastvit.BackendUnavailable, match="float32 is not supported; accepted: float16, bfloat16"):
-        case.kernel(**case.args(torch.float32, "cpu"))
+    for case in CASES:
+        if case.op != "layer_norm":
+            assert refused_by_cuda(case, torch.float32) == FLOAT32_REFUSED
+            with pytest.raises(fastvit.BackendUnavailable, match=f"{case.op}.*{FLOAT32_REFUSED}"):
+                case.kernel(**case.args(torch.float32, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
