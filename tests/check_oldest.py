@@ -1,7 +1,7 @@
-"""``make test-oldest``: the CUDA extension, built with the PyTorch that is here, imported under the oldest one supported.
+"""``make test-oldest``: the CUDA extension, built with the PyTorch here, imported under the oldest one supported.
 
-Its wheel is installed into an empty environment with that PyTorch. The one on PyPI is for an older CUDA, so the
-extension's own CUDA runtime comes beside it, which an install for one GPU never needs: there CUDA's major versions agree.
+Its wheel is installed into an empty environment with that PyTorch. What pip brings of it is for an older CUDA, so the
+extension's own CUDA runtime comes beside it, which an install on a GPU never needs: CUDA's major versions agree there.
 """
 
 from __future__ import annotations
