@@ -79,6 +79,19 @@ def test_what_a_table_may_say(
     check_op(case.kernel, case.reference, tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, args))
 
 
+@pytest.mark.parametrize("taken", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("mean", [0.0, 8.0, 100.0])
+def test_a_norm_folded_in_of_rows_off_zero(
+    mean: float, dtype: torch.dtype, taken: Taken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_run", lambda *args, **kw: "folded")
+    x, weight, bias = (_leaf(*shape, dtype=dtype) for shape in ((4, 197, 768), (2304, 768), (2304,)))
+    norm = (_leaf(768, dtype=dtype), _leaf(768, dtype=dtype), 1e-6)
+    args = {"x": x + mean, "weight": weight * 768**-0.5, "bias": bias, "norm": norm}
+    check_op(ops.linear, reference.linear, tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, args))
+
+
 TOKENS = (1, 2, 15, 16, 17, 50, 65, 145, 197, 198, 257, 261, 577, 785, 1025, 1370)
 HEAD_DIMS = (32, 64, 72, 80, 88, 96, 104, 128)
 
