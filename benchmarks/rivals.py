@@ -207,7 +207,8 @@ def _varlen_packed(op: str, arguments: Arguments) -> Function:
         raise Unavailable("varlen_attn takes float16 and bfloat16")
 
     def run(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        out = varlen_attn(*qkv[0].unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        q, k, v = qkv[0].unbind(1)
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         assert isinstance(out, Tensor)
         return out[None]
 
