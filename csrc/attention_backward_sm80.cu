@@ -18,13 +18,17 @@
 // is swizzled (swizzle.cuh): no read or write has a bank conflict. Blocks are 64 rows up to a head dim of 64 and 32
 // above, so that the accumulators and both blocks of scores fit registers, two or three times over in a multiprocessor.
 //
+// With modifiers (attention_modifiers.h) the same kernels take a block in parts of a few pairs of slices, so that scores
+// and what belongs to them fit registers, and every part takes the same path: scores that are absent or masked are -inf,
+// their p and ds 0. Under dropout dp is 0 where a weight was taken, and p too in dv.
+//
 // Bytes: the query gradient reads q and out once and dout twice (the second time from L2) and writes dq; k and v come
 // once from memory and once more from L2 for every further block of rows. The other kernel likewise. One kernel for
 // everything makes 5 products a pair of blocks, these make 3 + 4: the price of sums that need no atomics and no float32
 // dq in memory.
 #include <type_traits>
 
-#include "attention_tiles.h"
+#include "attention_modifiers.h"
 
 namespace fastvit::sm80 {
 
@@ -35,22 +39,25 @@ constexpr int kThreads = kWarps * kLanes;
 constexpr int kOwnedRows = kWarps * 16;
 constexpr int kStages = 2;
 template <int DIM>
-constexpr int kPairs = DIM <= 64 ? 4 : 2;
+constexpr int kBlockPairs = DIM <= 64 ? 4 : 2;
 template <int DIM>
-constexpr int kQueryBlocks = DIM <= 64 ? kMostBlocks : 2;
-template <int DIM>
-constexpr int kBlockRows = kPairs<DIM> * kPair;
+constexpr int kBlockRows = kBlockPairs<DIM> * kPair;
+// Pairs of slices whose scores are in registers at a time.
+template <int DIM, class M>
+constexpr int kPairs = M::kModified ? 1 : kBlockPairs<DIM>;
+template <int DIM, class M>
+constexpr int kQueryBlocks = DIM <= 64 && !M::kModified ? kMostBlocks : 2;
 
-template <class T>
-struct Problem {
+template <class T, class M>
+struct Problem : M {
   Heads<const T> q, k, v, dout;  // (B, Tq, H, d), (B, Tk, H, d) twice, (B, Tq, H, d)
   int queries, keys;
   float scale;
   int64_t first_image = 0;
 };
 
-template <class T>
-struct QueryProblem : Problem<T> {
+template <class T, class M>
+struct QueryProblem : Problem<T, M> {
   Heads<const T> out;  // (B, Tq, H, d)
   Heads<T> dq;         // (B, Tq, H, d)
   const float* lse;    // (B, H, Tq)
@@ -58,8 +65,8 @@ struct QueryProblem : Problem<T> {
   float* delta;        // (B, H, Tq)
 };
 
-template <class T>
-struct KeyValueProblem : Problem<T> {
+template <class T, class M>
+struct KeyValueProblem : Problem<T, M> {
   Heads<T> dk, dv;     // (B, Tk, H, d)
   const float* lse;    // (B, H, Tq)
   const float* delta;  // (B, H, Tq)
@@ -71,8 +78,8 @@ struct Matrix {
   const T* data;
   int64_t stride;
 
-  __device__ __forceinline__ Matrix(const Heads<const T>& x, const Place& place)
-      : data(x.rows(place.image, place.head)), stride(x.token) {}
+  __device__ __forceinline__ Matrix(const Heads<const T>& x, const Place& place, const Rows& rows)
+      : data(x.rows(place.image, place.head, rows.first)), stride(x.token) {}
 };
 
 // How a thread block goes from its owned rows of one pair of matrices through all rows of another pair.
@@ -89,7 +96,7 @@ struct Walk {
       const Matrix<T>& a, const Matrix<T>& b, int owned_rows, const Matrix<T>& c, const Matrix<T>& d, int through_rows,
       int first)
       : owned{a, b}, through{c, d}, owned_rows(owned_rows), through_rows(through_rows), first(first) {
-    full = (through_rows - 1) / kBlockRows<DIM>;
+    full = (through_rows - 1) / kBlockRows<DIM>;  // 0 where there is nothing to go through
     rest = through_rows - full * kBlockRows<DIM>;
     owned_tiles = reinterpret_cast<T*>(shared_memory());
     stages = owned_tiles + 2 * kOwnedRows * DIM;
@@ -133,15 +140,50 @@ struct Walk {
     ptx::copy_async_commit();
   }
 
-  // s and dp of a step for the warp's 16 rows: all of a block, or the first `rows` (at least 1).
+  // s and dp of a step for the warp's 16 rows and those of the block from `part` on: all of them, or `rows` (at least 1).
   template <bool FULL, int SLICES>
   __device__ __forceinline__ void scores(
-      float (&s)[1][SLICES][4], float (&dp)[1][SLICES][4], int step, int rows) const {
+      float (&s)[1][SLICES][4], float (&dp)[1][SLICES][4], int step, int part, int rows) const {
     constexpr int kSure = FULL ? SLICES / 2 : 1;
     const int slices = FULL ? SLICES : (rows + 7) / 8;
-    products<T, DIM, kSure>(s, SharedRows<T, DIM>{owned_tile(0)}, tile(step, 0), slices);
-    products<T, DIM, kSure>(dp, SharedRows<T, DIM>{owned_tile(1)}, tile(step, 1), slices);
+    products<T, DIM, kSure>(s, SharedRows<T, DIM>{owned_tile(0)}, tile(step, 0) + part * DIM, slices);
+    products<T, DIM, kSure>(dp, SharedRows<T, DIM>{owned_tile(1)}, tile(step, 1) + part * DIM, slices);
   }
+
+  // Goes through all rows: add(step, part, rows, FULL) for each part of at most PART rows of each block. One barrier a
+  // step: behind it the step's rows have arrived, and everyone is done with what the next one overwrites. before(step)
+  // runs ahead of that barrier, ahead(step + 1) behind it.
+  template <int PART, class Add, class Before, class Ahead>
+  __device__ __forceinline__ void go(bool active, const Add& add, const Before& before, const Ahead& ahead) const {
+    const auto arrive = [&](int step) {
+      if (step > 0) before(step);
+      ptx::copy_async_wait<0>();
+      __syncthreads();
+      if (step < full) {
+        load(step + 1);
+        ahead(step + 1);
+      }
+    };
+    if constexpr (PART == kBlockRows<DIM>) {
+      arrive(0);
+      if (active) add(0, 0, rest, std::false_type());
+      for (int step = 1; step <= full; ++step) {
+        arrive(step);
+        if (active) add(step, 0, PART, std::true_type());
+      }
+    } else {
+      for (int step = 0; step <= full; ++step) {
+        arrive(step);
+        const int rows = !active ? 0 : step == 0 ? rest : kBlockRows<DIM>;
+#pragma unroll 1
+        for (int part = 0; part < rows; part += PART) add(step, part, min(rows - part, PART), std::false_type());
+      }
+    }
+  }
+};
+
+struct Nothing {
+  __device__ __forceinline__ void operator()(int) const {}
 };
 
 template <int DIM>
@@ -169,95 +211,115 @@ __device__ __forceinline__ float part_of_dot(const T* a, const T* b) {
   return sum;
 }
 
-template <class T, int DIM>
-__global__ void __launch_bounds__(kThreads, kQueryBlocks<DIM>) query_gradient_kernel(const QueryProblem<T> problem) {
-  constexpr int kPairs = sm80::kPairs<DIM>;
+// The owned tiles, both stages and the statistics beside each of them.
+template <int DIM>
+constexpr size_t kSharedBytes = (2 * kOwnedRows + kStages * 2 * kBlockRows<DIM>) * DIM * sizeof(uint16_t) +
+                                kStages * 2 * kBlockRows<DIM> * sizeof(float);
+
+template <int DIM>
+__device__ __forceinline__ float* staged_table() {
+  return reinterpret_cast<float*>(shared_memory() + kSharedBytes<DIM>);
+}
+
+template <class T, int DIM, class M>
+__global__ void __launch_bounds__(kThreads, (kQueryBlocks<DIM, M>)) query_gradient_kernel(
+    const QueryProblem<T, M> problem) {
+  constexpr int kPairs = sm80::kPairs<DIM, M>;
   const Place place(problem.first_image, kOwnedRows);
-  const Walk<T, DIM> walk(Matrix<T>(problem.q, place), Matrix<T>(problem.dout, place), problem.queries,
-                          Matrix<T>(problem.k, place), Matrix<T>(problem.v, place), problem.keys, place.first);
+  const M& modifiers = problem;
+  const Rows queries = modifiers.queries(place, problem.queries), keys = modifiers.keys(place, problem.keys);
+  if (M::kModified && place.first >= queries.count) return;
+  const Walk<T, DIM> walk(
+      Matrix<T>(problem.q, place, queries), Matrix<T>(problem.dout, place, queries), queries.count,
+      Matrix<T>(problem.k, place, keys), Matrix<T>(problem.v, place, keys), keys.count, place.first);
   walk.load_owned();
   walk.load_rest();
+  modifiers.stage(staged_table<DIM>(), place.head);
 
   // While they are on their way: delta, and the log-sum-exp in units of log2, of the lane's two rows.
   const int first = place.first + threadIdx.x / kLanes * 16;
-  const bool active = first < problem.queries;
-  const float scale_log2 = problem.scale * kLog2e;
+  const bool active = first < queries.count;
   float lse[2], delta[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first + lane_id() / 4 + 8 * i;
-    const int64_t at = place.in(problem.queries) + row;
+    const int64_t at = queries.vector + row;
     lse[i] = delta[i] = 0.0f;
-    if (row < problem.queries) {
+    if (row < queries.count) {
       delta[i] = part_of_dot<T, DIM>(
-          problem.out.rows(place.image, place.head) + row * problem.out.token,
-          problem.dout.rows(place.image, place.head) + row * problem.dout.token);
-      lse[i] = problem.lse[at] * kLog2e;
+          problem.out.rows(place.image, place.head, queries.first) + row * problem.out.token,
+          problem.dout.rows(place.image, place.head, queries.first) + row * problem.dout.token);
+      lse[i] = in_log2<M>(problem.lse[at]);
     }
     delta[i] = row_sum(delta[i]);
-    if (row < problem.queries) {
+    if (row < queries.count) {
       if (problem.dlse) delta[i] -= problem.dlse[at];
       if (lane_id() % 4 == 0) problem.delta[at] = delta[i];
     }
   }
 
+  const typename M::template Warp<false> around(
+      modifiers, place.image, place.head, gridDim.y, queries.count, keys.count, staged_table<DIM>(), first);
+  const float scale_log2 = M::kModified ? kLog2e : problem.scale * kLog2e;
   float dq[1][DIM / 8][4];
   clear<DIM>(dq);
-  const auto add = [&]<bool FULL>(int step, int keys, std::bool_constant<FULL>) {
+  const auto add = [&]<bool FULL>(int step, int part, int count, std::bool_constant<FULL>) {
     constexpr int kSure = FULL ? kPairs : 1;
     float s[1][2 * kPairs][4], dp[1][2 * kPairs][4];
     uint32_t ds[kPairs][1][4];
-    walk.template scores<FULL>(s, dp, step, keys);
+    walk.template scores<FULL>(s, dp, step, part, count);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      if (j >= kSure && kPair * j >= keys) break;
+      if (j >= kSure && kPair * j >= count) break;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
+        float (&x)[4] = s[0][2 * j + h], (&y)[4] = dp[0][2 * j + h];
+        const int slice = walk.start(step) + part + kPair * j + 8 * h;
+        around.scores(x, slice);
+        if (around.dropping()) {
+          bool kept[4];
+          around.keep(kept, slice);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) y[i] = kept[i] ? y[i] * around.kept_scale() : 0.0f;
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float& x = dp[0][2 * j + h][i];
-          x = ptx::exp2(fmaf(s[0][2 * j + h][i], scale_log2, -lse[i / 2])) * (x - delta[i / 2]);
+          y[i] = ptx::exp2(fmaf(x[i], scale_log2, -lse[i / 2])) * (y[i] - delta[i / 2]);
           // A key that is not there is 0, but what multiplies it may be infinite.
-          if (!FULL && kPair * j + 8 * h + lane_id() % 4 * 2 + i % 2 >= keys) x = 0.0f;
+          if (!M::kModified && !FULL && kPair * j + 8 * h + lane_id() % 4 * 2 + i % 2 >= count) y[i] = 0.0f;
         }
       }
       pack_pair<T>(ds[j][0], dp[0][2 * j], dp[0][2 * j + 1]);
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      if (j >= kSure && kPair * j >= keys) break;
-      add_products<T, DIM, 1>(dq, ds[j], walk.tile(step, 0), kPair * j);
+      if (j >= kSure && kPair * j >= count) break;
+      add_products<T, DIM, 1>(dq, ds[j], walk.tile(step, 0) + part * DIM, kPair * j);
     }
   };
-
-  // One barrier a step: behind it the step's rows have arrived, and everyone is done with what the next one overwrites.
-  ptx::copy_async_wait<0>();
-  __syncthreads();
-  if (walk.full > 0) walk.load(1);
-  if (active) add(0, walk.rest, std::false_type());
-  for (int step = 1; step <= walk.full; ++step) {
-    ptx::copy_async_wait<0>();
-    __syncthreads();
-    if (step < walk.full) walk.load(step + 1);
-    if (active) add(step, kBlockRows<DIM>, std::true_type());
-  }
+  walk.template go<kPairs * kPair>(active, add, Nothing(), Nothing());
   if (!active) return;
   const float factor[2] = {problem.scale, problem.scale};
-  store_rows<T, DIM>(dq[0], factor, walk.owned_tile(0), problem.dq.rows(place.image, place.head), problem.dq.token,
-                     first, problem.queries);
+  store_rows<T, DIM>(dq[0], factor, walk.owned_tile(0), problem.dq.rows(place.image, place.head, queries.first),
+                     problem.dq.token, first, queries.count);
 }
 
-template <class T, int DIM>
-__global__ void __launch_bounds__(kThreads, 2) key_value_gradient_kernel(const KeyValueProblem<T> problem) {
-  constexpr int kPairs = sm80::kPairs<DIM>;
+template <class T, int DIM, class M>
+__global__ void __launch_bounds__(kThreads, 2) key_value_gradient_kernel(const KeyValueProblem<T, M> problem) {
+  constexpr int kPairs = sm80::kPairs<DIM, M>;
   constexpr int kRows = kBlockRows<DIM>;
   const int thread = threadIdx.x;
   const Place place(problem.first_image, kOwnedRows);
-  const Walk<T, DIM> walk(Matrix<T>(problem.k, place), Matrix<T>(problem.v, place), problem.keys,
-                          Matrix<T>(problem.q, place), Matrix<T>(problem.dout, place), problem.queries, place.first);
+  const M& modifiers = problem;
+  const Rows queries = modifiers.queries(place, problem.queries), keys = modifiers.keys(place, problem.keys);
+  if (M::kModified && place.first >= keys.count) return;
+  const Walk<T, DIM> walk(
+      Matrix<T>(problem.k, place, keys), Matrix<T>(problem.v, place, keys), keys.count,
+      Matrix<T>(problem.q, place, queries), Matrix<T>(problem.dout, place, queries), queries.count, place.first);
   float* statistics = reinterpret_cast<float*>(walk.tile(0, 0) + kStages * 2 * kRows * DIM);  // (kStages, 2, kRows)
   walk.load_owned();
   walk.load_rest();
+  modifiers.stage(staged_table<DIM>(), place.head);
 
   // lse in units of log2, and delta, of the queries of a step: fetched by the first threads into a register each while
   // the step before is computed, and put beside the step's tiles after it. A query that is not there has an infinite
@@ -265,9 +327,9 @@ __global__ void __launch_bounds__(kThreads, 2) key_value_gradient_kernel(const K
   float lse = 0.0f, delta = 0.0f;
   const auto fetch = [&](int step) {
     const int row = walk.start(step) + thread;
-    const bool inside = thread < kRows && row < problem.queries;
-    const int64_t at = place.in(problem.queries) + row;
-    lse = inside ? problem.lse[at] * kLog2e : INFINITY;
+    const bool inside = thread < kRows && row < queries.count;
+    const int64_t at = queries.vector + row;
+    lse = inside ? in_log2<M>(problem.lse[at]) : INFINITY;
     delta = inside ? problem.delta[at] : 0.0f;
   };
   const auto put = [&](int step) {
@@ -279,102 +341,112 @@ __global__ void __launch_bounds__(kThreads, 2) key_value_gradient_kernel(const K
   put(0);
 
   const int first = place.first + thread / kLanes * 16;
-  const bool active = first < problem.keys;
-  const float scale_log2 = problem.scale * kLog2e;
+  const bool active = first < keys.count;
+  const typename M::template Warp<true> around(
+      modifiers, place.image, place.head, gridDim.y, queries.count, keys.count, staged_table<DIM>(), first);
+  const float scale_log2 = M::kModified ? kLog2e : problem.scale * kLog2e;
   float dk[1][DIM / 8][4], dv[1][DIM / 8][4];
   clear<DIM>(dk);
   clear<DIM>(dv);
-  const auto add = [&]<bool FULL>(int step, int queries, std::bool_constant<FULL>) {
+  const auto add = [&]<bool FULL>(int step, int part, int count, std::bool_constant<FULL>) {
     constexpr int kSure = FULL ? kPairs : 1;
     float s[1][2 * kPairs][4], dp[1][2 * kPairs][4];
-    walk.template scores<FULL>(s, dp, step, queries);
-    const float* column = statistics + step % kStages * 2 * kRows + lane_id() % 4 * 2;
+    walk.template scores<FULL>(s, dp, step, part, count);
+    const float* column = statistics + step % kStages * 2 * kRows + part + lane_id() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      if (j >= kSure && kPair * j >= queries) break;
+      if (j >= kSure && kPair * j >= count) break;
       uint32_t p[1][4], ds[1][4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const auto column_lse = *reinterpret_cast<const Vector<float, 2>*>(column + kPair * j + 8 * h);
         const auto column_delta = *reinterpret_cast<const Vector<float, 2>*>(column + kRows + kPair * j + 8 * h);
+        float (&x)[4] = s[0][2 * j + h], (&y)[4] = dp[0][2 * j + h];
+        const int slice = walk.start(step) + part + kPair * j + 8 * h;
+        around.scores(x, slice);
+        bool kept[4];
+        if (around.dropping()) {
+          around.keep(kept, slice);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) y[i] = kept[i] ? y[i] * around.kept_scale() : 0.0f;
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float &x = s[0][2 * j + h][i], &y = dp[0][2 * j + h][i];
-          x = ptx::exp2(fmaf(x, scale_log2, -column_lse.at[i % 2]));
-          y = x * (y - column_delta.at[i % 2]);
+          x[i] = ptx::exp2(fmaf(x[i], scale_log2, -column_lse.at[i % 2]));
+          y[i] = x[i] * (y[i] - column_delta.at[i % 2]);
+          if (around.dropping() && !kept[i]) x[i] = 0.0f;
         }
       }
       pack_pair<T>(p[0], s[0][2 * j], s[0][2 * j + 1]);
       pack_pair<T>(ds[0], dp[0][2 * j], dp[0][2 * j + 1]);
-      add_products<T, DIM, 1>(dv, p, walk.tile(step, 1), kPair * j);
-      add_products<T, DIM, 1>(dk, ds, walk.tile(step, 0), kPair * j);
+      add_products<T, DIM, 1>(dv, p, walk.tile(step, 1) + part * DIM, kPair * j);
+      add_products<T, DIM, 1>(dk, ds, walk.tile(step, 0) + part * DIM, kPair * j);
     }
   };
-
-  // As in the query gradient.
-  ptx::copy_async_wait<0>();
-  __syncthreads();
-  if (walk.full > 0) {
-    walk.load(1);
-    fetch(1);
-  }
-  if (active) add(0, walk.rest, std::false_type());
-  for (int step = 1; step <= walk.full; ++step) {
-    put(step);
-    ptx::copy_async_wait<0>();
-    __syncthreads();
-    if (step < walk.full) {
-      walk.load(step + 1);
-      fetch(step + 1);
-    }
-    if (active) add(step, kRows, std::true_type());
-  }
+  walk.template go<kPairs * kPair>(active, add, put, fetch);
   if (!active) return;
-  const float scale[2] = {problem.scale, problem.scale}, one[2] = {1.0f, 1.0f};
-  store_rows<T, DIM>(dk[0], scale, walk.owned_tile(0), problem.dk.rows(place.image, place.head), problem.dk.token,
-                     first, problem.keys);
-  store_rows<T, DIM>(dv[0], one, walk.owned_tile(1), problem.dv.rows(place.image, place.head), problem.dv.token,
-                     first, problem.keys);
+  const float scale[2] = {problem.scale, problem.scale}, kept[2] = {around.kept_scale(), around.kept_scale()};
+  store_rows<T, DIM>(dk[0], scale, walk.owned_tile(0), problem.dk.rows(place.image, place.head, keys.first),
+                     problem.dk.token, first, keys.count);
+  store_rows<T, DIM>(dv[0], kept, walk.owned_tile(1), problem.dv.rows(place.image, place.head, keys.first),
+                     problem.dv.token, first, keys.count);
 }
 
-template <class T>
-Problem<T> problem_of(const Array& q, const Array& k, const Array& v, const Array& dout, double scale) {
-  return {heads_of<const T>(q), heads_of<const T>(k), heads_of<const T>(v), heads_of<const T>(dout),
-          static_cast<int>(q.size[1]), static_cast<int>(k.size[1]), static_cast<float>(scale)};
+// What both gradients begin with.
+template <class T, class M>
+Problem<T, M> problem_of(
+    const M& m, const Array& q, const Array& k, const Array& v, const Array& dout, double scale, bool packed) {
+  return {m, heads_of<const T>(q, packed), heads_of<const T>(k, packed), heads_of<const T>(v, packed),
+          heads_of<const T>(dout, packed), static_cast<int>(q.size[1]), static_cast<int>(k.size[1]),
+          static_cast<float>(scale)};
 }
 
-// The owned tiles, both stages and the statistics beside each of them.
-template <int DIM>
-constexpr size_t kSharedBytes = (2 * kOwnedRows + kStages * 2 * kBlockRows<DIM>) * DIM * sizeof(uint16_t) +
-                                kStages * 2 * kBlockRows<DIM> * sizeof(float);
+// f.template operator()<T, DIM>(Plain or Modified, whether packed, bytes of shared memory).
+template <class F>
+void with_modifiers(
+    const Device& device, const AttentionModifiers& modifiers, const Array& q, const Array& k, double scale, const F& f) {
+  with_dtype_and_dim(q, [&]<class T, int DIM>() {
+    if (!modifiers.any()) return f.template operator()<T, DIM>(Plain(), kSharedBytes<DIM>);
+    Modified m = modified(modifiers, q, k, scale);
+    const size_t shared = stage_table(device, kSharedBytes<DIM>, m);
+    f.template operator()<T, DIM>(m, shared);
+  });
+}
 
 }  // namespace
 
 void attention_query_gradient(
-    const Device& device, const Array& dout, const Array& dlse, const Array& q, const Array& k, const Array& v,
-    const Array& out, const Array& lse, double scale, const Array& dq, const Array& delta) {
+    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& dlse, const Array& q,
+    const Array& k, const Array& v, const Array& out, const Array& lse, double scale, const Array& dq,
+    const Array& delta) {
   check_heads(q, k, {{"out", &out}, {"dout", &dout}, {"dq", &dq}}, {{"v", &v}});
   if (q.elements() == 0) return;
   if (k.size[1] == 0) throw error("attention: no keys; accepted: at least 1");
-  with_dtype_and_dim(q, [&]<class T, int DIM>() {
-    const QueryProblem<T> problem{problem_of<T>(q, k, v, dout, scale), heads_of<const T>(out),
-                                  heads_of<T>(dq), lse.as<const float>(), dlse.as<const float>(), delta.as<float>()};
-    launch_blocks(device, query_gradient_kernel<T, DIM>, q, ceil_div(q.size[1], kOwnedRows), kThreads,
-                  kSharedBytes<DIM>, problem);
+  const Extent all = extent(modifiers, q, k);
+  const bool packed = bool(modifiers.cu_q);
+  with_modifiers(device, modifiers, q, k, scale, [&]<class T, int DIM, class M>(const M& m, size_t shared) {
+    const QueryProblem<T, M> problem{
+        problem_of<T>(m, q, k, v, dout, scale, packed), heads_of<const T>(out, packed), heads_of<T>(dq, packed),
+        lse.as<const float>(), dlse.as<const float>(), delta.as<float>()};
+    launch_blocks(device, query_gradient_kernel<T, DIM, M>, all.images, q.size[2], ceil_div(all.queries, kOwnedRows),
+                  kThreads, shared, problem);
   });
 }
 
 void attention_key_value_gradient(
-    const Device& device, const Array& dout, const Array& q, const Array& k, const Array& v, const Array& lse,
-    const Array& delta, double scale, const Array& dk, const Array& dv) {
+    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
+    const Array& v, const Array& lse, const Array& delta, double scale, const Array& dk, const Array& dv) {
   check_heads(q, k, {{"dout", &dout}}, {{"v", &v}, {"dk", &dk}, {"dv", &dv}});
   if (k.elements() == 0) return;
   if (q.size[1] == 0) throw error("attention: no queries; accepted: at least 1");
-  with_dtype_and_dim(q, [&]<class T, int DIM>() {
-    const KeyValueProblem<T> problem{problem_of<T>(q, k, v, dout, scale), heads_of<T>(dk), heads_of<T>(dv),
-                                     lse.as<const float>(), delta.as<const float>()};
-    launch_blocks(device, key_value_gradient_kernel<T, DIM>, q, ceil_div(k.size[1], kOwnedRows), kThreads,
-                  kSharedBytes<DIM>, problem);
+  const Extent all = extent(modifiers, q, k);
+  const bool packed = bool(modifiers.cu_q);
+  with_modifiers(device, modifiers, q, k, scale, [&]<class T, int DIM, class M>(const M& m, size_t shared) {
+    const KeyValueProblem<T, M> problem{
+        problem_of<T>(m, q, k, v, dout, scale, packed), heads_of<T>(dk, packed), heads_of<T>(dv, packed),
+        lse.as<const float>(), delta.as<const float>()};
+    launch_blocks(device, key_value_gradient_kernel<T, DIM, M>, all.images, q.size[2], ceil_div(all.keys, kOwnedRows),
+                  kThreads, shared, problem);
   });
 }
 

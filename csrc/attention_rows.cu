@@ -219,8 +219,8 @@ void attention_rows(
     const RowsProblem<T> problem{scores_of<T>(q, k, lse, scale, 0), rows.as<int64_t>(), bias.as<float>(), bias.stride[0],
                                  bias.stride[1], bias.stride[2], bias.stride[3], out.as<float>(),
                                  static_cast<int>(shape[2])};
-    launch_blocks(
-        device, attention_rows_kernel<T, DIM>, q, ceil_div(shape[2], kRows), kThreads, kShared<DIM>, problem);
+    launch_blocks(device, attention_rows_kernel<T, DIM>, shape[0], shape[1], ceil_div(shape[2], kRows), kThreads,
+                  kShared<DIM>, problem);
   });
 }
 
@@ -243,7 +243,8 @@ void attention_distance(
         scores_of<T>(q, k, lse, scale, q.size[1] - patches), partials.as<float>(), shape[1] * shape[2],
         static_cast<float>(width), 1.0f / static_cast<float>(width), static_cast<float>(patch_height),
         static_cast<float>(patch_width), 1.0f / static_cast<float>(patches)};
-    launch_blocks(device, attention_distance_kernel<T, DIM>, q, blocks, kThreads, kShared<DIM>, problem);
+    launch_blocks(
+        device, attention_distance_kernel<T, DIM>, shape[1], shape[2], blocks, kThreads, kShared<DIM>, problem);
   });
 }
 

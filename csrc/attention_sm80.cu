@@ -16,9 +16,13 @@
 // queries wait in what becomes the second stage until they are in registers. Up to a head dim of 64 a warp owns 32
 // rows, so that what it reads from shared memory serves twice the products.
 //
+// With modifiers (attention_modifiers.h) online softmax serves every count, 16 rows a warp: the registers that a second
+// instance of the single pass or more rows would need go to what belongs to a score. Every block of keys then takes the
+// same path, scores in natural units, absent keys and masked ones -inf; dropout follows the sum of exponentials.
+//
 // Bytes: q and out once; k and v once from memory, and once more from L2 for every further block of rows. Shared memory
 // is swizzled (swizzle.cuh): no read or write of it has a bank conflict.
-#include "attention_tiles.h"
+#include "attention_modifiers.h"
 
 namespace fastvit::sm80 {
 
@@ -32,18 +36,20 @@ constexpr int kOnlineKeys = kOnlinePairs * kPair;
 constexpr int kOnlineWarps = 4;
 constexpr int kOnlineStages = 2;
 
+template <int DIM, class M>
+constexpr int kOnlineRowTiles = DIM <= 64 && !M::kModified ? 2 : 1;
+template <int DIM, class M>
+constexpr int kOnlineBlocks = DIM > 64 && DIM <= 88 && !M::kModified ? kMostBlocks : 2;
 template <int DIM>
-constexpr int kOnlineRowTiles = DIM <= 64 ? 2 : 1;
-template <int DIM>
-constexpr int kOnlineBlocks = DIM > 64 && DIM <= 88 ? kMostBlocks : 2;
+constexpr size_t kOnlineBytes = kOnlineStages * 2 * kOnlineKeys * DIM * sizeof(uint16_t);
 
-template <class T>
-struct Problem {
+template <class T, class M>
+struct Problem : M {
   Heads<const T> q, k, v;  // (B, Tq, H, d), (B, Tk, H, d), (B, Tk, H, d)
   Heads<T> out;            // (B, Tq, H, d)
   float* lse;              // (B, H, Tq)
   int queries, keys;
-  float scale_log2;  // |scale| / ln 2, and not 0: the score of an absent key, -inf, stays -inf
+  float scale_log2;  // |scale| / ln 2, and not 0: the score of an absent key, -inf, stays -inf; 1 / ln 2 when Modified
   uint32_t flip;     // the scale's sign, given to q, exactly: the highest score is then the highest scaled score
   int64_t first_image = 0;
 };
@@ -55,12 +61,12 @@ struct State {
   float total[M][2];  // this lane's part of the sum of exponentials
   float out[M][DIM / 8][4];
 
-  __device__ __forceinline__ State() {
+  __device__ __forceinline__ explicit State(float lowest = -INFINITY) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        top[m][i] = -INFINITY;
+        top[m][i] = lowest;
         total[m][i] = 0.0f;
       }
 #pragma unroll
@@ -113,10 +119,16 @@ __device__ __forceinline__ void find_highest(
   }
 }
 
-// p = exp2((s - top) * scale_log2), rounded, as left operands; total += their sum before rounding.
-template <class T, int SURE, int DIM, int M, int SLICES>
+struct KeepAll {
+  __device__ __forceinline__ void operator()(float (&)[4], int, int) const {}
+};
+
+// p = exp2((s - top) * scale_log2), rounded, as left operands; total += their sum before rounding, and before drop(p of a
+// slice, m, slice) takes some.
+template <class T, int SURE, int DIM, int M, int SLICES, class Drop = KeepAll>
 __device__ __forceinline__ void exponentials(
-    State<DIM, M>& state, uint32_t (&p)[SLICES / 2][M][4], const float (&s)[M][SLICES][4], int keys, float scale_log2) {
+    State<DIM, M>& state, uint32_t (&p)[SLICES / 2][M][4], const float (&s)[M][SLICES][4], int keys, float scale_log2,
+    const Drop& drop = {}) {
 #pragma unroll
   for (int j = 0; j < SLICES / 2; ++j) {
     if (j >= SURE && kPair * j >= keys) break;
@@ -130,6 +142,7 @@ __device__ __forceinline__ void exponentials(
           e[h][i] = ptx::exp2(fmaf(s[m][2 * j + h][i], scale_log2, -state.top[m][i / 2] * scale_log2));
           state.total[m][i / 2] += e[h][i];
         }
+        drop(e[h], m, 2 * j + h);
       }
       pack_pair<T>(p[j][m], e[0], e[1]);
     }
@@ -148,9 +161,10 @@ __device__ __forceinline__ void add_values(
 }
 
 // out / total, and the log of the softmax's denominator; scratch: 16 M rows of shared memory that are this warp's.
-template <class T, int DIM, int M>
+template <class T, int DIM, int M, class Modifiers>
 __device__ __forceinline__ void finish(
-    const Problem<T>& problem, const State<DIM, M>& state, const Place& place, int first, T* scratch) {
+    const Problem<T, Modifiers>& problem, const State<DIM, M>& state, const Place& place, const Rows& queries, int first,
+    T* scratch) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     float factor[2];
@@ -158,19 +172,23 @@ __device__ __forceinline__ void finish(
     for (int i = 0; i < 2; ++i) {
       const float total = row_sum(state.total[m][i]);
       const int row = first + 16 * m + 8 * i + lane_id() / 4;
-      factor[i] = 1.0f / total;
-      if (lane_id() % 4 == 0 && row < problem.queries) {
-        problem.lse[place.in(problem.queries) + row] = fmaf(state.top[m][i], problem.scale_log2, log2f(total)) / kLog2e;
+      if constexpr (Modifiers::kModified) {
+        factor[i] = total > 0.0f ? problem.kept_scale / total : 0.0f;
+      } else {
+        factor[i] = 1.0f / total;
+      }
+      if (lane_id() % 4 == 0 && row < queries.count) {
+        problem.lse[queries.vector + row] = fmaf(state.top[m][i], problem.scale_log2, log2f(total)) / kLog2e;
       }
     }
     store_rows<T, DIM>(
-        state.out[m], factor, scratch + 16 * m * DIM, problem.out.rows(place.image, place.head), problem.out.token,
-        first + 16 * m, problem.queries);
+        state.out[m], factor, scratch + 16 * m * DIM, problem.out.rows(place.image, place.head, queries.first),
+        problem.out.token, first + 16 * m, queries.count);
   }
 }
 
 template <class T, int DIM>
-__global__ void __launch_bounds__(kSingleWarps * kLanes, 2) single_pass_kernel(const Problem<T> problem) {
+__global__ void __launch_bounds__(kSingleWarps * kLanes, 2) single_pass_kernel(const Problem<T, Plain> problem) {
   const int thread = threadIdx.x, threads = blockDim.x, warp = thread / kLanes;
   const Place place(problem.first_image, threads / 2);
   const int keys = problem.keys, padded = (keys + kPair - 1) / kPair * kPair;
@@ -202,28 +220,33 @@ __global__ void __launch_bounds__(kSingleWarps * kLanes, 2) single_pass_kernel(c
   __syncthreads();
   if (!active) return;
   add_values<T, kSingleSurePairs>(state, p, v, keys);
-  finish(problem, state, place, first, rows);
+  finish(problem, state, place, problem.Plain::queries(place, problem.queries), first, rows);
 }
 
-template <class T, int DIM>
-__global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM>) online_kernel(const Problem<T> problem) {
-  constexpr int M = kOnlineRowTiles<DIM>;
+template <class T, int DIM, class Modifiers>
+__global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Modifiers>) online_kernel(
+    const Problem<T, Modifiers> problem) {
+  constexpr int M = kOnlineRowTiles<DIM, Modifiers>;
   constexpr int kStage = 2 * kOnlineKeys * DIM;
   constexpr int kThreads = kOnlineWarps * kLanes, kBlockRows = kOnlineWarps * 16 * M;
   static_assert(kBlockRows <= 2 * kOnlineKeys, "the queries wait in one stage");
   const int thread = threadIdx.x, warp = thread / kLanes;
   const Place place(problem.first_image, kBlockRows);
-  const int full = (problem.keys - 1) / kOnlineKeys, rest = problem.keys - full * kOnlineKeys;
+  const Modifiers& modifiers = problem;
+  const Rows queries = modifiers.queries(place, problem.queries), keys = modifiers.keys(place, problem.keys);
+  if (Modifiers::kModified && place.first >= queries.count) return;
+  const int full = (keys.count - 1) / kOnlineKeys, rest = keys.count - full * kOnlineKeys;
   T* stages = reinterpret_cast<T*>(shared_memory());  // (kOnlineStages, {k, v}, kOnlineKeys, DIM)
-  const T* k = problem.k.rows(place.image, place.head);
-  const T* v = problem.v.rows(place.image, place.head);
+  float* table = reinterpret_cast<float*>(stages + kOnlineStages * kStage);
+  const T* k = problem.k.rows(place.image, place.head, keys.first);
+  const T* v = problem.v.rows(place.image, place.head, keys.first);
 
   // Step 0 takes the rest, the last keys; step n > 0 block n - 1.
   const auto load_rest = [&] {
     const int padded = (rest + kPair - 1) / kPair * kPair, start = full * kOnlineKeys;
-    copy_rows_async<DIM>(stages, padded, k, problem.k.token, start, problem.keys, thread, kThreads);
+    copy_rows_async<DIM>(stages, padded, k, problem.k.token, start, keys.count, thread, kThreads);
     copy_rows_async<DIM>(
-        stages + kOnlineKeys * DIM, padded, v, problem.v.token, start, problem.keys, thread, kThreads);
+        stages + kOnlineKeys * DIM, padded, v, problem.v.token, start, keys.count, thread, kThreads);
     ptx::copy_async_commit();
   };
   const auto load = [&](int step) {
@@ -236,47 +259,89 @@ __global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM>) onl
   };
 
   T* q = stages + kStage;  // (kBlockRows, DIM)
-  copy_rows_async<DIM>(q, kBlockRows, problem.q.rows(place.image, place.head), problem.q.token, place.first,
-                       problem.queries, thread, kThreads);
+  copy_rows_async<DIM>(q, kBlockRows, problem.q.rows(place.image, place.head, queries.first), problem.q.token,
+                       place.first, queries.count, thread, kThreads);
   ptx::copy_async_commit();
   load_rest();
+  modifiers.stage(table, place.head);
   ptx::copy_async_wait<1>();
   __syncthreads();
   const int first = place.first + 16 * M * warp;
-  const bool active = first < problem.queries;
+  const bool active = first < queries.count;
   const RegisterRows<DIM, M> rows(SharedRows<T, DIM>{q + 16 * M * warp * DIM, problem.flip});
-  State<DIM, M> state;
 
   // One barrier a step: behind it step n has arrived, and everyone is done with what step n + 1 overwrites.
   float s[M][2 * kOnlinePairs][4];
   uint32_t p[kOnlinePairs][M][4];
-  ptx::copy_async_wait<0>();
-  __syncthreads();
-  if (full > 0) load(1);
-  if (active) {
-    products<T, DIM, 1>(s, rows, stages, (rest + 7) / 8);
-    find_highest<true, 1>(state, s, rest, problem.scale_log2);
-    exponentials<T, 1>(state, p, s, rest, problem.scale_log2);
-    add_values<T, 1>(state, p, stages + kOnlineKeys * DIM, rest);
-  }
-  for (int step = 1; step <= full; ++step) {
+  const auto end = [&](const State<DIM, M>& state) {
+    // The stage that the last step did not read is free.
+    if (active) {
+      finish(problem, state, place, queries, first, stages + (full + 1) % kOnlineStages * kStage + 16 * M * warp * DIM);
+    }
+  };
+  if constexpr (Modifiers::kModified) {
+    State<DIM, M> state(kNoScore);
+    const typename Modifiers::template Warp<false> around(
+        modifiers, place.image, place.head, gridDim.y, queries.count, keys.count, table, first);
+    for (int step = 0; step <= full && keys.count > 0; ++step) {
+      ptx::copy_async_wait<0>();
+      __syncthreads();
+      if (step < full) load(step + 1);
+      if (!active) continue;
+      const T* stage = stages + step % kOnlineStages * kStage;
+      const int start = (step == 0 ? full : step - 1) * kOnlineKeys, count = step == 0 ? rest : kOnlineKeys;
+      products<T, DIM, 1>(s, rows, stage, (count + 7) / 8);
+#pragma unroll
+      for (int j = 0; j < 2 * kOnlinePairs; ++j) around.scores(s[0][j], start + 8 * j);
+      find_highest<false, kOnlinePairs>(state, s, kOnlineKeys, problem.scale_log2);
+      exponentials<T, kOnlinePairs>(state, p, s, kOnlineKeys, problem.scale_log2, [&](float (&e)[4], int, int slice) {
+        if (!around.dropping()) return;
+        bool kept[4];
+        around.keep(kept, start + 8 * slice);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) e[i] = kept[i] ? e[i] : 0.0f;
+      });
+      add_values<T, 1>(state, p, stage + kOnlineKeys * DIM, count);
+    }
+    end(state);
+  } else {
+    State<DIM, M> state;
     ptx::copy_async_wait<0>();
     __syncthreads();
-    if (step < full) load(step + 1);
+    if (full > 0) load(1);
     if (active) {
-      const T* stage = stages + step % kOnlineStages * kStage;
-      products<T, DIM, kOnlinePairs>(s, rows, stage, 2 * kOnlinePairs);
-      find_highest<false, kOnlinePairs>(state, s, kOnlineKeys, problem.scale_log2);
-      exponentials<T, kOnlinePairs>(state, p, s, kOnlineKeys, problem.scale_log2);
-      add_values<T, kOnlinePairs>(state, p, stage + kOnlineKeys * DIM, kOnlineKeys);
+      products<T, DIM, 1>(s, rows, stages, (rest + 7) / 8);
+      find_highest<true, 1>(state, s, rest, problem.scale_log2);
+      exponentials<T, 1>(state, p, s, rest, problem.scale_log2);
+      add_values<T, 1>(state, p, stages + kOnlineKeys * DIM, rest);
     }
+    for (int step = 1; step <= full; ++step) {
+      ptx::copy_async_wait<0>();
+      __syncthreads();
+      if (step < full) load(step + 1);
+      if (active) {
+        const T* stage = stages + step % kOnlineStages * kStage;
+        products<T, DIM, kOnlinePairs>(s, rows, stage, 2 * kOnlinePairs);
+        find_highest<false, kOnlinePairs>(state, s, kOnlineKeys, problem.scale_log2);
+        exponentials<T, kOnlinePairs>(state, p, s, kOnlineKeys, problem.scale_log2);
+        add_values<T, kOnlinePairs>(state, p, stage + kOnlineKeys * DIM, kOnlineKeys);
+      }
+    }
+    end(state);
   }
-  // The stage that the last step did not read is free.
-  if (active) finish(problem, state, place, first, stages + (full + 1) % kOnlineStages * kStage + 16 * M * warp * DIM);
+}
+
+template <class T, int DIM, class Modifiers>
+void online(
+    const Device& device, const Problem<T, Modifiers>& problem, int64_t images, int64_t heads, int64_t queries,
+    size_t shared) {
+  constexpr int kBlockRows = kOnlineWarps * 16 * kOnlineRowTiles<DIM, Modifiers>;
+  launch_blocks(device, online_kernel<T, DIM, Modifiers>, images, heads, ceil_div(queries, kBlockRows),
+                kOnlineWarps * kLanes, shared, problem);
 }
 
 template <class T, int DIM>
-void forward(const Device& device, const Problem<T>& problem, const Array& q) {
+void forward(const Device& device, const Problem<T, Plain>& problem, const Array& q) {
   constexpr int64_t kRowBytes = DIM * sizeof(T);
   const int64_t pairs = ceil_div(problem.keys, kPair);
   if (pairs >= kSingleSurePairs && pairs <= kSinglePairs) {
@@ -287,28 +352,35 @@ void forward(const Device& device, const Problem<T>& problem, const Array& q) {
     // Two blocks share a multiprocessor, or nothing computes while keys arrive; each takes 1 KB for itself.
     if (2 * (shared + 1024) <= device.shared_bytes + 1024) {
       const int threads = static_cast<int>(warps) * kLanes;
-      return launch_blocks(device, single_pass_kernel<T, DIM>, q, blocks, threads, shared, problem);
+      return launch_blocks(device, single_pass_kernel<T, DIM>, q.size[0], q.size[2], blocks, threads, shared, problem);
     }
   }
-  constexpr int kBlockRows = kOnlineWarps * 16 * kOnlineRowTiles<DIM>;
-  launch_blocks(device, online_kernel<T, DIM>, q, ceil_div(problem.queries, kBlockRows), kOnlineWarps * kLanes,
-                kOnlineStages * 2 * kOnlineKeys * kRowBytes, problem);
+  online<T, DIM>(device, problem, q.size[0], q.size[2], problem.queries, kOnlineBytes<DIM>);
 }
 
 }  // namespace
 
 void attention_forward(
-    const Device& device, const Array& q, const Array& k, const Array& v, double scale, const Array& out,
-    const Array& lse) {
+    const Device& device, const AttentionModifiers& modifiers, const Array& q, const Array& k, const Array& v,
+    double scale, const Array& out, const Array& lse) {
   check_heads(q, k, {{"out", &out}}, {{"v", &v}});
+  const bool packed = bool(modifiers.cu_q);
   if (out.elements() == 0) return;
   if (k.size[1] == 0) throw error("attention: no keys; accepted: at least 1");
   with_dtype_and_dim(q, [&]<class T, int DIM>() {
-    const Problem<T> problem{heads_of<const T>(q), heads_of<const T>(k), heads_of<const T>(v), heads_of<T>(out),
-                             lse.as<float>(), static_cast<int>(q.size[1]), static_cast<int>(k.size[1]),
-                             std::fmax(static_cast<float>(std::fabs(scale)) * kLog2e, 1e-37f),
-                             scale < 0 ? 0x80008000u : 0u};
-    forward<T, DIM>(device, problem, q);
+    const auto problem = [&]<class M>(const M& m, float scale_log2, uint32_t flip) -> Problem<T, M> {
+      return {m, heads_of<const T>(q, packed), heads_of<const T>(k, packed), heads_of<const T>(v, packed),
+              heads_of<T>(out, packed), lse.as<float>(), static_cast<int>(q.size[1]), static_cast<int>(k.size[1]),
+              scale_log2, flip};
+    };
+    if (modifiers.any()) {
+      const Extent all = extent(modifiers, q, k);
+      Modified m = modified(modifiers, q, k, scale);
+      const size_t shared = stage_table(device, kOnlineBytes<DIM>, m);
+      return online<T, DIM>(device, problem(m, kLog2e, 0), all.images, q.size[2], all.queries, shared);
+    }
+    const float scale_log2 = std::fmax(static_cast<float>(std::fabs(scale)) * kLog2e, 1e-37f);
+    forward<T, DIM>(device, problem(Plain(), scale_log2, scale < 0 ? 0x80008000u : 0u), q);
   });
 }
 

@@ -37,18 +37,22 @@ constexpr int kMostBlocks = 3;
 // Keys (or queries) come 16 at a time, as two slices of 8 columns of scores.
 constexpr int kPair = 16;
 
-// A (B, T, H, d) tensor: where the rows of one head of one image begin. Strides count elements.
+// A (B, T, H, d) tensor: where the rows of one head of one image begin, or of a sequence that starts at row `first`.
+// Strides count elements.
 template <class T>
 struct Heads {
   T* data;
   int64_t image, token, head;
 
-  __device__ __forceinline__ T* rows(int64_t i, int64_t h) const { return data + i * image + h * head; }
+  __device__ __forceinline__ T* rows(int64_t i, int64_t h, int64_t first = 0) const {
+    return data + i * image + h * head + first * token;
+  }
 };
 
+// packed: the images are sequences of one row.
 template <class T>
-Heads<T> heads_of(const Array& x) {
-  return {x.as<T>(), x.stride[0], x.stride[1], x.stride[2]};
+Heads<T> heads_of(const Array& x, bool packed = false) {
+  return {x.as<T>(), packed ? 0 : x.stride[0], x.stride[1], x.stride[2]};
 }
 
 // What a thread block owns: rows from `first` on of one head of one image. The grid is (row blocks, H, images): the
@@ -242,16 +246,18 @@ __device__ __forceinline__ void store_rows(
   __syncwarp();
 }
 
-// Launches `blocks` for every head of every image of q, at most 65535 images at a time: so many fit a grid.
+// Launches `blocks` for every head of every image, at most 65535 images at a time: so many fit a grid.
 template <class P>
 void launch_blocks(
-    const Device& device, void (*kernel)(P), const Array& q, int64_t blocks, int threads, size_t shared, P problem) {
+    const Device& device, void (*kernel)(P), int64_t images, int64_t heads, int64_t blocks, int threads, size_t shared,
+    P problem) {
   constexpr int64_t kMost = 65535;
-  if (q.size[2] > kMost) throw error("attention: ", q.size[2], " heads; accepted: up to ", kMost);
-  for (int64_t first = 0; first < q.size[0]; first += kMost) {
+  if (heads > kMost) throw error("attention: ", heads, " heads; accepted: up to ", kMost);
+  if (blocks == 0) return;
+  for (int64_t first = 0; first < images; first += kMost) {
     problem.first_image = first;
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(q.size[2]),
-                    static_cast<unsigned>(q.size[0] - first < kMost ? q.size[0] - first : kMost));
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(heads),
+                    static_cast<unsigned>(images - first < kMost ? images - first : kMost));
     launch(device, kernel, grid, threads, shared, problem);
   }
 }

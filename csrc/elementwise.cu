@@ -231,7 +231,8 @@ void sum_partials(const Device& device, const Array& partials, const Array& sums
   const char* op = "sum_partials";
   const int64_t count = partials.size[0], columns = sums.dims == 0 ? 1 : sums.elements();
   require(sums.dtype == DType::float32, op, ": sums are ", name(sums.dtype), "; accepted: float32");
-  require(partials.dtype != DType::uint8, op, ": partials are uint8; accepted: float32, float16, bfloat16");
+  require(is_floating(partials.dtype), op, ": partials are ", name(partials.dtype),
+          "; accepted: float32, float16, bfloat16");
   require(partials.elements() == count * columns, op, ": ", partials.elements(), " partials; accepted: ", count,
           " times ", columns);
   require(columns < (int64_t{1} << 31), op, ": ", columns, " sums; accepted: fewer than 2^31");

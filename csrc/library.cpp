@@ -11,8 +11,6 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <tuple>
-#include <utility>
 
 #include "ops.h"
 
@@ -84,6 +82,9 @@ struct Scope {
     for (int i = 0; i < a.dims; ++i) last += (a.size[i] - 1) * a.stride[i];
     host::allocation(a.data, (last + 1) * bytes(a.dtype));
   }
+  static void allow(const AttentionModifiers& m) {
+    for (const Array* a : {&m.bias, &m.table, &m.key_mask, &m.cu_q, &m.cu_k, &m.seed}) allow(*a);
+  }
   template <class T> static void allow(const T&) {}
 };
 
@@ -144,31 +145,54 @@ template <> constexpr const char* schema_name<double> = "float";
 template <> constexpr const char* schema_name<int64_t> = "int";
 template <> constexpr const char* schema_name<void> = "()";
 
-template <auto launcher> struct Op;
-template <class R, class... P, R (*launcher)(const Device&, P...)>
-struct Op<launcher> {
-  static R call(const Tensor on, typename Parameter<P>::Boxed... boxed) {
+template <auto launcher, class... P>
+auto run(const Tensor& on, const P&... arguments) {
 #ifndef FASTVIT_HOST
-    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    // Since CUDA 12 this binds the device's context to the thread, which tensor maps need, and autograd's may lack.
-    if (const cudaError_t status = cudaSetDevice(on.get_device_index())) {
-      throw error("CUDA: ", cudaGetErrorString(status));
-    }
-#endif
-    const Device device = device_of(on);
-    return std::apply(
-        [&device](const auto&... arguments) {
-          const Scope scope(arguments...);
-          return launcher(device, arguments...);
-        },
-        std::make_tuple(Parameter<P>::unbox(boxed)...));
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  // Since CUDA 12 this binds the device's context to the thread, which tensor maps need, and autograd's may lack.
+  if (const cudaError_t status = cudaSetDevice(on.get_device_index())) {
+    throw error("CUDA: ", cudaGetErrorString(status));
   }
+#endif
+  const Device device = device_of(on);
+  const Scope scope(arguments...);
+  return launcher(device, arguments...);
+}
 
+template <class... P>
+std::string schema_of(const char* name, const char* result) {
+  std::string text = std::string(name) + "(Tensor on";
+  int i = 0;
+  ((text += std::string(", ") + schema_name<P> + " x" + std::to_string(i++)), ...);
+  return text + ") -> " + result;
+}
+
+template <auto launcher, class F = decltype(launcher)> struct Op;
+template <auto launcher, class R, class... P>
+struct Op<launcher, R (*)(const Device&, P...)> {
+  static R call(const Tensor on, typename Parameter<P>::Boxed... boxed) {
+    return run<launcher>(on, Parameter<P>::unbox(boxed)...);
+  }
+  static std::string schema(const char* name) { return schema_of<P...>(name, schema_name<R>); }
+};
+
+// Attention's modifiers come one by one, before the other arguments and in the order of their struct.
+template <auto launcher, class R, class... P>
+struct Op<launcher, R (*)(const Device&, const AttentionModifiers&, P...)> {
+  using MaybeTensor = std::optional<Tensor>;
+
+  static R call(
+      const Tensor on, MaybeTensor bias, MaybeTensor table, MaybeTensor key_mask, MaybeTensor cu_q, MaybeTensor cu_k,
+      MaybeTensor seed, int64_t window_height, int64_t window_width, int64_t max_q, int64_t max_k, double dropout_p,
+      typename Parameter<P>::Boxed... boxed) {
+    const AttentionModifiers modifiers{
+        array(bias), array(table), array(key_mask), array(cu_q), array(cu_k), array(seed), window_height, window_width,
+        max_q, max_k, dropout_p};
+    return run<launcher>(on, modifiers, Parameter<P>::unbox(boxed)...);
+  }
   static std::string schema(const char* name) {
-    std::string text = std::string(name) + "(Tensor on";
-    int i = 0;
-    ((text += std::string(", ") + schema_name<P> + " x" + std::to_string(i++)), ...);
-    return text + ") -> " + schema_name<R>;
+    using A = const Array&;
+    return schema_of<A, A, A, A, A, A, int64_t, int64_t, int64_t, int64_t, double, P...>(name, schema_name<R>);
   }
 };
 
@@ -191,6 +215,8 @@ struct Op<launcher> {
   _(attention_forward)               \
   _(attention_query_gradient)        \
   _(attention_key_value_gradient)    \
+  _(attention_bias_gradient)         \
+  _(attention_table_gradient)        \
   _(attention_rows)                  \
   _(attention_distance)              \
   _(attention_distance_blocks)       \

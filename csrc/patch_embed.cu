@@ -294,6 +294,8 @@ Patches patches_of(
   require(span < limit, "patch_embed: a patch spans ", span, " elements of the images; accepted: fewer than ", limit);
   require(tokens < limit, "patch_embed: ", tokens, " tokens; accepted: fewer than ", limit);
   require(columns < limit, "patch_embed: patches of ", columns, " values; accepted: fewer than ", limit);
+  require(images.dtype == DType::uint8 || is_floating(images.dtype), "patch_embed: images are ", name(images.dtype),
+          "; accepted: uint8, float32, float16, bfloat16");
   const bool normalise = images.dtype == DType::uint8 || mean || std;
   require(!normalise || channels <= kMaxChannels,
           "patch_embed: ", channels, " channels of uint8, or with mean or std; accepted: at most ", kMaxChannels);

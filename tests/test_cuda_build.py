@@ -28,6 +28,7 @@ AMPERE, HOPPER = {"HMMA", "LDSM", "LDGSTS"}, {"HGMMA"}
 PRODUCTS = {
     "attention_backward_sm80": AMPERE,
     "attention_rows": AMPERE,
+    "attention_bias_sm80": AMPERE,
     "attention_sm80": AMPERE,
     "attention_sm90": HOPPER,
     "linear_sm80": AMPERE,

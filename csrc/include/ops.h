@@ -111,9 +111,28 @@ void finish_weight_gradient(
     const Array& dweight,  // (N, K) any, contiguous
     const Array& dgamma);  // (N,) float32, or none
 
-// out = softmax(q k^T * scale) v for every head; lse the natural logarithm of the softmax's denominator. Tk > 0.
+// What attention's scores may be given besides their scale; what is none, or 0, changes nothing. Scores are
+// x = scale * q k^T + bias, or + table[...]; where key_mask is 0, -inf. A row without any key gives zeros, a lse of -inf
+// and no gradient.
+struct AttentionModifiers {
+  Array bias;      // (B, H, Tq, Tk) any, any strides (0 where it is broadcast), or none
+  Array table;     // ((2h - 1) (2w - 1) [+ 3], H) any, any strides, or none: BEiT's, of a window of h x w patches
+  Array key_mask;  // (B, Tk) uint8, any strides, or none: 0 for keys that are not there
+  Array cu_q;      // (n + 1,) int32, or none: the starts of n sequences that lie packed in the one row of q; B is 1 then,
+  Array cu_k;      //   and vectors are (1, H, Tq). Kernels take them as within the tensors, whatever they say.
+  Array seed;      // (1,) int64, or none: of dropout
+  int64_t window_height = 0, window_width = 0;  // h, w
+  int64_t max_q = 0, max_k = 0;                 // the longest sequence of q, and of k
+  double dropout_p = 0;  // weight (i, j) stays if Philox4x32-10 of (j, i, image * H + head, 0) reaches p * 2^32
+
+  bool any() const { return bias || table || key_mask || cu_q || cu_k || dropout_p != 0; }
+};
+
+// out = softmax(x) v for every head, weights dropped out after the softmax; lse the natural logarithm of its denominator.
+// Tk > 0.
 void attention_forward(
     const Device& device,
+    const AttentionModifiers& modifiers,
     const Array& q,     // (B, Tq, H, d) float16 or bfloat16, last stride 1, others multiples of 8
     const Array& k,     // (B, Tk, H, d)
     const Array& v,     // (B, Tk, H, d)
@@ -124,6 +143,7 @@ void attention_forward(
 // dq, and delta = rowsum(out * dout) - dlse.
 void attention_query_gradient(
     const Device& device,
+    const AttentionModifiers& modifiers,
     const Array& dout,  // (B, Tq, H, d)
     const Array& dlse,  // (B, H, Tq) float32, contiguous, or none
     const Array& q,
@@ -138,6 +158,7 @@ void attention_query_gradient(
 // dk and dv.
 void attention_key_value_gradient(
     const Device& device,
+    const AttentionModifiers& modifiers,
     const Array& dout,
     const Array& q,
     const Array& k,
@@ -147,6 +168,32 @@ void attention_key_value_gradient(
     double scale,
     const Array& dk,   // (B, Tk, H, d)
     const Array& dv);  // (B, Tk, H, d)
+
+// The gradient of the bias, summed over what it is broadcast over; not with packed sequences.
+void attention_bias_gradient(
+    const Device& device,
+    const AttentionModifiers& modifiers,
+    const Array& dout,
+    const Array& q,
+    const Array& k,
+    const Array& v,
+    const Array& lse,
+    const Array& delta,
+    double scale,
+    const Array& dbias);  // (B or 1, H or 1, Tq or 1, Tk or 1) float32, contiguous
+
+// The gradient of the table.
+void attention_table_gradient(
+    const Device& device,
+    const AttentionModifiers& modifiers,
+    const Array& dout,
+    const Array& q,
+    const Array& k,
+    const Array& v,
+    const Array& lse,
+    const Array& delta,
+    double scale,
+    const Array& dtable);  // (R, H) float32, contiguous
 
 // out[b, h, r] = exp(scale q[b, rows[r], h] k^T + bias - lse): rows of attention's weights. A row with lse = -inf is 0.
 void attention_rows(

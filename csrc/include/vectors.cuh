@@ -109,7 +109,7 @@ inline int rows_per_image(const char* op, const Array& row_scale, int64_t rows) 
 inline void require_matrix(const char* op, const char* what, const Array& a, int64_t rows, int64_t width) {
   require(a.dims == 2 && a.size[0] == rows && a.size[1] == width && (width <= 1 || a.stride[1] == 1), op, ": ", what,
           "; accepted: (", rows, ", ", width, ") with a unit last stride");
-  require(a.dtype != DType::uint8, op, ": ", what, " is uint8; accepted: float32, float16, bfloat16");
+  require(is_floating(a.dtype), op, ": ", what, " is ", name(a.dtype), "; accepted: float32, float16, bfloat16");
 }
 
 inline void require_contiguous(const char* op, const char* what, const Array& a, int64_t rows, int64_t width) {
@@ -118,7 +118,7 @@ inline void require_contiguous(const char* op, const char* what, const Array& a,
 }
 
 inline void require_vector(const char* op, const char* what, const Array& a, int64_t width) {
-  require(!a || (a.dims == 1 && a.size[0] == width && a.dtype != DType::uint8), op, ": ", what, "; accepted: (", width,
+  require(!a || (a.dims == 1 && a.size[0] == width && is_floating(a.dtype)), op, ": ", what, "; accepted: (", width,
           ",) float32, float16, bfloat16");
 }
 

@@ -26,7 +26,8 @@ _library: Any = None  # torch.ops.fastvit_cuda, or fastvit_emulated in the tests
 EMULATED = False
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
-ATTENTION_MODIFIERS: tuple[str, ...] = ()  # of ops.attention's arguments, those that the kernels take
+# Of ops.attention's arguments, those that the kernels take.
+ATTENTION_MODIFIERS = ("bias", "rel_pos_table", "key_mask", "cu_seqlens", "dropout_p")
 MAX_WIDTH = 8192  # of a row that LayerNorm normalises
 
 
@@ -294,14 +295,50 @@ def linear_weight_gradient(
     return dweight, sums if need_bias else None, dgamma
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _modifiers(
+    bias: Tensor | None,
+    table: Tensor | None,
+    window: tuple[int, int] | None,
+    key_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Any, ...]:
+    """``AttentionModifiers`` of csrc/include/ops.h, in its order. Of float64, a copy in float32 is read."""
+    bias, table = (t.float() if t is not None and t.dtype == torch.float64 else t for t in (bias, table))
+    mask = None if key_mask is None else key_mask.view(torch.uint8)
+    seed = None if seed is None else seed.reshape(1)
+    return bias, table, mask, cu_q, cu_k, seed, *(window or (0, 0)), max_q, max_k, float(dropout_p)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    table: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """(out, lse), as :func:`fastvit.triton.attention.attention_forward`; d is a multiple of 8 from 32 to 128."""
     batch, queries, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    _library.attention_forward(q, _aligned(q), _aligned(k), _aligned(v), float(scale), out, lse)
+    modifiers = _modifiers(bias, table, window, key_mask, cu_q, cu_k, max_q, max_k, dropout_p, seed)
+    _library.attention_forward(q, *modifiers, _aligned(q), _aligned(k), _aligned(v), float(scale), out, lse)
     return out, lse
 
 
@@ -317,20 +354,37 @@ def attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    *,
+    bias: Tensor | None = None,
+    table: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    dbias: Tensor | None = None,
+    dtable: Tensor | None = None,
 ) -> None:
-    """Write dq, dk and dv, as :func:`fastvit.triton.attention_backward.attention_backward`."""
-    if k.shape[1] == 0:
-        dq.zero_()
-        return
-    if q.shape[1] == 0:
-        dk.zero_()
-        dv.zero_()
+    """Write dq, dk, dv, and dbias or dtable if given: :func:`fastvit.triton.attention_backward.attention_backward`."""
+    if 0 in (q.shape[0], q.shape[1], k.shape[1]):
+        for gradient in (dq, dk, dv, dbias, dtable):
+            if gradient is not None:
+                gradient.zero_()
         return
     dout, q, k, v, out = map(_aligned, (dout, q, k, v, out))
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     dlse = None if dlse is None else dlse.contiguous()
-    _library.attention_query_gradient(q, dout, dlse, q, k, v, out, lse, float(scale), dq, delta)
-    _library.attention_key_value_gradient(q, dout, q, k, v, lse, delta, float(scale), dk, dv)
+    modifiers = _modifiers(bias, table, window, key_mask, cu_q, cu_k, max_q, max_k, dropout_p, seed)
+    scale = float(scale)
+    _library.attention_query_gradient(q, *modifiers, dout, dlse, q, k, v, out, lse, scale, dq, delta)
+    _library.attention_key_value_gradient(q, *modifiers, dout, q, k, v, lse, delta, scale, dk, dv)
+    if dbias is not None:
+        _library.attention_bias_gradient(q, *modifiers, dout, q, k, v, lse, delta, scale, dbias)
+    if dtable is not None:
+        _library.attention_table_gradient(q, *modifiers, dout, q, k, v, lse, delta, scale, dtable)
 
 
 def attention_rows(
