@@ -145,7 +145,5 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rows \[13\]; accepted: from -13 to 12"):
         analysis.attention_maps(model, images, rows=(0, 13))
     model.blocks[1].attn = nn.Identity()
-    with pytest.raises(
-        TypeError, match="block 1 is a Block with Identity for its attention; accepted: fastvit.layers.Block"
-    ):
+    with pytest.raises(TypeError, match="block 1 is a Block with Identity for its attention; accepted"):
         analysis.rollout(model, images)

@@ -102,7 +102,15 @@ def attention_rows_kernel(
     tl.store(out_ptr + (row * count + places[:, None]) * keys + columns[None, :], p, mask=written)
 
 
-@triton.jit(do_not_specialize=["heads", "patches", "tokens", "width"])
+@triton.jit
+def _places(patch, width, step_down, step_across):
+    """Where the corners of patches (N,) int32 are: exact below 2^22, without the registers of an integer's division."""
+    patch = patch.to(tl.float32)
+    line = tl.floor((patch + 0.5) * (1.0 / width))
+    return line * step_down, (patch - line * width) * step_across
+
+
+@triton.jit(do_not_specialize=["heads", "patches", "tokens"])
 def attention_distance_kernel(
     q_ptr,  # (B, N, H, d): of the patches, as k
     k_ptr,  # (B, N, H, d)
@@ -113,8 +121,8 @@ def attention_distance_kernel(
     heads,  # H
     patches,  # N
     tokens,  # T
-    width,  # of the grid, in patches
-    step_down,  # height of a patch, float
+    width,  # of the grid, in patches; float, as what follows
+    step_down,  # height of a patch
     step_across,  # and its width
     scale,
     UNIT: tl.constexpr,
@@ -133,15 +141,15 @@ def attention_distance_kernel(
     lse = tl.load(lse_ptr + row.to(tl.int64) * tokens + place, mask=place < patches, other=float("-inf"))
     tile = load_rows(q, block * ROWS, patches, ROWS, DIM, PIECES, True)
 
+    down, across = _places(place, width, step_down, step_across)
     bias = tl.full((1, 1), 0.0, tl.float32)
     total = tl.full((ROWS,), 0.0, tl.float32)
     for start in range(0, patches, KEYS):
         p = _weights(tile, k, lse, bias, start, patches, scale, ROWS, KEYS, DIM, PIECES, PRECISION)
         other = start + tl.arange(0, KEYS)
-        down = ((place // width)[:, None] - (other // width)[None, :]).to(tl.float32) * step_down
-        across = ((place % width)[:, None] - (other % width)[None, :]).to(tl.float32) * step_across
-        distance = tl.sqrt(down * down + across * across)
-        total += tl.sum(tl.where((other < patches)[None, :], p * distance, 0.0), 1)
+        y, x = _places(other, width, step_down, step_across)
+        y, x = down[:, None] - y[None, :], across[:, None] - x[None, :]
+        total += tl.sum(tl.where((other < patches)[None, :], p * tl.sqrt(y * y + x * x), 0.0), 1)
     rows = tl.num_programs(0) // blocks  # B * H
     tl.store(partials_ptr + block.to(tl.int64) * rows + row, tl.sum(total, 0) / patches)
 
@@ -212,7 +220,7 @@ def attention_distance(
             the patches, in raster order.
         lse: (B, H, T) float32 contiguous, over all tokens as keys.
         scale: factor of the scores.
-        grid: (h, w), in patches, at least one.
+        grid: (h, w), in patches, from one to 2^22.
         patch_size: (height, width) of a patch, the unit of the distance between centres.
 
     Returns:
@@ -234,7 +242,7 @@ def attention_distance(
         "heads": heads,
         "patches": patches,
         "tokens": tokens,
-        "width": grid[1],
+        "width": float(grid[1]),
         "step_down": float(patch_size[0]),
         "step_across": float(patch_size[1]),
         "scale": float(scale),
