@@ -296,14 +296,17 @@ def _attend(
     if mask is not None:
         nothing = (mask == -math.inf).all(-1, keepdim=True)
         mask = mask.masked_fill(nothing, 0).expand(-1, -1, q.shape[2], k.shape[2])
-    if factor is not None or return_lse:
-        scores = q.to(wide) @ k.to(wide).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-        scores = scores if mask is None else scores + mask
-        lse = scores.logsumexp(-1)
+
+    def scores(dtype: torch.dtype) -> Tensor:
+        s = q.to(dtype) @ k.to(dtype).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return s if mask is None else s + mask.to(dtype)
+
     if factor is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), scale=scale)
     else:
-        out = (scores.softmax(-1) * factor).to(v.dtype) @ v
+        out = (scores(q.dtype).softmax(-1) * factor.to(q.dtype)) @ v
+    if return_lse:
+        lse = scores(wide).logsumexp(-1)
     if nothing is not None:
         out = out.masked_fill(nothing, 0)
         lse = None if lse is None else lse.masked_fill(nothing.squeeze(-1), -math.inf)
