@@ -248,6 +248,20 @@ def table_bias(table: Tensor, window: tuple[int, int], rows: Tensor | None = Non
     return table[index].permute(2, 0, 1)[None]
 
 
+def relative_bias(q: Tensor, keys: Tensor, scale: float | None) -> Tensor:
+    """q's scores (B, H, T, T) with keys of the distances: ((H,) 2T-1, d), row i - j + T - 1 for query i and key j.
+
+    (The ViT paper's appendix D.3: extra attention with relative position embeddings for keys, added before softmax.)
+    """
+    tokens = q.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    each = keys.to(wide).expand(q.shape[2], -1, -1)
+    scores = torch.einsum("bihd,hrd->bhir", q.to(wide), each) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    i = torch.arange(tokens, device=q.device)
+    rows = i[:, None] - i + tokens - 1
+    return scores.gather(-1, rows.expand(*scores.shape[:2], -1, -1))
+
+
 def readable(t: Tensor) -> bool:
     """Whether t's values can be looked at without waiting for a device, and without a trace that breaks at it."""
     return type(t) is Tensor and t.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -276,14 +290,17 @@ def _attend(
     if mask is not None:
         nothing = (mask == -math.inf).all(-1, keepdim=True)
         mask = mask.masked_fill(nothing, 0).expand(-1, -1, q.shape[2], k.shape[2])
-    if factor is not None or return_lse:
-        scores = q.to(wide) @ k.to(wide).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-        scores = scores if mask is None else scores + mask
-        lse = scores.logsumexp(-1)
+
+    def scores(dtype: torch.dtype) -> Tensor:
+        s = q.to(dtype) @ k.to(dtype).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return s if mask is None else s + mask.to(dtype)
+
     if factor is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), scale=scale)
     else:
-        out = (scores.softmax(-1) * factor).to(v.dtype) @ v
+        out = (scores(q.dtype).softmax(-1) * factor.to(q.dtype)) @ v
+    if return_lse:
+        lse = scores(wide).logsumexp(-1)
     if nothing is not None:
         out = out.masked_fill(nothing, 0)
         lse = None if lse is None else lse.masked_fill(nothing.squeeze(-1), -math.inf)
@@ -338,6 +355,7 @@ def attention(
     bias: Tensor | None = None,
     rel_pos_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
+    rel_pos_keys: Tensor | None = None,
     key_mask: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -355,6 +373,9 @@ def attention(
         mask, factor = bias, None
         if rel_pos_table is not None and window is not None:
             mask = table_bias(rel_pos_table, window)
+        if rel_pos_keys is not None:
+            relative = relative_bias(q, rel_pos_keys, scale)
+            mask = relative if mask is None else mask + relative
         if key_mask is not None:
             absent = ~key_mask[:, None, None, :]
             mask = (q.new_zeros(()) if mask is None else mask).masked_fill(absent, -math.inf)
@@ -380,6 +401,7 @@ def bias_of_rows(
     bias: Tensor | None = None,
     rel_pos_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
+    rel_pos_keys: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor | None:
     """What :func:`attention` adds to the scores of some queries, broadcastable to (B, H, R, Tk), or None for nothing.

@@ -151,7 +151,8 @@ ATTENTIONS = (
 def attention_launches(call: Attention, arch: int) -> Trace:
     """Forward and backward of one of :data:`ATTENTIONS`, with every gradient."""
     (h, w), heads, batch = call.window, 12, 8
-    tokens, meta = h * w + 1, {"device": "meta"}
+    tokens = h * w + 1
+    meta: dict[str, Any] = {"device": "meta"}
     options: dict[str, Any] = {"dropout_p": 0.1, "seed": torch.empty(1, dtype=torch.int64, **meta)}
     kept = torch.empty(batch, tokens, dtype=torch.bool, **meta)
     if call.name == "bias":
@@ -167,7 +168,7 @@ def attention_launches(call: Attention, arch: int) -> Trace:
         options = {"key_mask": kept}
     qkv = torch.empty(batch, tokens, 3, heads, call.head_dim, dtype=call.dtype, requires_grad=True, **meta)
     with trace(arch) as result:
-        out = ops.attention_qkvpacked(qkv, **options)
+        out: Any = ops.attention_qkvpacked(qkv, **options)
         out.backward(torch.empty_like(out))
     return result
 

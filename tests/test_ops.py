@@ -399,6 +399,10 @@ BAD = {
         r"4 queries and 4 keys; .* 12 rows for a window of 2x2 takes 5",
     ),
     "window": (lambda: ops.attention(Q, Q, Q, rel_pos_table=TABLE, window=(0, 2)), r"window=\(0, 2\).*at least 1"),
+    "keys of distances": (
+        lambda: ops.attention(Q, Q, Q, rel_pos_keys=torch.zeros(8, 8)),
+        r"rel_pos_keys has shape \(8, 8\) for 4 queries and 4 keys; expected .*\(7, 8\) or .*\(2, 7, 8\)",
+    ),
     "key_mask's shape": (
         lambda: ops.attention(Q, Q, Q, key_mask=torch.ones(2, 3).bool()),
         r"key_mask has shape \(2, 3\).*expected \(B, Tk\) = \(2, 4\)",

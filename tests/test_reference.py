@@ -25,6 +25,20 @@ def test_attention_without_keys_is_zero() -> None:
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
+def test_keys_of_distances_are_more_attention() -> None:
+    """The ViT paper's appendix D.3, with one set of keys for all heads, and with one for each."""
+    q, k, v = torch.randn(3, 2, 5, 3, 8).double().unbind(0)
+    for distances in (torch.randn(9, 8).double(), torch.randn(3, 9, 8).double()):
+        out = reference.attention(q, k, v, scale=0.3, rel_pos_keys=distances)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k)
+        for h in range(3):
+            for i in range(5):
+                for j in range(5):
+                    key = distances[i - j + 4] if distances.ndim == 2 else distances[h, i - j + 4]
+                    scores[:, h, i, j] += q[:, i, h] @ key
+        torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bihd", (scores * 0.3).softmax(-1), v))
+
+
 def test_packed_attention_is_attention() -> None:
     qkv = torch.randn(2, 5, 3, 4, 8)
     assert torch.equal(reference.attention_qkvpacked(qkv), reference.attention(*qkv.unbind(2)))

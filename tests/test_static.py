@@ -197,6 +197,26 @@ def test_another_batch_size_seldom_compiles_anything() -> None:
     assert totals[100] == totals[256] <= 39
 
 
+def test_no_mix_of_sizes_compiles_again() -> None:
+    """Every launch of a step is, to Triton's JIT, the same for any lengths, totals and counts of sequences."""
+    seen = set()
+    for total, longest, count in ((4096, 1024, 8), (1999, 777, 3), (16, 16, 1), (33, 1, 40)):
+        qkv = torch.empty(1, total, 3, 12, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        cu = torch.empty(count + 1, dtype=torch.int32, device="meta")
+        with static.trace(90) as trace:
+            out = fastvit.ops.attention_qkvpacked(
+                qkv,
+                cu_seqlens=cu,
+                max_seqlen=longest,
+                dropout_p=0.1,
+                seed=torch.empty(1, dtype=torch.int64, device="meta"),
+            )
+            out.backward(torch.empty_like(out))
+        assert len(trace.launches) == 3 and trace.aten == []
+        seen |= {static.specialisation(one, 90) for one in trace.launches}
+    assert len(seen) == 3
+
+
 def test_the_gate_sees_a_spill() -> None:
     """A tile that is too large for its registers is caught: the gate can fail."""
     from fastvit.triton.linear import linear_forward

@@ -26,6 +26,7 @@ def attention(
     bias: Tensor | None = None,
     rel_pos_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
+    rel_pos_keys: Tensor | None = None,
     key_mask: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -46,6 +47,9 @@ def attention(
             2022) for Tq = Tk = h*w patches in raster order. Query (yi, xi) and key (yj, xj) take row
             (yi - yj + h - 1) * (2w - 1) + xi - xj + w - 1. With 3 rows more a class token comes first, and they are
             for the class token's query with any key, any query with its key, and both its own. It has a gradient.
+        rel_pos_keys: (2T-1, d) or (H, 2T-1, d) floating, with Tq = Tk = T: keys of the distances (the ViT paper's
+            appendix D.3): scale * q_i . rel_pos_keys[i - j + T - 1] is added to score (i, j). It has a gradient. No
+            kernel has it yet: it runs on the reference, with T x T in memory.
         key_mask: (B, Tk) bool, True = kept: the others are no keys at all.
         rope: (cos, sin): q and k are turned first, as :func:`fastvit.ops.rope.rotate` says; Tq = Tk.
         cu_seqlens: (n + 1,) int32: B = 1, and the n sequences that start there, the last of which ends at T, attend
@@ -81,14 +85,17 @@ def attention(
         q, k = rotate(q, k, *rope)
     given = attention_modifiers.check(
         "attention", q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]),
-        bias=bias, rel_pos_table=rel_pos_table, window=window, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
+        bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
-    wanted = needs_grad(q, k, v, given.learned)
-    chosen = backends.choose("attention", q, needs_grad=wanted, modifiers=given.names())
+    wanted = needs_grad(q, k, v, given.learned, rel_pos_keys)
+    names = given.names() + ("rel_pos_keys",) * (rel_pos_keys is not None)
+    chosen = backends.choose("attention", q, needs_grad=wanted, modifiers=names)
     if chosen not in backends.KERNELS:
         with _differentiable_twice("attention", wanted):
-            return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **given.for_reference())
+            return reference.attention(
+                q, k, v, scale=scale, return_lse=return_lse, rel_pos_keys=rel_pos_keys, **given.for_reference()
+            )
     q, k, v = cast_for_autocast(q, q, k, v)
     out, lse = _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, chosen, *given)
     return (out, lse) if return_lse else out
@@ -102,6 +109,7 @@ def attention_qkvpacked(
     bias: Tensor | None = None,
     rel_pos_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
+    rel_pos_keys: Tensor | None = None,
     key_mask: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
@@ -124,19 +132,15 @@ def attention_qkvpacked(
     checks.floating("attention_qkvpacked", qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
         raise ValueError(f"ops.attention_qkvpacked: qkv has shape {tuple(qkv.shape)}, expected (B, T, 3, H, d)")
-    if rope is not None:
-        q, k, v = qkv.unbind(2)
-        return attention(
-            *rotate(q, k, *rope), v,
-            scale=scale, return_lse=return_lse, bias=bias, rel_pos_table=rel_pos_table, window=window,
-            key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
-        )  # fmt: skip
+    options: dict[str, Any] = {
+        "bias": bias, "rel_pos_table": rel_pos_table, "window": window, "key_mask": key_mask, "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen, "dropout_p": dropout_p, "seed": seed,
+    }  # fmt: skip
+    if rope is not None or rel_pos_keys is not None:
+        options |= {"scale": scale, "return_lse": return_lse, "rope": rope, "rel_pos_keys": rel_pos_keys}
+        return attention(*qkv.unbind(2), **options)
     batch, tokens, _, heads, _ = qkv.shape
-    given = attention_modifiers.check(
-        "attention_qkvpacked", qkv, (batch, heads, tokens, tokens),
-        bias=bias, rel_pos_table=rel_pos_table, window=window, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
+    given = attention_modifiers.check("attention_qkvpacked", qkv, (batch, heads, tokens, tokens), **options)
     wanted = needs_grad(qkv, given.learned)
     chosen = backends.choose("attention_qkvpacked", qkv, needs_grad=wanted, modifiers=given.names())
     if chosen not in backends.KERNELS:

@@ -81,11 +81,14 @@ def check(
     max_seqlen: int | tuple[int, int] | None,
     dropout_p: float,
     seed: Tensor | None,
+    rel_pos_keys: Tensor | None = None,
 ) -> Modifiers:
     """The modifiers of ``op`` on x's device with sizes (B, H, Tq, Tk), or a ValueError that names the wrong one."""
     batch, heads, queries, keys = sizes
-    checks.floating(op, bias=bias, rel_pos_table=rel_pos_table)
-    checks.same_device(op, x, bias=bias, rel_pos_table=rel_pos_table, key_mask=key_mask, seed=seed)
+    checks.floating(op, bias=bias, rel_pos_table=rel_pos_table, rel_pos_keys=rel_pos_keys)
+    checks.same_device(
+        op, x, bias=bias, rel_pos_table=rel_pos_table, rel_pos_keys=rel_pos_keys, key_mask=key_mask, seed=seed
+    )
     if bias is not None:
         if bias.ndim != 4 or any(n not in (1, size) for n, size in zip(bias.shape, sizes, strict=True)):
             raise ValueError(
@@ -99,6 +102,13 @@ def check(
         raise ValueError(f"ops.{op}: {missing} is missing; rel_pos_table=(rows, H) and window=(h, w) go together")
     if rel_pos_table is not None and window is not None:
         _check_table(op, rel_pos_table, window, queries, keys, heads)
+    if rel_pos_keys is not None:
+        accepted = [(*of_heads, 2 * queries - 1, x.shape[-1]) for of_heads in ((), (heads,))]
+        if queries != keys or tuple(rel_pos_keys.shape) not in accepted:
+            raise ValueError(
+                f"ops.{op}: rel_pos_keys has shape {tuple(rel_pos_keys.shape)} for {queries} queries and {keys} keys; "
+                f"expected as many of both, and (2T-1, d) = {accepted[0]} or (H, 2T-1, d) = {accepted[1]}"
+            )
     if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, keys)):
         raise ValueError(
             f"ops.{op}: key_mask has shape {tuple(key_mask.shape)} and dtype {key_mask.dtype}; expected "
@@ -106,7 +116,8 @@ def check(
         )
     cu_q, cu_k, max_q, max_k = None, None, 0, 0
     if cu_seqlens is not None:
-        for name, t in (("bias", bias), ("rel_pos_table", rel_pos_table), ("key_mask", key_mask)):
+        alone = {"bias": bias, "rel_pos_table": rel_pos_table, "rel_pos_keys": rel_pos_keys, "key_mask": key_mask}
+        for name, t in alone.items():
             if t is not None:
                 raise ValueError(f"ops.{op}: cu_seqlens and {name} can't be combined; a packed row takes neither")
         cu_q, cu_k, max_q, max_k = _check_starts(op, x, batch, (queries, keys), cu_seqlens, max_seqlen)

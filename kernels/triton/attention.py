@@ -196,9 +196,9 @@ def attention_forward_kernel(
     ROWS: tl.constexpr,  # query rows of a program
     REST: tl.constexpr,  # pieces of the keys that do not fill a block
     BLOCK: tl.constexpr,  # keys in a full block; 0: they are all in REST
-    MODIFIED: tl.constexpr,  # whether the modifiers change the scores
     PRECISION: tl.constexpr,
 ):
+    MODIFIED: tl.constexpr = modifiers.changed is not None
     blocks = tl.cdiv(longest, ROWS)
     row = tl.program_id(0) // blocks  # image * H + head
     first = tl.program_id(0) % blocks * ROWS
@@ -316,7 +316,6 @@ def work(
     return tile, {
         "modifiers": given,
         **constants,
-        "MODIFIED": given.change_scores,
         "PRECISION": precision(tensor.dtype),
     }
 

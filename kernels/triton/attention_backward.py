@@ -119,9 +119,9 @@ def attention_query_gradient_kernel(
     ROWS: tl.constexpr,  # query rows of a program
     REST: tl.constexpr,  # pieces of the keys that do not fill a block
     BLOCK: tl.constexpr,  # keys in a full block; 0: they are all in REST
-    MODIFIED: tl.constexpr,  # whether the modifiers change the scores
     PRECISION: tl.constexpr,
 ):
+    MODIFIED: tl.constexpr = modifiers.changed is not None
     blocks = tl.cdiv(longest, ROWS)
     row = tl.program_id(0) // blocks  # image * H + head
     first = tl.program_id(0) % blocks * ROWS
@@ -245,9 +245,9 @@ def attention_key_value_gradient_kernel(
     ROWS: tl.constexpr,  # keys of a program
     REST: tl.constexpr,  # pieces of the queries that do not fill a block
     BLOCK: tl.constexpr,  # queries in a full block; 0: they are all in REST
-    MODIFIED: tl.constexpr,  # whether the modifiers change the scores
     PRECISION: tl.constexpr,
 ):
+    MODIFIED: tl.constexpr = modifiers.changed is not None
     blocks = tl.cdiv(longest, ROWS)
     row = tl.program_id(0) // blocks  # image * H + head
     first = tl.program_id(0) % blocks * ROWS

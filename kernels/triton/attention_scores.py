@@ -28,14 +28,10 @@ class Modifiers(NamedTuple):
     mask_strides: Any = None  # (image, key)
     cu_q_ptr: Any = None  # (n + 1,) int32, where each sequence's queries start
     cu_k_ptr: Any = None  # (n + 1,) int32
+    changed: Any = None  # 1 where one of those is given: scores are not scale * q k^T alone, a row may have no key
     seed_ptr: Any = None  # (1,) int64
     threshold: Any = None  # a weight is dropped where its 32 random bits are below this
     gain: Any = None  # 1 / (1 - p): what the other weights are multiplied by
-
-    @property
-    def change_scores(self) -> bool:
-        """Whether a score may be another than scale * q k^T, and a row without any key."""
-        return any(t is not None for t in (self.bias_ptr, self.table_ptr, self.mask_ptr, self.cu_q_ptr))
 
 
 NONE = Modifiers()
@@ -64,6 +60,8 @@ def modifiers(
         given |= {"mask_ptr": key_mask.view(torch.uint8), "mask_strides": key_mask.stride()}
     if cu_q is not None and cu_k is not None:
         given |= {"cu_q_ptr": cu_q.contiguous(), "cu_k_ptr": cu_k.contiguous()}
+    if given:
+        given["changed"] = 1
     if seed is not None:
         given |= {"seed_ptr": seed, "threshold": math.floor(dropout_p * 2**32), "gain": 1 / (1 - dropout_p)}
     return Modifiers(**given)

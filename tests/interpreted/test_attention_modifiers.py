@@ -229,7 +229,8 @@ def test_dropout_of_packed_sequences_is_that_of_images() -> None:
 
 
 def test_packed_with_rope_and_dropout() -> None:
-    angles = tuple(torch.randn(2, 30, 16).unbind(0))
+    turn = torch.randn(30, 16)
+    angles = turn.cos(), turn.sin()
     check(
         "attention_qkvpacked", qkv=make(1, 30, 3, 2, 16), rope=angles, cu_seqlens=starts(17, 13), max_seqlen=17,
         dropout_p=0.2, seed=seed(),
@@ -237,7 +238,8 @@ def test_packed_with_rope_and_dropout() -> None:
 
 
 def test_rope_leaves_the_prefix() -> None:
-    angles = tuple(torch.randn(2, 2, 12, 16).unbind(0))
+    turn = torch.randn(2, 12, 16)
+    angles = turn.cos(), turn.sin()
     check(**qkv(14, 14), rope=angles, bias=make(1, 1, 14, 14))
 
 
@@ -260,26 +262,6 @@ def test_starts_outside_the_tensors_are_cut_to_them() -> None:
         assert not buffer.isnan().any()
         inside.fill_(7.0)
         assert (buffer == 7.0).all()
-
-
-def test_no_mix_of_sizes_compiles_again() -> None:
-    """Every launch of a step is, to Triton's JIT, the same for any lengths, totals and counts of sequences."""
-    seen = set()
-    for total, longest, count in ((4096, 1024, 8), (1999, 777, 3), (16, 16, 1), (33, 1, 40)):
-        qkv = torch.empty(1, total, 3, 12, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        cu = torch.empty(count + 1, dtype=torch.int32, device="meta")
-        with static.trace(90) as trace:
-            out = ops.attention_qkvpacked(
-                qkv,
-                cu_seqlens=cu,
-                max_seqlen=longest,
-                dropout_p=0.1,
-                seed=torch.empty(1, dtype=torch.int64, device="meta"),
-            )
-            out.backward(torch.empty_like(out))
-        assert len(trace.launches) == 3 and trace.aten == []
-        seen |= {static.specialisation(one, 90) for one in trace.launches}
-    assert len(seen) == 3
 
 
 # --- all of them ----------------------------------------------------------------------------------------------
@@ -322,7 +304,8 @@ def test_nothing_of_tokens_squared_at_16384(how: str) -> None:
     }[how]
     with static.trace(90) as trace:
         out = ops.attention_qkvpacked(qkv, **options)
-        out.backward(torch.empty_like(out))
+        wanted = [qkv, *(t for t in options.values() if isinstance(t, Tensor) and t.requires_grad)]
+        torch.autograd.grad(out, wanted, torch.empty_like(out))
     assert trace.aten == []
     assert len(trace.launches) == 3 + (how == "table")
     assert max(n for one in trace.launches for n in _elements(one)) <= qkv.numel()
