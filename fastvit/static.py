@@ -25,6 +25,7 @@ from fastvit import ops
 from fastvit.layers import SwiGLU
 from fastvit.ops import backends
 from fastvit.ops.library import KERNELS
+from fastvit.packing import pack
 
 # Shared memory that one program may use, in KiB (CUDA programming guide, compute capabilities).
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -68,9 +69,11 @@ class Workload:
     dtype: torch.dtype
     options: dict[str, Any] = field(default_factory=dict)
     channels_last: bool = False  # images (B, H, W, C)
+    packed: bool = False  # images of three sizes in turn, half the model's, the model's and twice its
 
     def __str__(self) -> str:
         options = "".join(f"-{k}" for k in self.options) + "-channels_last" * self.channels_last
+        options += "-packed" * self.packed
         return f"{self.model}-{self.batch}-{str(self.dtype).removeprefix('torch.')}{options}"
 
 
@@ -97,6 +100,9 @@ VARIATIONS = (
     Workload("vit_base_patch16_224", 8, torch.bfloat16, {"act_layer": "gelu_tanh", **_PIXELS}, channels_last=True),
     Workload("vit_base_patch16_224", 8, torch.bfloat16, {"mlp_layer": SwiGLU}),
     Workload("vit_base_patch16_224", 8, torch.bfloat16, {"embed_dim": 196, "num_heads": 7}),
+    Workload("vit_base_patch16_224", 32, torch.bfloat16, packed=True),
+    Workload("vit_base_patch16_224", 4, torch.bfloat16, _PIXELS, packed=True),
+    Workload("vit_huge_patch14_224", 32, torch.bfloat16, {"embed_dim": 768, "num_heads": 12}, packed=True),
 )
 
 
@@ -107,7 +113,12 @@ def launches(workload: Workload, arch: int) -> Trace:
     model = create_model(workload.model, depth=2, device="meta", dtype=workload.dtype, **workload.options)
     shape = (*model.patch_embed.img_size, 3) if workload.channels_last else (3, *model.patch_embed.img_size)
     dtype = workload.dtype if model.mean is None else torch.uint8
-    images = torch.empty(workload.batch, *shape, device="meta", dtype=dtype, requires_grad=dtype.is_floating_point)
+    images: Any = torch.empty(workload.batch, *shape, device="meta", dtype=dtype, requires_grad=dtype.is_floating_point)
+    if workload.packed:
+        (height, width), steps = model.patch_embed.img_size, (0.5, 1, 2)
+        sizes = [(int(height * step), int(width * step)) for step in steps * workload.batch][: workload.batch]
+        each = [torch.empty(3, *size, device="meta", dtype=dtype) for size in sizes]
+        images = pack(each, model.patch_embed.patch_size)
     with trace(arch) as result:
         logits = model(images)
         logits.backward(torch.empty_like(logits))

@@ -133,7 +133,7 @@ CASES = [
     Case("patch_embed", "bare", lambda m: _patch(m, 3, 1, (14, 28), 8, (14, 14), prefix=0, pos=False, bias=False)),
     Case("patch_embed", "uint8-nchw", lambda m: _uint8(m, (2, 3, 8, 8), 12, 4, 3)),
     Case("patch_embed", "uint8-nhwc", lambda m: _uint8(m, (2, 8, 12, 3), 12, 4, 3)),
-    Case("patch_embed_packed", "mix", lambda m: _packed(m, [(8, 18), (4, 6), (12, 6)], 20, (4, 6), prefix=2)),
+    Case("patch_embed_packed", "mix", lambda m: _packed(m, [(8, 18), (4, 6), (12, 6)], 24, (4, 6), prefix=2)),
     Case(
         "patch_embed_packed",
         "uint8",

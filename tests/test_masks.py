@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvit import ViT, ops
 from fastvit.layers import Attention
+from fastvit.reference import dropout_factor
 
 T, D, H = 7, 32, 2
 
@@ -99,6 +100,16 @@ def test_dropout_is_the_ops_and_is_drawn_again(calls: list[dict[str, Any]]) -> N
     assert "dropout_p" not in calls[-1]
     mean = torch.stack([attn.train()(x) for _ in range(150)]).mean(0)
     torch.testing.assert_close(mean, attn.eval()(x), rtol=0, atol=0.1)
+
+
+def test_dropout_drops_what_the_definition_says(calls: list[dict[str, Any]]) -> None:
+    attn, x = _attention(attn_drop=0.4)
+    out = attn.train()(x)
+    image, i, j = torch.arange(3).view(-1, 1, 1, 1), torch.arange(T)[:, None], torch.arange(T)
+    factor = dropout_factor(calls[0]["seed"], 0.4, H, image, i, j)
+    q, k, v = attn.qkv(x).unflatten(-1, (3, H, D // H)).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.mT * attn.scale).softmax(-1) * factor
+    torch.testing.assert_close(out, attn.proj((weights @ v).transpose(1, 2).flatten(2)), rtol=1e-6, atol=1e-6)
 
 
 def test_dropout_is_replayed_under_checkpointing() -> None:

@@ -130,7 +130,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "padding": {"dynamic_img_size": True, "dynamic_img_pad": True, "patch_size": 14, "img_size": 28},
     "drop path": {"drop_path_rate": 0.5, "init_values": 1.0},
     "dropout": {"drop_rate": 0.3, "pos_drop_rate": 0.1, "proj_drop_rate": 0.3, "drop_path_rate": 0.2},
-    "attention dropout": {"attn_drop_rate": 0.3},
     "patch dropout": {"patch_drop_rate": 0.5},
 }
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fastvit.ops import cublas
+from fastvit.packing import Layout
 
 try:
     from fastvit.triton import tiles
@@ -638,3 +639,54 @@ def patch_embed_image_gradient(
     dout, weight = _aligned(dout.contiguous()), _aligned(weight.contiguous())
     _library.patch_embed_image_gradient(dout, dout, weight, std, prefix, dimages)
     return dimages
+
+
+def _packed_patches(pixels: Tensor, layout: Layout, weight_shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """The raw pixels of every patch, (N, C, p, q)."""
+    _, channels, p, q = weight_shape
+    return pixels[layout.pixels(channels, (p, q))]
+
+
+def patch_embed_packed_forward(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix_tokens: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """(1, N + n * P, D), as :func:`fastvit.triton.patch_embed_packed.patch_embed_packed_forward`.
+
+    Here the raw pixels are gathered by PyTorch first; to the kernel each patch is an image of its own.
+    """
+    dtype, patches = (
+        out_dtype or weight.dtype,
+        pixels[layout.pixels(weight.shape[1], (weight.shape[2], weight.shape[3]))],
+    )
+    exact = dtype if pos_embed is None else torch.float32
+    x = patch_embed_forward(patches, weight, bias, mean=mean, std=std, out_dtype=exact)[:, 0]
+    if pos_embed is not None:
+        x = (x + pos_embed).to(dtype)
+    if prefix_tokens is None:
+        return x.unsqueeze(0)
+    at = layout.prefix_tokens(prefix_tokens.shape[1])
+    out = x.new_empty(x.shape[0] + at.numel(), x.shape[1]).index_copy_(0, layout.patch_tokens(at.shape[1]), x)
+    return out.index_copy_(0, at.flatten(), prefix_tokens[0].to(dtype).repeat(at.shape[0], 1)).unsqueeze(0)
+
+
+def patch_embed_packed_weight_gradient(
+    dout: Tensor,
+    pixels: Tensor,
+    weight_shape: tuple[int, int, int, int] | torch.Size,
+    layout: Layout,
+    *,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
+    """dweight float32, as :func:`fastvit.triton.patch_embed_packed.patch_embed_packed_weight_gradient`."""
+    patches = _packed_patches(pixels, layout, weight_shape)
+    return patch_embed_weight_gradient(dout.unsqueeze(1), patches, weight_shape, mean=mean, std=std, prefix=0)

@@ -256,6 +256,10 @@ def patch_embed_packed_weight_gradient(
     dim, channels, p, q = weight_shape
     patches = dout.shape[0]
     tile = tile or choose_tile("weight_gradient", dout, dim, patches, pixels.dtype, torch.Size(weight_shape))
+    if pixels.dtype == torch.uint8:
+        # The pixels' places are read in the loop. Pipelined, they lose what is known of their alignment, and Triton 3.6
+        # then fails to compile: it asks for asynchronous copies of single bytes, which don't exist.
+        tile = {**tile, "stages": 1}
     grid = triton.cdiv(dim, tile["block_m"]) * triton.cdiv(channels * p * q, tile["block_n"])
     splits, per_split = split_rows(patches, grid, tile, dout)
     partials = torch.empty((splits, *weight_shape), dtype=torch.float32, device=dout.device)
