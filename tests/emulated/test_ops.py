@@ -117,9 +117,7 @@ def test_float32_products_are_refused() -> None:
     for case in CASES:
         if case.op != "layer_norm":
             assert refused_by_cuda(case, torch.float32) == FLOAT32_REFUSED
-            with pytest.raises(
-                fastvit.BackendUnavailable, match=f"{case.op.removesuffix('_packed')}.*{FLOAT32_REFUSED}"
-            ):
+            with pytest.raises(fastvit.BackendUnavailable, match=FLOAT32_REFUSED):  # of the op, or one that it calls
                 case.kernel(**case.args(torch.float32, "cpu"))
 
 
