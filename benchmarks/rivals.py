@@ -22,7 +22,8 @@ from benchmarks import networks
 from benchmarks.cells import Unavailable
 from benchmarks.roofline import Work
 from fastvit import ops, reference, static
-from fastvit.ops import cublas, rope
+from fastvit.cuda import cublas
+from fastvit.ops import rope
 from fastvit.ops.backends import BACKENDS
 
 Arguments = dict[str, Any]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import ops
-from fastvit.ops import backends, cuda
+from fastvit.cuda import extension
+from fastvit.ops import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -105,7 +106,7 @@ def _op(case: str) -> str:
 def _backends(op: str, gradients: bool) -> list[str]:
     """The backends that can differ from one another on this device."""
     if DEVICE.type == "cuda":
-        return ["reference", "triton"] if cuda.MISSING else ["reference", "triton", "cuda"]
+        return ["reference", "triton"] if extension.MISSING else ["reference", "triton", "cuda"]
     return ["reference", "onednn"] if op in backends.ONEDNN_OPS and not gradients else ["reference"]
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import static
-from fastvit.ops import cuda
+from fastvit.cuda import extension
+from fastvit.cuda import linear as cuda_linear
 from fastvit.triton import launch, tiles
 from fastvit.triton.attention import attention_forward
 from fastvit.triton.attention_backward import attention_key_value_gradient, attention_query_gradient
@@ -41,7 +42,7 @@ def problems(
     model: nn.Module, images: Tensor, arch: int, *, training: bool, backend: str = "triton"
 ) -> dict[Problem, Row]:
     """What ``model`` asks the tables for ``images`` (both on meta) on ``arch``, and the derived tiles it gets."""
-    with cuda.rehearse(), static.trace(arch, backend), tiles.asked() as found:
+    with extension.rehearse(), static.trace(arch, backend), tiles.asked() as found:
         if training:
             logits = model.train()(images)
             logits.backward(torch.empty_like(logits))
@@ -93,7 +94,7 @@ def example(problem: Problem, dtype: torch.dtype, device: torch.device | str) ->
 
 def poses(problem: Problem, dtype: torch.dtype, arch: int) -> bool:
     """Whether :func:`example` asks the problem's own question: only odd layouts of operands have no example."""
-    with cuda.rehearse(), launch.record(arch), tiles.asked() as found:
+    with extension.rehearse(), launch.record(arch), tiles.asked() as found:
         example(problem, dtype, "meta").run()
     return any((p.family, p.dtype, p.key) == (problem.family, problem.dtype, problem.key) for p in found)
 
@@ -180,19 +181,19 @@ def _cuda(
         arguments = {"dout": random(size, n), "x": random(size, k), "need_bias": saves}
         if scaled:
             arguments |= {"weight": random(n, k), "gamma": random(n)}
-        return Example(cuda.linear_weight_gradient, arguments)
+        return Example(cuda_linear.linear_weight_gradient, arguments)
     if op == "input":
         preact = None if activation is None else random(size, 2 * n if activation == "swiglu" else n)
         arguments = {"dout": random(size, k), "weight": random(k, n), "gamma": random(k) if scaled else None}
-        return Example(cuda.linear_input_gradient, {**arguments, "preact": preact, "activation": activation})
+        return Example(cuda_linear.linear_input_gradient, {**arguments, "preact": preact, "activation": activation})
     arguments = {"x": random(size, k), "weight": random(n, k), "bias": random(n), "activation": activation}
     if op == "normed":  # rows that lie two deviations from zero: a mean is what folding has to take off
         norm = (random(k), random(k), 1e-6)
-        return Example(cuda.linear_normed_forward, {**arguments, "x": arguments["x"] + 2, "norm": norm})
+        return Example(cuda_linear.linear_normed_forward, {**arguments, "x": arguments["x"] + 2, "norm": norm})
     if residual is not None:
         wide = {"dtype": torch.float32} if residual == "float32" else {}
         arguments |= {"residual": random(size, n, **wide), "gamma": random(n) if scaled else None}
-    return Example(cuda.linear_forward, {**arguments, "save_preact": saves})
+    return Example(cuda_linear.linear_forward, {**arguments, "save_preact": saves})
 
 
 # --- candidates ----------------------------------------------------------------------------------------------

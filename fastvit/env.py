@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import fastvit
-from fastvit.ops import backends, cuda
+import fastvit.cuda.extension as cuda
+from fastvit.ops import backends
 
 LIBRARIES = ("torch", "triton", "numpy", "safetensors")
 PEERS = ("timm", "torchvision", "transformers", "xformers")

@@ -208,7 +208,7 @@ def without_notes() -> Iterator[None]:
 def trace(arch: int, backend: str = "triton") -> Iterator[Trace]:
     """Run models on meta tensors inside, as on a GPU of compute capability ``arch`` (90 for Hopper).
 
-    With the backend "cuda" no launch is recorded, and :func:`fastvit.ops.cuda.rehearse` must be on.
+    With the backend "cuda" no launch is recorded, and :func:`fastvit.cuda.extension.rehearse` must be on.
     """
     from fastvit.triton import launch
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from fastvit import env
 from fastvit.candidates import Example, candidates, example, poses, problems, refusal
-from fastvit.ops import cuda
+from fastvit.cuda import extension
 from fastvit.triton import launch, tiles
 from fastvit.triton.tiles import Problem, Row
 
@@ -392,7 +392,7 @@ def _cuda_refuses(arguments: Any) -> str | None:
         return "its products are float16 and bfloat16; --dtype float32 has none"
     if arguments.dry_run:
         return None
-    return cuda.MISSING or ("its kernels do not run in Triton's interpreter" if launch.INTERPRETING else None)
+    return extension.MISSING or ("its kernels do not run in Triton's interpreter" if launch.INTERPRETING else None)
 
 
 def main(arguments: Any) -> int:

@@ -20,9 +20,9 @@ OLDEST = "2.10.0"  # pyproject.toml's torch>=2.10
 PROOF = """\
 import torch, fastvit
 from fastvit import _C, ops
-from fastvit.ops import cuda
+from fastvit.cuda import extension
 assert torch.__version__.startswith(OLDEST), torch.__version__
-assert cuda.MISSING is None, cuda.MISSING
+assert extension.MISSING is None, extension.MISSING
 registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastvit_cuda::")]
 assert registered, "the extension was loaded and registered nothing"
 q, k, v = torch.randn(3, 1, 5, 2, 32)

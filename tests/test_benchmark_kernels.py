@@ -259,7 +259,8 @@ def test_each_step_of_the_waterfall_adds_one_thing() -> None:
             fused = [op for op in backends.OPS if backends.setting(op) == "onednn"]
             assert all(backends.setting(op) == "reference" for op in backends.OPS if op not in fused)
             seen.append((fused, isinstance(step.model, waterfall.EveryToken)))
-    assert seen == [([], True), (["linear"], True), (["linear", "mlp"], True), (["linear", "mlp"], False)]
+    steps = [["patch_embed", "linear", "mlp"][:count] for count in range(4)]
+    assert seen == [*((step, True) for step in steps), (steps[-1], False)]
     assert {waterfall.step_of(op) for op in backends.OPS} < set(waterfall.STEPS["cuda"])
 
 
@@ -267,7 +268,11 @@ def test_bad_options_name_what_is_accepted(tmp_path: Path) -> None:
     for suite, options, message in (
         (kernels.SUITE, {"peers": ("flash",)}, "no contender 'flash'; accepted: torch, sdpa-flash"),
         (kernels.SUITE, {"models": ("resnet50",), "peers": ("torch",)}, "resnet50 has none of the ops"),
-        (waterfall.SUITE, {"peers": ("attention",)}, "no step 'attention' on a cpu; accepted: reference, linear, mlp"),
+        (
+            waterfall.SUITE,
+            {"peers": ("attention",)},
+            "no step 'attention' on a cpu; accepted: reference, patch_embed, linear, mlp",
+        ),
         (waterfall.SUITE, {"models": ("resnet50",), "peers": ("mlp",)}, "resnet50 has nothing to fuse"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -355,8 +355,8 @@ def test_the_wheel_holds_the_extension_and_not_its_sources(installed: Path) -> N
 
 def test_it_loads_and_registers_its_ops_without_a_gpu(installed: Path) -> None:
     run = python(
-        "import torch, fastvit, fastvit._C, json; from fastvit.ops import cuda; "
-        "print(json.dumps({'missing': cuda.MISSING, 'file': fastvit._C.__file__, "
+        "import torch, fastvit, fastvit._C, json; from fastvit.cuda import extension; "
+        "print(json.dumps({'missing': extension.MISSING, 'file': fastvit._C.__file__, "
         "'archs': fastvit._C.ARCHITECTURES, 'ops': sorted(name for name in torch._C._dispatch_get_all_op_names() "
         "if name.startswith('fastvit_cuda::'))}))",
         installed,

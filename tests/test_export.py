@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvit
+from fastvit.cuda import extension
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 OPTIONS = {
     "plain": {},
     "average pool, registers": {"global_pool": "avg", "reg_tokens": 2, "init_values": 0.1},
     "map pool, qk-norm": {"global_pool": "map", "qk_norm": True},
+    "pixels, dropped": {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "attn_drop_rate": 0.1, "drop_path_rate": 0.1},
 }
 
 
@@ -47,3 +54,33 @@ def test_compiles_with_inductor_forward_and_backward() -> None:
     gradients = torch.autograd.grad(compiled(images).square().sum(), list(model.parameters()))
     for ours, eager in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_compiled_for_a_gpu_it_runs_the_kernels(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph. The tensors are fake, so that no GPU is needed, and so is what the GPU says of itself."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(extension, "MISSING", None)
+    monkeypatch.setitem(sys.modules, "fastvit._C", SimpleNamespace(ARCHITECTURES="9.0a"))
+    extension.built_for.cache_clear()
+    called: set[str] = set()
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    model = fastvit.ViT(
+        **SIZES | {"num_heads": 1, "num_classes": 8}, **OPTIONS[name], device="meta", dtype=torch.bfloat16
+    )
+    fake: Any = FakeTensorMode()
+    with fake, fastvit.backend(backend):
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
+        images = torch.empty(2, 3, 32, 32, dtype=torch.bfloat16, device="cuda")
+        torch.compile(model, backend=note, fullgraph=True)(images)
+    extension.built_for.cache_clear()
+    assert {f"fastvit.{op}.default" for op in ("patch_embed", "attention", "mlp", "linear")} <= {
+        target.replace("_qkvpacked", "") for target in called
+    }
+    assert not any("scaled_dot_product" in target or "conv" in target for target in called)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor.compile_fx import compile_fx
 from torch.utils._pytree import tree_map
 
 import fastvit
 from cases import CASES, FLOAT32_REFUSED, Case, refused_by_cuda, with_shared_residual
 from fastvit import ops, reference
-from fastvit.ops import cuda
+from fastvit.cuda import extension, linear
 from numerics import DTYPES, assert_same_bits_twice, check_op
 
 pytestmark = pytest.mark.gpu
@@ -32,8 +34,8 @@ Taken = Callable[[str | None], AbstractContextManager[object]]
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Taken]:
     """A context for what only Triton takes: given what backend cuda says of it, or None where both take it."""
-    if request.param == "cuda" and cuda.MISSING:
-        pytest.skip(cuda.MISSING)
+    if request.param == "cuda" and extension.MISSING:
+        pytest.skip(extension.MISSING)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions too are float32 where products are
 
     def context(said: str | None) -> AbstractContextManager[object]:
@@ -73,7 +75,7 @@ def test_what_a_table_may_say(
     run: str, case: Case, dtype: torch.dtype, taken: Taken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products by cuBLASLt, its tanh GELU in inference, and norms folded in, which inference alone does."""
-    monkeypatch.setattr(cuda, "_run", lambda *args, **kw: run)
+    monkeypatch.setattr(linear, "_run", lambda *args, **kw: run)
     args = case.args(dtype, "cuda")
     check_op(case.kernel, case.reference, args)
     check_op(case.kernel, case.reference, tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, args))
@@ -85,7 +87,7 @@ def test_what_a_table_may_say(
 def test_a_norm_folded_in_of_rows_off_zero(
     mean: float, dtype: torch.dtype, taken: Taken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "_run", lambda *args, **kw: "folded")
+    monkeypatch.setattr(linear, "_run", lambda *args, **kw: "folded")
     x, weight, bias = (_leaf(*shape, dtype=dtype) for shape in ((4, 197, 768), (2304, 768), (2304,)))
     norm = (_leaf(768, dtype=dtype), _leaf(768, dtype=dtype), 1e-6)
     args = {"x": x + mean, "weight": weight * 768**-0.5, "bias": bias, "norm": norm}
@@ -200,13 +202,22 @@ def test_model_in_float32_equals_timm(taken: Taken) -> None:
 
 def test_model_compiles_forward_and_backward() -> None:
     ours, _ = _models()
-    compiled = torch.compile(ours, fullgraph=True)
+    called: set[str] = set()
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return compile_fx(graph, inputs)
+
+    compiled = torch.compile(ours, fullgraph=True, backend=note)
     images = torch.randn(4, 3, 224, 224, device="cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16):
         loss, eager = compiled(images).float().square().mean(), ours(images).float().square().mean()
     loss.backward()
     torch.testing.assert_close(loss, eager, atol=1e-2, rtol=1e-2)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+    assert {"fastvit.patch_embed", "fastvit.mlp", "fastvit.attention_qkvpacked"} <= {
+        name.removesuffix(".default") for name in called
+    }
 
 
 def test_model_in_a_cuda_graph() -> None:

@@ -14,7 +14,8 @@ from torch import nn
 import fastvit
 from cases import CASES, Case
 from fastvit import ops, reference
-from fastvit.ops import backends, cuda, onednn
+from fastvit.cuda import extension
+from fastvit.ops import backends, onednn
 from numerics import assert_as_right_as_eager, check_op, leaves_of, tensors
 
 FLOATING = [c for c in CASES if "uint8" not in str(c)]
@@ -61,7 +62,7 @@ def test_onednn_is_as_right_as_eager(
 ) -> None:
     if narrow:
         monkeypatch.setattr(onednn, "_NARROW", (1024, 1280))
-    packed = 0 if narrow and dtype == torch.bfloat16 and onednn.bfloat16_instructions() else 2
+    packed = 0 if narrow and dtype == torch.bfloat16 and onednn.BFLOAT16_INSTRUCTIONS else 2
     _check_packed_mlp(dtype, activation, gamma, packed)
 
 
@@ -71,8 +72,35 @@ def test_onednn_is_as_right_as_eager(
 def test_a_cpu_without_bfloat16_multiplies_in_float32(
     activation: str, gamma: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onednn, "bfloat16_instructions", lambda: False)
+    monkeypatch.setattr(onednn, "BFLOAT16_INSTRUCTIONS", False)
     assert _check_packed_mlp(torch.bfloat16, activation, gamma, packed=2) == {torch.float32}
+
+
+@pytest.mark.parametrize("activation", ("gelu", "swiglu"))
+def test_a_cpu_without_bfloat16_compiles_to_float32_products(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "BFLOAT16_INSTRUCTIONS", False)
+    products: list[torch.dtype] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        calls = [node for node in graph.graph.nodes if node.target in (torch._C._nn.linear, torch.conv2d)]
+        products.extend(node.args[1].meta["example_value"].dtype for node in calls)
+        return graph
+
+    args = {
+        "x": torch.randn(2, 17, 48), "fc1_weight": torch.randn(128, 48), "fc1_bias": torch.randn(128),
+        "fc2_weight": torch.randn(48, 64 if activation == "swiglu" else 128), "fc2_bias": torch.randn(48),
+    }  # fmt: skip
+    half = {name: t.bfloat16() for name, t in args.items()}
+    exact = {name: t.double() for name, t in half.items()}
+    images, patches = torch.randn(2, 3, 8, 8).bfloat16(), torch.randn(16, 3, 4, 4).bfloat16()
+    with torch.no_grad():
+        mlp = torch.compile(lambda **kw: ops.mlp(**kw, activation=activation), backend=note, fullgraph=True)(**half)
+        tokens = torch.compile(ops.patch_embed, backend=note, fullgraph=True)(images, patches)
+    assert products == 3 * [torch.float32]
+    assert mlp.dtype == tokens.dtype == torch.bfloat16
+    theirs = reference.mlp(**half, activation=activation), reference.patch_embed(images, patches)
+    assert_as_right_as_eager(mlp, theirs[0], reference.mlp(**exact, activation=activation))
+    assert_as_right_as_eager(tokens, theirs[1], reference.patch_embed(images.double(), patches.double()))
 
 
 def _check_packed_mlp(dtype: torch.dtype, activation: str, gamma: bool, packed: int) -> set[torch.dtype]:
@@ -246,6 +274,20 @@ def test_compiled_code_follows_the_setting_of_its_ops() -> None:
     with fastvit.backend("reference", only=("layer_norm",)):
         run(x)
     assert len(compiled) == 2
+
+
+def test_export_is_told_from_compilation() -> None:
+    """On a GPU the one takes the reference, and the other the kernels."""
+
+    class Asks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if backends.exporting() else 2 * x
+
+    x = torch.randn(3)
+    assert torch.equal(torch.compile(Asks(), backend="eager", fullgraph=True)(x), 2 * x)
+    for strict in (True, False):
+        assert torch.equal(torch.export.export(Asks(), (x,), strict=strict).module()(x), x + 1)
+    assert torch.equal(torch.compile(Asks(), backend="eager", fullgraph=True)(x), 2 * x)
 
 
 def test_unknown_backend_is_named() -> None:
@@ -489,6 +531,6 @@ def test_cuda_asks_what_the_extension_was_built_for(monkeypatch: pytest.MonkeyPa
         ("8.6+PTX", [(8, 6), (9, 0), (12, 0)]),
     ):
         monkeypatch.setitem(sys.modules, "fastvit._C", SimpleNamespace(ARCHITECTURES=built))
-        cuda.built_for.cache_clear()
-        assert [c for c in ((8, 0), (8, 6), (9, 0), (12, 0)) if cuda.built_for(c)] == takes, built
-    cuda.built_for.cache_clear()
+        extension.built_for.cache_clear()
+        assert [c for c in ((8, 0), (8, 6), (9, 0), (12, 0)) if extension.built_for(c)] == takes, built
+    extension.built_for.cache_clear()

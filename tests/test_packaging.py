@@ -95,6 +95,10 @@ def test_without_triton_fastvit_runs_and_says_why_it_is_absent() -> None:
     assert "torch.Size([1, 3, 2, 32])" in said
 
 
+def test_without_triton_the_launchers_of_cuda_are_there() -> None:
+    python(HIDE.format("triton") + "import fastvit.cuda.launchers")
+
+
 def test_without_triton_importing_says_nothing() -> None:
     run = subprocess.run(
         [sys.executable, "-c", HIDE.format("triton") + "import fastvit"], capture_output=True, text=True

@@ -162,8 +162,8 @@ def _differentiable_twice(op: str, needs_grad: bool) -> AbstractContextManager[N
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
-    keywords = Modifiers(*modifiers).for_launcher(q, k)
-    return launchers(backend).attention_forward(unit_stride(q), unit_stride(k), unit_stride(v), scale, **keywords)
+    given = Modifiers(*modifiers).as_wide_as(q, k)
+    return launchers(backend).attention_forward(unit_stride(q), unit_stride(k), unit_stride(v), scale, given)
 
 
 def _forward_packed(qkv: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
@@ -227,12 +227,11 @@ def _backward_into(
     """Write dq, dk and dv; return the float32 gradient of what is learned."""
     *modifiers, wanted = rest
     given = Modifiers(*modifiers)
-    keywords = given.for_launcher(q, k)
     dlearned = _learned_gradient(given, wanted, lse)
-    if wanted:
-        keywords["dtable" if given.bias is None else "dbias"] = dlearned
     dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))
-    launchers(backend).attention_backward(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, **keywords)
+    launchers(backend).attention_backward(
+        dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, given.as_wide_as(q, k), dlearned if wanted else None
+    )
     return dlearned
 
 

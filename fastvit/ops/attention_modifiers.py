@@ -54,18 +54,15 @@ class Modifiers(NamedTuple):
         del given["max_q"], given["max_k"]
         return given if self.cu_q is None else given | {"cu_seqlens": starts}
 
-    def for_launcher(self, q: Tensor, k: Tensor) -> dict[str, Any]:
-        """Keywords of the launchers, those that are used. A bias is expanded, with strides of 0."""
+    def as_wide_as(self, q: Tensor, k: Tensor) -> Modifiers:
+        """The same, with a bias of the shape of the scores; it is expanded, with strides of 0."""
+        if self.bias is None:
+            return self
         batch, queries, heads, _ = q.shape
-        bias = None if self.bias is None else self.bias.expand(batch, heads, queries, k.shape[1])
-        given: dict[str, Any] = {
-            "bias": bias, "table": self.rel_pos_table, "window": self.window, "key_mask": self.key_mask,
-            "cu_q": self.cu_q, "cu_k": self.cu_k, "seed": self.seed,
-        }  # fmt: skip
-        given = {name: value for name, value in given.items() if value is not None}
-        if self.cu_q is not None:
-            given |= {"max_q": self.max_q, "max_k": self.max_k}
-        return given if self.seed is None else given | {"dropout_p": self.dropout_p}
+        return self._replace(bias=self.bias.expand(batch, heads, queries, k.shape[1]))
+
+
+UNMODIFIED = Modifiers()
 
 
 def check(

@@ -1,8 +1,8 @@
 """Who runs an op: the one place where an implementation is chosen, and where a refusal gets its reason.
 
-``auto`` takes Triton on a GPU, or the CUDA kernels where Triton can't run; on a CPU it takes oneDNN's fused linears in
-eager inference and the reference otherwise. A named backend either runs or raises :class:`BackendUnavailable` with the
-reason.
+``auto`` takes Triton on a GPU, or the CUDA kernels where Triton can't run; on a CPU it takes oneDNN's products in
+eager inference (compiled too, for bfloat16 on a CPU without the instructions) and the reference otherwise. A named
+backend either runs or raises :class:`BackendUnavailable` with the reason.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from fastvit.ops import cuda
+from fastvit.cuda import extension
+from fastvit.ops import onednn
 
 log = logging.getLogger("fastvit")
 
 BACKENDS = ("auto", "reference", "onednn", "triton", "cuda")
 KERNELS = ("triton", "cuda")  # those that run through torch.ops.fastvit
-ONEDNN_OPS = ("linear", "mlp")  # the others run PyTorch's own kernels under onednn, as on the reference
+ONEDNN_OPS = ("patch_embed", "linear", "mlp")  # the others run PyTorch's own kernels under onednn, as on the reference
 OPS = (
     "patch_embed", "layer_norm", "linear", "mlp", "rotate",
     "attention", "attention_qkvpacked", "attention_rows", "attention_distance",
@@ -129,9 +130,9 @@ def note_fallback(message: str) -> None:
 
 
 def _refuse_onednn(x: Tensor, needs_grad: bool) -> str | None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and (exporting() or x.dtype != torch.bfloat16 or onednn.BFLOAT16_INSTRUCTIONS):
         return "it is for eager mode; torch.compile fuses the reference itself"
-    if not torch.backends.mkldnn.is_available():
+    if not onednn.AVAILABLE:
         return "this build of PyTorch has no oneDNN"
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}; onednn takes CPU tensors"
@@ -146,6 +147,17 @@ def _refuse_onednn(x: Tensor, needs_grad: bool) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _refuse_device(backend: str, device: torch.device) -> str | None:
+    """The reason against a GPU, which Dynamo asks for and does not trace."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the GPU is older than compute capability 8.0: it has {major}.{minor}"
+    if backend == "cuda" and not extension.built_for((major, minor)):
+        return f"the CUDA extension has no code for compute capability {major}.{minor}"
+    return None
+
+
 def _refuse_triton(op: str, x: Tensor, modifiers: Iterable[str] = ()) -> str | None:
     if TRITON_MISSING:
         return TRITON_MISSING
@@ -154,8 +166,10 @@ def _refuse_triton(op: str, x: Tensor, modifiers: Iterable[str] = ()) -> str | N
     if x.device.type not in ("cuda", "meta", "cpu" if INTERPRETING else "cuda"):
         seen = "" if torch.cuda.is_available() else ", and PyTorch sees no GPU"
         return f"the tensors are on {x.device}{seen}; triton takes CUDA tensors (CPU tensors with TRITON_INTERPRET=1)"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if x.is_cuda:
+        refusal = _refuse_device("triton", x.device)
+        if refusal is not None:
+            return refusal
     if x.dtype not in KERNEL_DTYPES and not (op == "patch_embed" and x.dtype == torch.uint8):
         return f"dtype {x.dtype} is not supported; accepted: float32, float16, bfloat16"
     if op.startswith("attention") and x.shape[-1] > MAX_HEAD_DIM:
@@ -172,21 +186,19 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 
 
 def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor], modifiers: Iterable[str] = ()) -> str | None:
-    if cuda.MISSING:
-        return cuda.MISSING
-    if x.device.type not in ("cuda", "meta", "cpu" if cuda.EMULATED else "cuda"):
+    if extension.MISSING:
+        return extension.MISSING
+    if x.device.type not in ("cuda", "meta", "cpu" if extension.EMULATED else "cuda"):
         return f"the tensors are on {x.device}; cuda takes CUDA tensors"
     if x.is_cuda:
-        capability = torch.cuda.get_device_capability(x.device)
-        if capability < (8, 0):
-            return "the GPU is older than compute capability 8.0"
-        if not cuda.built_for(capability):
-            return f"the CUDA extension has no code for compute capability {capability[0]}.{capability[1]}"
+        refusal = _refuse_device("cuda", x.device)
+        if refusal is not None:
+            return refusal
     if x.dtype not in KERNEL_DTYPES:
         return f"dtype {x.dtype} is not supported; accepted: {_names(KERNEL_DTYPES)}"
     if op == "layer_norm":
-        if x.shape[-1] > cuda.MAX_WIDTH:
-            return f"a width of {x.shape[-1]} is not supported; accepted: up to {cuda.MAX_WIDTH}"
+        if x.shape[-1] > extension.MAX_WIDTH:
+            return f"a width of {x.shape[-1]} is not supported; accepted: up to {extension.MAX_WIDTH}"
     else:
         autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # meta has none
         for operand in weights or (x,):
@@ -199,9 +211,8 @@ def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor], modifiers: Itera
         return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8 from 32 to {MAX_HEAD_DIM}"
     if op == "rotate" and x.shape[-1] % 8:
         return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8"
-    for name in modifiers:
-        if name not in cuda.ATTENTION_MODIFIERS:
-            return f"{name} is not supported; accepted: {', '.join(cuda.ATTENTION_MODIFIERS) or 'plain attention'}"
+    if "rel_pos_keys" in modifiers:
+        return "rel_pos_keys is not supported; it runs on the reference"
     for weight in weights:
         widths = weight.shape if weight.ndim == 2 else weight.shape[:1]  # of patches any
         if any(width % 8 for width in widths):
@@ -209,6 +220,11 @@ def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor], modifiers: Itera
     if transformed():
         return "a torch.func transform is active; only the reference runs under one"
     return None
+
+
+def exporting() -> bool:
+    """Whether torch.export is tracing. Dynamo makes torch.compiler.is_exporting() True under torch.compile as well."""
+    return torch.compiler._is_exporting_flag
 
 
 def transformed() -> bool:
@@ -233,7 +249,7 @@ def choose(
         return "reference"
     if asked == "auto":
         if x.is_cuda:
-            if torch.compiler.is_exporting():
+            if exporting():
                 return "reference"
             reason = _refuse_triton(op, x, modifiers)
             if reason is None:
@@ -256,12 +272,12 @@ def choose(
 def availability() -> dict[str, dict[str, str | None]]:
     """For every op and backend: None where it can run on this machine, else the reason why not."""
     probe = torch.empty(1, 1, device="cuda" if torch.cuda.is_available() else "cpu")
-    onednn = _refuse_onednn(torch.empty(1, 1), needs_grad=False)
+    refused = _refuse_onednn(torch.empty(1, 1), needs_grad=False)
     half = torch.empty(1, 32, device=probe.device, dtype=torch.float16)
     return {
         op: {
             "reference": None,
-            "onednn": onednn,
+            "onednn": refused,
             "triton": _refuse_triton(op, probe),
             "cuda": _refuse_cuda(op, half, ()),
         }

@@ -59,7 +59,7 @@ def implement_on_cpu() -> None:
 
 def launchers(backend: str) -> Any:
     """The module that launches a backend's kernels; all have the same functions."""
-    return importlib.import_module("fastvit.ops.cuda" if backend == "cuda" else "fastvit.triton.launchers")
+    return importlib.import_module(f"fastvit.{backend}.launchers")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -4,21 +4,25 @@ Bias, GELU and the residual add run in the matrix product's own epilogue. The pa
 parameters, never in a state_dict, and are made again whenever a weight has changed in any way.
 
 A CPU without bfloat16 instructions multiplies bfloat16 in software, several times slower than float32: there the
-packed copy of a bfloat16 weight is in float32, and so are the product and its epilogue, rounded once at the end.
+packed copy of a bfloat16 weight is in float32, and so are the product and its epilogue, rounded once at the end. Under
+torch.compile, which packs and fuses by itself, that is all that is done here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastvit import reference
 from fastvit.reference import Norm
+
+AVAILABLE = torch.backends.mkldnn.is_available()
+BFLOAT16_INSTRUCTIONS = AVAILABLE and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # of this CPU
 
 _EPILOGUES = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
@@ -29,10 +33,9 @@ _NARROW = (
 )  # outputs, rows: below both, packed bfloat16 leaves a core idle and plain weights are 1.4x as fast
 
 
-@cache
-def bfloat16_instructions() -> bool:
-    """Whether oneDNN has bfloat16 products for this CPU."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What weights of ``dtype`` are multiplied in on this CPU."""
+    return torch.float32 if dtype == torch.bfloat16 and not BFLOAT16_INSTRUCTIONS else dtype
 
 
 class _Packed(NamedTuple):
@@ -74,12 +77,12 @@ def _pack(weight: Tensor, rows: int) -> Tensor | None:
     if type(weight) is not nn.Parameter or not weight.is_contiguous() or weight.is_inference():
         return None
     narrow = weight.dtype == torch.bfloat16 and weight.shape[0] < _NARROW[0] and rows < _NARROW[1]
-    if narrow and bfloat16_instructions():
+    if narrow and BFLOAT16_INSTRUCTIONS:
         return weight.detach()
     stamp = _stamp(weight)
     known = _packed.get(weight)
     if known is None or known.stamp != stamp:
-        values = weight.detach() if bfloat16_instructions() else weight.detach().float()
+        values = weight.detach().to(product_dtype(weight.dtype))
         known = _Packed(stamp, torch.ops.mkldnn._reorder_linear_weight(values))
         _packed[weight] = known
     return known.weight
@@ -101,25 +104,31 @@ def linear(
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """See :func:`fastvit.ops.linear`."""
-    packed = _pack(weight, x.numel() // weight.shape[1]) if x.numel() * weight.shape[0] >= _SMALLEST else None
-    if packed is None:
+    """See :func:`fastvit.ops.linear`. ``out_dtype``, of a result without a residual: the weight's, or its product's."""
+    wide = product_dtype(weight.dtype)
+    worth = wide != weight.dtype or x.numel() * weight.shape[0] >= _SMALLEST
+    compiling = torch.compiler.is_compiling()
+    packed = _pack(weight, x.numel() // weight.shape[1]) if worth and not compiling else None
+    if packed is None and wide == weight.dtype:
         return reference.linear(
             x, weight, bias, norm=norm, activation=activation, residual=residual, gamma=gamma, row_scale=row_scale
         )
-    wide = torch.float32 if weight.dtype == torch.bfloat16 and not bfloat16_instructions() else weight.dtype
     if norm is not None:
         x = reference.normalise(x, *norm, weight.dtype)
     x, bias = x.to(wide), None if bias is None else bias.to(wide)
     plain_add = residual is not None and gamma is None and row_scale is None and residual.dtype == weight.dtype
-    if residual is not None and plain_add and activation is None:
+    if packed is None:
+        y = reference.activate(F.linear(x, weight.to(wide), bias), activation)
+    elif residual is not None and plain_add and activation is None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual.to(wide), packed, bias, "add").to(weight.dtype)
-    attr, algorithm = _EPILOGUES.get(activation, _EPILOGUES[None])
-    y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, attr, [], algorithm)
-    if activation not in _EPILOGUES:
-        y = reference.activate(y, activation)
-    return y.to(weight.dtype) if residual is None else reference.merge(y, residual, gamma, row_scale)
+    else:
+        attr, algorithm = _EPILOGUES.get(activation, _EPILOGUES[None])
+        y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, attr, [], algorithm)
+        if activation not in _EPILOGUES:
+            y = reference.activate(y, activation)
+    return y.to(out_dtype or weight.dtype) if residual is None else reference.merge(y, residual, gamma, row_scale)
 
 
 def mlp(
@@ -136,5 +145,6 @@ def mlp(
     row_scale: Tensor | None = None,
 ) -> Tensor:
     """See :func:`fastvit.ops.mlp`."""
-    hidden = linear(x, fc1_weight, fc1_bias, norm=norm, activation=activation)
+    wide = product_dtype(fc1_weight.dtype)
+    hidden = linear(x, fc1_weight, fc1_bias, norm=norm, activation=activation, out_dtype=wide)
     return linear(hidden, fc2_weight, fc2_bias, residual=residual, gamma=gamma, row_scale=row_scale)

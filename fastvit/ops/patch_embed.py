@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastvit import reference
-from fastvit.ops import backends, checks
+from fastvit.ops import backends, checks, onednn
 from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, none_if_empty, or_empty, register
 
 
@@ -85,6 +85,8 @@ def patch_embed(
     if chosen in backends.KERNELS:
         (weight,) = cast_for_autocast(images, weight)
         return _patch_embed(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, chosen)
+    if chosen == "onednn":
+        weight, out_dtype = weight.to(onednn.product_dtype(weight.dtype)), out_dtype or weight.dtype
     return reference.patch_embed(
         images,
         weight,
@@ -108,9 +110,15 @@ def stream_dtype(images: Tensor, *rows: Tensor | None) -> torch.dtype | None:
 
 
 @cache
-def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _copied(values: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False), unset_fake_temporarily():  # it outlives the mode of its first use
         return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():  # made where it is used: a graph that holds a copy from the CPU can't be replayed
+        return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
+    return _copied(values, device)
 
 
 def constants(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.ops import backends, checks
+from fastvit.ops import backends, checks, onednn
 from fastvit.ops.library import cast_for_autocast, launchers, needs_grad, none_if_empty, or_empty, register
 from fastvit.ops.patch_embed import constants, stream_dtype
 from fastvit.packing import Layout, PackedImages
@@ -76,6 +76,8 @@ def patch_embed_packed(
         return _patch_embed_packed(
             packed.pixels, list(packed.layout), weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, chosen
         )
+    if chosen == "onednn":
+        weight, out_dtype = weight.to(onednn.product_dtype(weight.dtype)), out_dtype or weight.dtype
     return reference.patch_embed_packed(
         packed,
         weight,

@@ -22,13 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvit.ops.attention_modifiers import UNMODIFIED, Modifiers
 from fastvit.triton import tiles
 from fastvit.triton.attention_scores import (
     LOG2_E,
-    Modifiers,
+    ModifierPointers,
     dropout_factor,
     modified,
-    modifiers,
+    modifier_pointers,
     sequence,
     softmax_shift,
 )
@@ -300,7 +301,7 @@ def images(tensor: Tensor, cu: Tensor | None) -> int:
 
 
 def work(
-    kernel: str, tensor: Tensor, owned: int, length: int, given: Modifiers, tile: dict[str, Any] | None
+    kernel: str, tensor: Tensor, owned: int, length: int, given: ModifierPointers, tile: dict[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the tile, the constants) of ``kernel`` whose programs own rows of ``tensor`` (B, T, H, d).
 
@@ -325,17 +326,8 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     scale: float,
+    modifiers: Modifiers = UNMODIFIED,
     *,
-    bias: Tensor | None = None,
-    table: Tensor | None = None,
-    window: tuple[int, int] | list[int] | None = None,
-    key_mask: Tensor | None = None,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-    max_q: int = 0,
-    max_k: int = 0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
     tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale + bias) v and the logarithm of the softmax's denominator.
@@ -344,12 +336,7 @@ def attention_forward(
         q: (B, Tq, H, d) float16, bfloat16 or float32, d from 1 to 128.
         k, v: (B, Tk, H, d) in q's dtype. The last dimension of all three is contiguous, other strides are free.
         scale: factor of the scores, of any sign.
-        bias: (B, H, Tq, Tk) floating, any strides, 0 where it is broadcast.
-        table, window: ((2h-1)(2w-1) [+3], H) floating and (h, w), instead of a bias.
-        key_mask: (B, Tk) bool, True = kept.
-        cu_q, cu_k: (n + 1,) int32, where the n sequences in the one row of q, and of k and v, start; max_q and max_k:
-            at least their longest.
-        dropout_p, seed: the rate, and an int64 tensor of one element; no dropout without a seed.
+        modifiers: what else changes the scores; a bias has their shape (B, H, Tq, Tk), with strides of 0.
         tile: in place of the table's: rows, block, piece, head_piece, warps, stages.
 
     Returns:
@@ -367,13 +354,11 @@ def attention_forward(
     lse = torch.empty((batch, heads, queries), device=q.device, dtype=torch.float32)
     if keys == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    given = modifiers(
-        bias=bias, table=table, window=window, key_mask=key_mask, cu_q=cu_q, cu_k=cu_k, dropout_p=dropout_p, seed=seed
-    )
+    given = modifier_pointers(modifiers)
     tile, constants = work("forward", q, queries, keys, given, tile)
-    longest = queries if cu_q is None else max_q
+    longest = queries if modifiers.cu_q is None else modifiers.max_q
     args = {
-        **in_units(packed=cu_q is not None, q=q, k=k, v=v, out=out),
+        **in_units(packed=modifiers.cu_q is not None, q=q, k=k, v=v, out=out),
         "lse_ptr": lse,
         "heads": heads,
         "queries": queries,
@@ -382,7 +367,7 @@ def attention_forward(
         "scale": float(scale),
         **constants,
     }
-    grid = (triton.cdiv(longest, constants["ROWS"]) * images(q, cu_q) * heads,)
+    grid = (triton.cdiv(longest, constants["ROWS"]) * images(q, modifiers.cu_q) * heads,)
     hot = q.dtype != torch.float32
     launch(attention_forward_kernel, grid, args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)
     return out, lse

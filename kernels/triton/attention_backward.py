@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvit.ops.attention_modifiers import UNMODIFIED, Modifiers
 from fastvit.triton.attention import (
     add_products,
     full_blocks,
@@ -41,11 +42,11 @@ from fastvit.triton.attention_bias_gradient import attention_bias_gradient, atte
 from fastvit.triton.attention_scores import (
     LOG2_E,
     NONE,
-    Modifiers,
+    ModifierPointers,
     backward_lse,
     dropout_factor,
     modified,
-    modifiers,
+    modifier_pointers,
     sequence,
 )
 from fastvit.triton.launch import before, launch
@@ -301,31 +302,19 @@ def attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    *,
-    bias: Tensor | None = None,
-    table: Tensor | None = None,
-    window: tuple[int, int] | list[int] | None = None,
-    key_mask: Tensor | None = None,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-    max_q: int = 0,
-    max_k: int = 0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    dbias: Tensor | None = None,
-    dtable: Tensor | None = None,
+    modifiers: Modifiers = UNMODIFIED,
+    dlearned: Tensor | None = None,
 ) -> None:
     """Write the gradients of :func:`fastvit.triton.attention.attention_forward` into dq, dk and dv.
 
     Args:
         dout: (B, Tq, H, d), gradient of out, in its dtype; the last dimension is contiguous, other strides are free.
         dlse: (B, H, Tq) float32, gradient of lse, or None.
-        q, k, v, scale and bias to seed: as given to the forward; out, lse: what it returned.
+        q, k, v, scale and modifiers: as given to the forward; out, lse: what it returned.
         dq (B, Tq, H, d), dk and dv (B, Tk, H, d): written in full; the last dimension is contiguous, other
             strides are free, so they may be the three views of one packed (B, T, 3, H, d) gradient.
-        dbias: the bias's gradient, contiguous float32 of 4 dimensions, those of size 1 in which it is broadcast; or
-            None. Written in full by a launch of its own, as dtable is.
-        dtable: the table's gradient, of its shape, contiguous float32, or None.
+        dlearned: the gradient of the modifiers' bias or table, contiguous float32, or None: the table's in its shape,
+            the bias's with size 1 where it is broadcast. Written in full, by a launch of its own.
 
     Raises:
         ValueError: the head dim is above 128.
@@ -333,19 +322,16 @@ def attention_backward(
     Source: FlashAttention-2 (Dao 2023, algorithm 2), here with one kernel for dq and one for dk and dv.
     """
     if 0 in (q.shape[1], k.shape[1]):
-        for gradient in (dq, dk, dv, dbias, dtable):
+        for gradient in (dq, dk, dv, dlearned):
             if gradient is not None:
                 gradient.zero_()
         return
-    given = modifiers(
-        bias=bias, table=table, window=window, key_mask=key_mask, cu_q=cu_q, cu_k=cu_k, dropout_p=dropout_p, seed=seed
-    )
-    delta = attention_query_gradient(dout, dlse, q, k, v, out, lse, scale, dq, given=given, longest=max_q)
-    attention_key_value_gradient(dout, q, k, v, lse, delta, scale, dk, dv, given=given, longest=max_k)
-    if dbias is not None:
-        attention_bias_gradient(dout, q, k, v, lse, delta, scale, dbias, given=given)
-    if dtable is not None:
-        attention_table_gradient(dout, q, k, v, lse, delta, scale, dtable, given=given)
+    given = modifier_pointers(modifiers)
+    delta = attention_query_gradient(dout, dlse, q, k, v, out, lse, scale, dq, given=given, longest=modifiers.max_q)
+    attention_key_value_gradient(dout, q, k, v, lse, delta, scale, dk, dv, given=given, longest=modifiers.max_k)
+    if dlearned is not None:
+        gradient_of = attention_table_gradient if modifiers.bias is None else attention_bias_gradient
+        gradient_of(dout, q, k, v, lse, delta, scale, dlearned, given=given)
 
 
 def attention_query_gradient(
@@ -359,7 +345,7 @@ def attention_query_gradient(
     scale: float,
     dq: Tensor,
     *,
-    given: Modifiers = NONE,
+    given: ModifierPointers = NONE,
     longest: int = 0,
     tile: dict[str, Any] | None = None,
 ) -> Tensor:
@@ -393,7 +379,7 @@ def attention_key_value_gradient(
     dk: Tensor,
     dv: Tensor,
     *,
-    given: Modifiers = NONE,
+    given: ModifierPointers = NONE,
     longest: int = 0,
     tile: dict[str, Any] | None = None,
 ) -> None:
@@ -418,7 +404,7 @@ def _sizes(q: Tensor, k: Tensor, scale: float, longest: int) -> dict[str, Any]:
     return {**sizes, "scale": float(scale)}
 
 
-def _launch(kernel: Any, args: dict[str, Any], q: Tensor, given: Modifiers, tile: dict[str, Any]) -> None:
+def _launch(kernel: Any, args: dict[str, Any], q: Tensor, given: ModifierPointers, tile: dict[str, Any]) -> None:
     grid = (triton.cdiv(args["longest"], args["ROWS"]) * images(q, given.cu_q_ptr) * q.shape[2],)
     hot = q.dtype != torch.float32
     launch(kernel, grid, args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.triton.attention import choose, head_rows, in_units, products
-from fastvit.triton.attention_scores import LOG2_E, Modifiers, backward_lse, dropout_factor, modified
+from fastvit.triton.attention_scores import LOG2_E, ModifierPointers, backward_lse, dropout_factor, modified
 from fastvit.triton.launch import before, launch, pieces, precision
 
 
@@ -264,7 +264,7 @@ def attention_bias_gradient(
     scale: float,
     dbias: Tensor,
     *,
-    given: Modifiers,
+    given: ModifierPointers,
     tile: dict[str, Any] | None = None,
 ) -> None:
     """Write dbias, contiguous float32 of 4 dimensions: (B or 1, H or 1, Tq or 1, Tk or 1).
@@ -308,7 +308,7 @@ def attention_table_gradient(
     scale: float,
     dtable: Tensor,
     *,
-    given: Modifiers,
+    given: ModifierPointers,
     tile: dict[str, Any] | None = None,
 ) -> None:
     """Write dtable ((2h-1)(2w-1) [+3], H), contiguous float32, for the table in ``given``.

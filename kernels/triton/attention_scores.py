@@ -1,7 +1,7 @@
 """What changes the scores of attention: bias, relative position table, absent keys, packed sequences, dropout.
 
-The kernels take one argument for all of it, :class:`Modifiers`, and ask the functions here. Which of its members are
-None is known to the compiler: code for what is not used does not exist.
+The kernels take one argument for all of it, :class:`ModifierPointers`, and ask the functions here. Which of its members
+are None is known to the compiler: code for what is not used does not exist.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from fastvit.ops.attention_modifiers import Modifiers
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
-class Modifiers(NamedTuple):
-    """As the kernels see them; None where there is none."""
+class ModifierPointers(NamedTuple):
+    """:class:`fastvit.ops.attention_modifiers.Modifiers` as the kernels see them; None where there is none."""
 
     bias_ptr: Any = None  # (B, H, Tq, Tk) floating
     bias_strides: Any = None  # (image, head, query, key), 0 where it is broadcast
@@ -34,37 +35,29 @@ class Modifiers(NamedTuple):
     gain: Any = None  # 1 / (1 - p): what the other weights are multiplied by
 
 
-NONE = Modifiers()
+NONE = ModifierPointers()
 
 
-def modifiers(
-    *,
-    bias: Tensor | None = None,
-    table: Tensor | None = None,
-    window: tuple[int, int] | list[int] | None = None,
-    key_mask: Tensor | None = None,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Modifiers:
-    """The kernels' argument from the launchers' keywords."""
+def modifier_pointers(modifiers: Modifiers) -> ModifierPointers:
+    """The kernels' argument; the bias has the shape of the scores."""
     given: dict[str, Any] = {}
+    bias, table, window = modifiers.bias, modifiers.rel_pos_table, modifiers.window
     if bias is not None:
         given |= {"bias_ptr": bias, "bias_strides": bias.stride()}
     if table is not None and window is not None:
         h, w = window
         prefix = int(table.shape[0] > (2 * h - 1) * (2 * w - 1))
         given |= {"table_ptr": table.contiguous(), "window": (h, w, prefix)}
-    if key_mask is not None:
-        given |= {"mask_ptr": key_mask.view(torch.uint8), "mask_strides": key_mask.stride()}
-    if cu_q is not None and cu_k is not None:
-        given |= {"cu_q_ptr": cu_q.contiguous(), "cu_k_ptr": cu_k.contiguous()}
+    if modifiers.key_mask is not None:
+        given |= {"mask_ptr": modifiers.key_mask.view(torch.uint8), "mask_strides": modifiers.key_mask.stride()}
+    if modifiers.cu_q is not None and modifiers.cu_k is not None:
+        given |= {"cu_q_ptr": modifiers.cu_q.contiguous(), "cu_k_ptr": modifiers.cu_k.contiguous()}
     if given:
         given["changed"] = 1
-    if seed is not None:
-        given |= {"seed_ptr": seed, "threshold": math.floor(dropout_p * 2**32), "gain": 1 / (1 - dropout_p)}
-    return Modifiers(**given)
+    if modifiers.seed is not None:
+        rate = modifiers.dropout_p
+        given |= {"seed_ptr": modifiers.seed, "threshold": math.floor(rate * 2**32), "gain": 1 / (1 - rate)}
+    return ModifierPointers(**given)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Every launcher of the Triton kernels by its name: what the ops call. fastvit/ops/cuda.py is the same for CUDA."""
+"""Every launcher of the Triton kernels by its name: what the ops call. For CUDA see fastvit/cuda/launchers.py."""
 
 from fastvit.triton.activations import activation_gradient
 from fastvit.triton.attention import attention_forward

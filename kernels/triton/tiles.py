@@ -6,7 +6,7 @@
 place where a launcher asks.
 
 The family "cuda" has no tiles and nothing derived: it says who runs a linear layer's product on the CUDA backend, whose
-launchers (``fastvit/ops/cuda.py``) ask here too. Its tile is {"run": one of :data:`RUNS`}, of which the first is the
+launchers (``fastvit/cuda/linear.py``) ask here too. Its tile is {"run": one of :data:`RUNS`}, of which the first is the
 default.
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit.ops import cuda
+from fastvit.cuda import extension
 from fastvit.ops.library import implement_on_cpu
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "csrc" / "testing" / "build.py"
@@ -17,13 +17,13 @@ _SCRIPT = Path(__file__).resolve().parents[2] / "csrc" / "testing" / "build.py"
 
 @pytest.fixture(scope="session", autouse=True)
 def library() -> Path:
-    """The kernels for this CPU, brought up to date; from now on ``fastvit.ops.cuda`` runs CPU tensors by them."""
+    """The kernels for this CPU, brought up to date; from now on ``fastvit.cuda`` runs CPU tensors by them."""
     spec = importlib.util.spec_from_file_location("emulated_build", _SCRIPT)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     path: Path = script.build()
-    cuda.emulate(path)
+    extension.emulate(path)
     implement_on_cpu()
     return path
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.ops import cuda
+from fastvit.cuda import extension
+from fastvit.cuda.attention import attention_backward, attention_forward
 from numerics import assert_as_right_as_eager, check_op
 
 HALF = (torch.float16, torch.bfloat16)
@@ -28,15 +29,15 @@ def _poison() -> Iterator[None]:
 
 @contextmanager
 def on(architecture: int) -> Iterator[None]:
-    cuda.assume(architecture)
+    extension.assume(architecture)
     yield
-    cuda.assume(80)
+    extension.assume(80)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = cuda.attention_forward(q, k, v, scale)
+        out, lse = attention_forward(q, k, v, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
@@ -47,7 +48,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         gradients = [torch.full_like(x, torch.nan) for x in (q, k, v)]
-        cuda.attention_backward(dout, dlse, q, k, v, out, lse, ctx.scale, *gradients)
+        attention_backward(dout, dlse, q, k, v, out, lse, ctx.scale, *gradients)
         return *gradients, None
 
 
@@ -56,7 +57,7 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = cuda.attention_forward(*qkv.unbind(2), scale)
+        out, lse = attention_forward(*qkv.unbind(2), scale)
         ctx.save_for_backward(qkv, out, lse)
         ctx.scale = scale
         return out, lse
@@ -65,7 +66,7 @@ class _Packed(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, None]:
         qkv, out, lse = ctx.saved_tensors
         dqkv = torch.full_like(qkv, torch.nan)
-        cuda.attention_backward(dout, dlse, *qkv.unbind(2), out, lse, ctx.scale, *dqkv.unbind(2))
+        attention_backward(dout, dlse, *qkv.unbind(2), out, lse, ctx.scale, *dqkv.unbind(2))
         return dqkv, None
 
 
@@ -93,7 +94,7 @@ def check_forward(sizes: Iterable[tuple[int, int, int]], dtype: torch.dtype, sca
     kernel, eager, exact = [], [], []
     for queries, keys, dim in sizes:
         q, k, v = (x.detach() for x in make(queries, keys, dim, dtype).values())
-        kernel.append(cuda.attention_forward(q, k, v, scale))
+        kernel.append(attention_forward(q, k, v, scale))
         for results, t in ((eager, dtype), (exact, torch.float64)):
             results.append(reference.attention(q.to(t), k.to(t), v.to(t), scale=scale, return_lse=True))
 
@@ -193,9 +194,9 @@ def test_strides_are_free() -> None:
     results = []
     for prepare in (torch.Tensor.contiguous, lambda x: x):
         inputs = [prepare(x) for x in (q, k, v)]
-        out, lse = cuda.attention_forward(*inputs, 0.25)
+        out, lse = attention_forward(*inputs, 0.25)
         gradients = [torch.full_like(x, torch.nan) for x in inputs]
-        cuda.attention_backward(prepare(dout), None, *inputs, out, lse, 0.25, *gradients)
+        attention_backward(prepare(dout), None, *inputs, out, lse, 0.25, *gradients)
         results.append((out, lse, *gradients))
     for plain, strided in zip(*results, strict=True):
         assert not strided.isnan().any()
@@ -216,8 +217,8 @@ def test_memory_outside_the_tensors_is_left_alone(tokens: int) -> None:
     inputs = [inside(surrounded(torch.nan)).copy_(torch.randn(1, tokens, heads, dim)) for _ in range(4)]
     buffers = [surrounded(7.0) for _ in range(3)]
     *qkv, dout = inputs
-    out, lse = cuda.attention_forward(*qkv, 0.2)
-    cuda.attention_backward(dout, None, *qkv, out, lse, 0.2, *map(inside, buffers))
+    out, lse = attention_forward(*qkv, 0.2)
+    attention_backward(dout, None, *qkv, out, lse, 0.2, *map(inside, buffers))
     for x in (out, lse, *buffers):
         assert not x.isnan().any()
     for buffer in buffers:
@@ -227,16 +228,16 @@ def test_memory_outside_the_tensors_is_left_alone(tokens: int) -> None:
 
 def test_empty_batch() -> None:
     q = torch.randn(0, 5, 2, 32).half()
-    out, lse = cuda.attention_forward(q, q, q, 1.0)
+    out, lse = attention_forward(q, q, q, 1.0)
     assert out.shape == (0, 5, 2, 32)
     assert lse.shape == (0, 2, 5)
-    cuda.attention_backward(out, lse, q, q, q, out, lse, 1.0, *(torch.empty_like(q) for _ in range(3)))
+    attention_backward(out, lse, q, q, q, out, lse, 1.0, *(torch.empty_like(q) for _ in range(3)))
 
 
 def test_what_the_kernels_do_not_take_is_refused() -> None:
     def forward(*shape: int, dtype: torch.dtype = torch.float16) -> None:
         q = torch.randn(*shape).to(dtype)
-        cuda.attention_forward(q, q, q, 1.0)
+        attention_forward(q, q, q, 1.0)
 
     for dim in (24, 36, 136):
         with pytest.raises(
@@ -247,10 +248,10 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
         forward(1, 3, 1, 64, dtype=torch.float32)
     q = torch.randn(1, 3, 1, 64).half()
     with pytest.raises(RuntimeError, match="v in bfloat16; accepted: q's float16"):
-        cuda.attention_forward(q, q, q.bfloat16(), 1.0)
+        attention_forward(q, q, q.bfloat16(), 1.0)
     with pytest.raises(RuntimeError, match="v with 4 in dimension 1; accepted: 3"):
-        cuda.attention_forward(q, q, torch.randn(1, 4, 1, 64).half(), 1.0)
-    out, lse = cuda.attention_forward(q, q, q, 1.0)
+        attention_forward(q, q, torch.randn(1, 4, 1, 64).half(), 1.0)
+    out, lse = attention_forward(q, q, q, 1.0)
     unaligned = torch.empty(200).half()[1:193].view(q.shape)
     with pytest.raises(RuntimeError, match="dk with strides .*; accepted: .* multiples of 8"):
-        cuda.attention_backward(q, None, q, q, q, out, lse, 1.0, torch.empty_like(q), unaligned, torch.empty_like(q))
+        attention_backward(q, None, q, q, q, out, lse, 1.0, torch.empty_like(q), unaligned, torch.empty_like(q))

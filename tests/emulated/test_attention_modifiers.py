@@ -13,7 +13,9 @@ from torch import Tensor
 
 import fastvit
 from fastvit import ops, reference
-from fastvit.ops import cuda
+from fastvit.cuda import extension
+from fastvit.cuda.attention import attention_backward, attention_forward
+from fastvit.ops.attention_modifiers import Modifiers
 from numerics import assert_as_right_as_eager, assert_same_bits_twice, check_op, leaves_of
 
 HALF = (torch.float16, torch.bfloat16)
@@ -162,11 +164,11 @@ def test_tables_of_dtypes_and_head_dims(dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_table_that_shared_memory_has_no_room_for(dtype: torch.dtype) -> None:
     """Two blocks of head dim 128 do not fit the 99 KB of compute capability 8.6 as it is."""
-    cuda.assume(86)
+    extension.assume(86)
     try:
         check(make(50, 50, 128) | {"rel_pos_table": table_of((7, 7), dtype=dtype), "window": (7, 7)})
     finally:
-        cuda.assume(80)
+        extension.assume(80)
 
 
 def test_197_tokens_of_beit() -> None:
@@ -268,10 +270,10 @@ def test_wrong_starts_touch_nothing_outside(starts: tuple[int, ...]) -> None:
     """On a GPU nobody looks at the values beforehand: what they name outside the tensors is left alone."""
     q, k, v, dout = torch.randn(4, 1, 21, 1, 32).half().unbind(0)
     cu = torch.tensor(starts, dtype=torch.int32)
-    options = {"cu_q": cu, "cu_k": cu, "max_q": 64, "max_k": 64}
-    out, lse = cuda.attention_forward(q, k, v, 0.2, **options)
+    given = Modifiers(cu_q=cu, cu_k=cu, max_q=64, max_k=64)
+    out, lse = attention_forward(q, k, v, 0.2, given)
     gradients = [torch.empty_like(q) for _ in range(3)]
-    cuda.attention_backward(dout, None, q, k, v, out.nan_to_num(), lse.nan_to_num(), 0.2, *gradients, **options)
+    attention_backward(dout, None, q, k, v, out.nan_to_num(), lse.nan_to_num(), 0.2, *gradients, given)
 
 
 # --- dropout -----------------------------------------------------------------------------------------------------
@@ -289,10 +291,10 @@ def test_dropout_takes_what_the_reference_takes(p: float, seed: int) -> None:
     batch, heads, tokens, dim = 2, 3, 64, 64
     q = torch.zeros(batch, tokens, heads, dim, dtype=torch.float16)
     eye = torch.eye(tokens).half().view(1, tokens, 1, dim).expand(batch, -1, heads, -1).contiguous()
-    options: dict[str, Any] = {"dropout_p": p, "seed": torch.tensor([seed])}
-    out, lse = cuda.attention_forward(q, q, eye, 1.0, **options)
+    given = Modifiers(dropout_p=p, seed=torch.tensor([seed]))
+    out, lse = attention_forward(q, q, eye, 1.0, given)
     dq, dk, dv = (torch.empty_like(q) for _ in range(3))
-    cuda.attention_backward(eye, None, q, q, eye, out, lse, 1.0, dq, dk, dv, **options)
+    attention_backward(eye, None, q, q, eye, out, lse, 1.0, dq, dk, dv, given)
     for image in range(batch):
         kept = pattern(p, torch.tensor([seed]), image, heads, tokens, tokens)
         assert torch.equal(out[image].transpose(0, 1) != 0, kept)
@@ -344,12 +346,12 @@ def test_same_bits_twice(kind: str) -> None:
 def test_hopper_leaves_modifiers_to_the_family_for_8_0() -> None:
     args = make(50, 50, 64) | {"key_mask": random_mask(2, 50)}
     before = attention(**args)
-    cuda.assume(90)
+    extension.assume(90)
     try:
         for a, b in zip(before, attention(**args), strict=True):
             assert torch.equal(a, b)
     finally:
-        cuda.assume(80)
+        extension.assume(80)
 
 
 def test_empty_batch() -> None:
@@ -365,13 +367,15 @@ def test_what_the_launchers_do_not_take_is_refused() -> None:
 
     def refused(match: str, **options: Any) -> None:
         with pytest.raises(RuntimeError, match=match):
-            cuda.attention_forward(q, q, q, 1.0, **options)
+            attention_forward(q, q, q, 1.0, Modifiers(**options))
 
     refused(r"bias; accepted: \(1, 2, 4, 4\) float32", bias=torch.zeros(1, 2, 4, 3))
     refused(
-        r"a table of \(9, 3\) for a window of 2x2; accepted: \(9 or 12, 2\)", table=torch.zeros(9, 3), window=(2, 2)
+        r"a table of \(9, 3\) for a window of 2x2; accepted: \(9 or 12, 2\)",
+        rel_pos_table=torch.zeros(9, 3),
+        window=[2, 2],
     )
-    refused("4 queries and 4 keys for a window of 2x2; accepted: 5", table=torch.zeros(12, 2), window=(2, 2))
+    refused("4 queries and 4 keys for a window of 2x2; accepted: 5", rel_pos_table=torch.zeros(12, 2), window=[2, 2])
     refused(r"key_mask; accepted: \(1, 4\) bytes", key_mask=torch.ones(1, 3).bool())
     refused(r"cu_q and cu_k; accepted: \(n \+ 1,\) int32", cu_q=cu, cu_k=cu.long(), max_q=4, max_k=4)
     refused("no bias, table or key_mask", cu_q=cu, cu_k=cu, max_q=4, max_k=4, key_mask=torch.ones(1, 4).bool())

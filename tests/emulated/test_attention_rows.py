@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastvit
 from fastvit import analysis, reference
-from fastvit.ops import cuda
+from fastvit.cuda.attention_rows import attention_distance, attention_rows
 from numerics import assert_as_right_as_eager
 
 HALF = (torch.float16, torch.bfloat16)
@@ -28,14 +28,14 @@ def check_rows(q: Tensor, k: Tensor, lse: Tensor, rows: list[int], **modifiers: 
     bias = reference.bias_of_rows(at % q.shape[1], torch.float32, **modifiers)
     if bias is not None:
         bias = bias.expand(q.shape[0], q.shape[2], len(rows), k.shape[1])
-    ours = cuda.attention_rows(q, k, lse, at, q.shape[-1] ** -0.5, bias=bias)
+    ours = attention_rows(q, k, lse, at, q.shape[-1] ** -0.5, bias=bias)
     eager = reference.attention_rows(q, k, lse, at, **modifiers)
     exact = reference.attention_rows(q.double(), k.double(), lse.double(), at, **modifiers)
     assert_as_right_as_eager(ours, eager, exact)
 
 
 def check_distance(q: Tensor, k: Tensor, lse: Tensor, grid: tuple[int, int], patch_size: tuple[float, float]) -> None:
-    ours = cuda.attention_distance(q, k, lse, q.shape[-1] ** -0.5, grid, patch_size)
+    ours = attention_distance(q, k, lse, q.shape[-1] ** -0.5, grid, patch_size)
     eager = reference.attention_distance(q, k, lse, grid, patch_size=patch_size)
     exact = reference.attention_distance(q.double(), k.double(), lse.double(), grid, patch_size=patch_size)
     assert_as_right_as_eager(ours, eager, exact)
@@ -58,9 +58,9 @@ def test_queries_and_keys_differ(queries: int, keys: int, dtype: torch.dtype) ->
 def test_rows_count_from_the_end_repeat_and_may_be_none() -> None:
     q, k, lse = make(9, 21, 32, torch.float16)
     check_rows(q, k, lse, [-1, 8, 0, -9, 0])
-    out = cuda.attention_rows(q, k, lse, torch.tensor([9, -10, 2**40, 1]), 0.2)
+    out = attention_rows(q, k, lse, torch.tensor([9, -10, 2**40, 1]), 0.2)
     assert out[:, :, :3].isnan().all()
-    assert torch.equal(out[:, :, 3:], cuda.attention_rows(q, k, lse, torch.tensor([1]), 0.2))
+    assert torch.equal(out[:, :, 3:], attention_rows(q, k, lse, torch.tensor([1]), 0.2))
 
 
 def test_what_is_added_to_the_scores() -> None:
@@ -75,7 +75,7 @@ def test_what_is_added_to_the_scores() -> None:
         _, lse = reference.attention(q, k, k, return_lse=True, **modifiers)
         check_rows(q, k, lse, [0, 6, 3], **modifiers)
     added = reference.bias_of_rows(torch.arange(7), torch.float32, **modifiers).expand(2, 2, 7, 7)
-    assert (cuda.attention_rows(q, k, lse, torch.arange(7), 0.2, bias=added)[1] == 0).all()
+    assert (attention_rows(q, k, lse, torch.arange(7), 0.2, bias=added)[1] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -107,17 +107,17 @@ def test_analysis_runs_on_the_kernels() -> None:
 
 def test_nothing_to_do() -> None:
     q, k, lse = make(3, 3, 32, torch.float16)
-    assert cuda.attention_rows(q, k[:, :0], lse, torch.tensor([0]), 1.0).shape == (2, 2, 1, 0)
-    assert cuda.attention_rows(q, k, lse, torch.empty(0, dtype=torch.int64), 1.0).shape == (2, 2, 0, 3)
-    assert (cuda.attention_rows(q, k, torch.full_like(lse, -math.inf), torch.tensor([0]), 1.0) == 0).all()
-    assert cuda.attention_distance(q[:0], k[:0], lse[:0], 1.0, (1, 2), (1.0, 1.0)).shape == (0, 2)
+    assert attention_rows(q, k[:, :0], lse, torch.tensor([0]), 1.0).shape == (2, 2, 1, 0)
+    assert attention_rows(q, k, lse, torch.empty(0, dtype=torch.int64), 1.0).shape == (2, 2, 0, 3)
+    assert (attention_rows(q, k, torch.full_like(lse, -math.inf), torch.tensor([0]), 1.0) == 0).all()
+    assert attention_distance(q[:0], k[:0], lse[:0], 1.0, (1, 2), (1.0, 1.0)).shape == (0, 2)
 
 
 def test_what_is_refused() -> None:
     q, k, lse = make(3, 3, 32, torch.float16)
     with pytest.raises(RuntimeError, match=r"rows; accepted: \(R,\) int64"):
-        cuda.attention_rows(q, k, lse, torch.tensor([0], dtype=torch.int32), 1.0)
+        attention_rows(q, k, lse, torch.tensor([0], dtype=torch.int32), 1.0)
     with pytest.raises(RuntimeError, match="a grid of 2x2; accepted: up to the 3 tokens"):
-        cuda.attention_distance(q, k, lse, 1.0, (2, 2), (1.0, 1.0))
+        attention_distance(q, k, lse, 1.0, (2, 2), (1.0, 1.0))
     with pytest.raises(RuntimeError, match=r"lse; accepted: \(2, 2, 3\) float32, contiguous"):
-        cuda.attention_rows(q, k, lse[:, :1], torch.tensor([0]), 1.0)
+        attention_rows(q, k, lse[:, :1], torch.tensor([0]), 1.0)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.ops import cuda
+from fastvit.cuda import extension
+from fastvit.cuda.attention import attention_forward
 from numerics import assert_as_right_as_eager
 
 HALF = (torch.float16, torch.bfloat16)
@@ -20,9 +21,9 @@ HALF = (torch.float16, torch.bfloat16)
 def _hopper() -> Iterator[None]:
     """Outputs are filled with NaN before the kernel, which the emulated Hopper runs on 4 multiprocessors."""
     torch.use_deterministic_algorithms(True)
-    cuda.assume(90)
+    extension.assume(90)
     yield
-    cuda.assume(80)
+    extension.assume(80)
     torch.use_deterministic_algorithms(False)
 
 
@@ -32,7 +33,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> None:
     def expected(dtype: torch.dtype) -> Any:
         return reference.attention(q.to(dtype), k.to(dtype), v.to(dtype), scale=scale, return_lse=True)
 
-    ours = cuda.attention_forward(q, k, v, scale)
+    ours = attention_forward(q, k, v, scale)
     assert_as_right_as_eager(ours, expected(q.dtype), expected(torch.float64), names=("out", "lse"))
 
 
@@ -112,20 +113,20 @@ def test_scales(scale: float, tokens: int) -> None:
 def test_large_scores() -> None:
     """Scores of 20000: one key takes all, and its value comes out within the roundings of P and of the result."""
     q, k, v = make(33, 100, 64, torch.float16)
-    out, _ = cuda.attention_forward(30 * q, 30 * k, v, 1.0)
+    out, _ = attention_forward(30 * q, 30 * k, v, 1.0)
     exact = reference.attention((30 * q).double(), (30 * k).double(), v.double(), scale=1.0)
     torch.testing.assert_close(out.double(), exact, rtol=2**-10, atol=1e-6)
 
 
 def test_empty() -> None:
     q, k, v = make(4, 5, 64)
-    out, lse = cuda.attention_forward(q[:0], k[:0], v[:0], 1.0)
+    out, lse = attention_forward(q[:0], k[:0], v[:0], 1.0)
     assert out.shape == (0, 4, 1, 64) and lse.shape == (0, 1, 4)
-    out, _ = cuda.attention_forward(q[:, :0], k, v, 1.0)
+    out, _ = attention_forward(q[:, :0], k, v, 1.0)
     assert out.shape == (1, 0, 1, 64)
 
 
 def test_same_bits_twice() -> None:
     q, k, v = make(100, 300, 64, heads=3)
-    for a, b in zip(cuda.attention_forward(q, k, v, 0.1), cuda.attention_forward(q, k, v, 0.1), strict=True):
+    for a, b in zip(attention_forward(q, k, v, 0.1), attention_forward(q, k, v, 0.1), strict=True):
         assert torch.equal(a, b)

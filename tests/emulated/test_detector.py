@@ -87,8 +87,8 @@ def test_what_orders_memory(cases: ctypes.CDLL, what: int, clean: bool) -> None:
 
 def test_a_view_is_in_bounds_where_its_elements_are(cases: ctypes.CDLL) -> None:
     """Operators check too: what library.cpp registers are the arrays, to their last elements."""
-    from fastvit.ops import cuda
+    from fastvit.cuda.layer_norm import layer_norm_forward
 
     wide = torch.randn(5, 40)
-    out = cuda.layer_norm_forward(wide[:, :32], torch.ones(32), torch.zeros(32), 1e-6)
+    out = layer_norm_forward(wide[:, :32], torch.ones(32), torch.zeros(32), 1e-6)
     torch.testing.assert_close(out[0], torch.nn.functional.layer_norm(wide[:, :32], (32,), eps=1e-6))

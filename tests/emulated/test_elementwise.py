@@ -9,21 +9,29 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.ops import cuda
+from fastvit.cuda import extension
+from fastvit.cuda.elementwise import (
+    ACTIVATIONS,
+    activation_gradient,
+    scale_rows,
+    sum_groups,
+    sum_partials,
+    swiglu_forward,
+)
 from layer_norm_cases import SumCases
 from numerics import DTYPES, assert_as_right_as_eager, strided
 
-ACTIVATIONS = (*cuda.ACTIVATIONS, "swiglu")
+ACTIVATIONS = (*ACTIVATIONS, "swiglu")
 
 
 class TestSums(SumCases):
-    sum_partials = staticmethod(cuda.sum_partials)
-    sum_groups = staticmethod(cuda.sum_groups)
+    sum_partials = staticmethod(sum_partials)
+    sum_groups = staticmethod(sum_groups)
 
 
 def test_sums_are_the_same_bits_twice() -> None:
     partials = torch.randn(100, 72)
-    assert torch.equal(cuda.sum_partials(partials), cuda.sum_partials(partials))
+    assert torch.equal(sum_partials(partials), sum_partials(partials))
 
 
 # (rows, width, gap between rows): vectors and values, rows narrower and wider than a block, several to a block.
@@ -36,11 +44,11 @@ def test_scale_rows(x: torch.dtype, out: torch.dtype, rows: int, width: int, gap
     given = strided(rows, width, x, gap)
     images = rows if rows % 3 else 3
     scale = torch.rand(images) * 2
-    ours = cuda.scale_rows(given, out, scale)
+    ours = scale_rows(given, out, scale)
     exact = given.double() * scale.double().repeat_interleave(rows // images)[:, None]
     assert ours.dtype == out
     assert torch.equal(ours, exact.float().to(out))  # one product, which float32 and then the dtype round
-    assert torch.equal(cuda.scale_rows(given, out), given.to(out))
+    assert torch.equal(scale_rows(given, out), given.to(out))
 
 
 def expected(p: Tensor, activation: str, dout: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
@@ -58,7 +66,7 @@ def test_activation_gradient(activation: str, dtype: torch.dtype, rows: int, wid
     wide = torch.full((rows, columns + gap), torch.nan, dtype=dtype)
     wide[:, :columns] = torch.linspace(-12, 12, rows * columns)[torch.randperm(rows * columns)].view(rows, columns)
     preact, dout = wide[:, :columns], strided(rows, width, dtype, gap)
-    ours = cuda.activation_gradient(dout, preact, activation)
+    ours = activation_gradient(dout, preact, activation)
     eager, exact = (expected(preact, activation, dout, to) for to in (None, torch.float64))
     assert_as_right_as_eager(ours, eager, exact, ["dpreact", "hidden"])
 
@@ -66,7 +74,7 @@ def test_activation_gradient(activation: str, dtype: torch.dtype, rows: int, wid
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_gradient_takes_other_dtypes(activation: str) -> None:
     preact, dout = torch.randn(3, 32).half(), torch.randn(3, 16 if activation == "swiglu" else 32)
-    ours = cuda.activation_gradient(dout, preact, activation)
+    ours = activation_gradient(dout, preact, activation)
     eager, exact = (expected(preact, activation, dout, to) for to in (None, torch.float64))
     assert ours[0].dtype == ours[1].dtype == torch.float16
     assert_as_right_as_eager(ours, eager, exact, ["dpreact", "hidden"])
@@ -77,7 +85,7 @@ def test_activation_gradient_takes_other_dtypes(activation: str) -> None:
 def test_activations_are_float32_right(activation: str, slope_roundings: int) -> None:
     """Value and slope within a few roundings of the float64 ones, everywhere; nothing but zero far to the left."""
     x = torch.cat([torch.linspace(-14, 14, 4001), torch.tensor([-1e4, -100.0, -0.0, 0.0, 100.0, 1e4])])[None]
-    found = cuda.activation_gradient(torch.ones_like(x), x, activation)
+    found = activation_gradient(torch.ones_like(x), x, activation)
     true = expected(x, activation, torch.ones_like(x), torch.float64)
     for got, exact, roundings in zip(found, true, (slope_roundings, 2), strict=True):
         allowed = roundings * torch.finfo(torch.float32).eps * exact.abs().clamp(min=0.5)
@@ -88,7 +96,7 @@ def test_activations_are_float32_right(activation: str, slope_roundings: int) ->
 def test_gelu_keeps_its_digits_in_the_tail() -> None:
     """0.5 + 0.5 erf cancels where the normal distribution is small; the kernels' polynomial does not."""
     x = torch.linspace(-6, -2, 1000)[None]
-    _, value = cuda.activation_gradient(torch.ones_like(x), x, "gelu")
+    _, value = activation_gradient(torch.ones_like(x), x, "gelu")
     _, true = expected(x, "gelu", torch.ones_like(x), torch.float64)
     exact = x.double() * torch.special.ndtr(x.double())
     assert torch.allclose(true, exact, rtol=1e-6)
@@ -100,14 +108,14 @@ def test_gelu_keeps_its_digits_in_the_tail() -> None:
 def test_swiglu_forward(dtype: torch.dtype, rows: int, width: int, gap: int) -> None:
     x = strided(rows, 2 * width, dtype, gap)
     exact = reference.activate(x.double(), "swiglu")
-    assert_as_right_as_eager(cuda.swiglu_forward(x), reference.activate(x, "swiglu"), exact)
+    assert_as_right_as_eager(swiglu_forward(x), reference.activate(x, "swiglu"), exact)
 
 
 def test_activation_refusals() -> None:
     with pytest.raises(RuntimeError, match='unknown activation "relu"; accepted: .*gelu_tanh.*swiglu'):
-        cuda.activation_gradient(torch.randn(6, 32), torch.randn(6, 32), "relu")
+        activation_gradient(torch.randn(6, 32), torch.randn(6, 32), "relu")
     with pytest.raises(RuntimeError, match=r"preact.*accepted: \(6, 64\)"):
-        cuda.activation_gradient(torch.randn(6, 32), torch.randn(6, 32), "swiglu")
+        activation_gradient(torch.randn(6, 32), torch.randn(6, 32), "swiglu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,7 +130,7 @@ def test_finish_weight_gradient(dtype: torch.dtype, n: int, k: int, parts: str) 
     dweight = torch.full((n, k), torch.nan, dtype=dtype)
     dgamma = torch.full((n,), torch.nan) if wanted else None
     given = None if parts == "no sums" else sums.clone()
-    finish = cuda._library.finish_weight_gradient
+    finish = extension.library.finish_weight_gradient
     finish(g, g, given, weight if wanted else None, bias, gamma, dweight, dgamma)
 
     def truth(to: torch.dtype) -> list[Tensor]:
@@ -140,7 +148,7 @@ def test_finish_weight_gradient(dtype: torch.dtype, n: int, k: int, parts: str) 
 
 
 def test_nothing_to_do() -> None:
-    assert cuda.swiglu_forward(torch.empty(0, 32)).shape == (0, 16)
-    assert cuda.scale_rows(torch.empty(0, 8), torch.float16).shape == (0, 8)
-    dpreact, hidden = cuda.activation_gradient(torch.empty(0, 8), torch.empty(0, 16), "swiglu")
+    assert swiglu_forward(torch.empty(0, 32)).shape == (0, 16)
+    assert scale_rows(torch.empty(0, 8), torch.float16).shape == (0, 8)
+    dpreact, hidden = activation_gradient(torch.empty(0, 8), torch.empty(0, 16), "swiglu")
     assert dpreact.shape == (0, 16) and hidden.shape == (0, 8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.ops.cuda import layer_norm_backward, layer_norm_forward
+from fastvit.cuda.layer_norm import layer_norm_backward, layer_norm_forward
 from layer_norm_cases import EPS, LayerNormCases
 from numerics import DTYPES, assert_as_right_as_eager, strided
 

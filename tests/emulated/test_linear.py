@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.ops.cuda import linear_forward, linear_input_gradient, linear_weight_gradient
+from fastvit.cuda.linear import linear_forward, linear_input_gradient, linear_weight_gradient
 from numerics import assert_as_right_as_eager, strided
 
 HALF = (torch.float16, torch.bfloat16)

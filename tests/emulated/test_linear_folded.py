@@ -12,7 +12,9 @@ from torch import Tensor
 
 import fastvit
 from fastvit import ops, reference, tune
-from fastvit.ops import cuda
+from fastvit.cuda import extension, linear
+from fastvit.cuda.layer_norm import layer_norm_forward
+from fastvit.cuda.linear import fold_norm, linear_folded_forward, linear_normed_forward
 from fastvit.triton import tiles
 from numerics import assert_as_right_as_eager, check_op, strided
 
@@ -25,7 +27,7 @@ TILES = [(80, (*size, 104)) for size in SM80_SIZES.values()] + [(90, size) for s
 @pytest.fixture(autouse=True)
 def _restore():
     yield
-    cuda.assume(80)
+    extension.assume(80)
 
 
 def layer(n: int, k: int, dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def layer(n: int, k: int, dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
 
 def check(x: Tensor, activation: str | None, **given: Any) -> None:
     """out, mean and rstd by the rule; what is eager is LayerNorm and then the product."""
-    out, mean, rstd = cuda.linear_folded_forward(x, activation=activation, **given)
+    out, mean, rstd = linear_folded_forward(x, activation=activation, **given)
     assert out.dtype == x.dtype and mean.dtype == rstd.dtype == torch.float32
 
     def expected(to: torch.dtype | None) -> list[Tensor]:
@@ -55,7 +57,7 @@ def check(x: Tensor, activation: str | None, **given: Any) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(("arch", "size"), TILES, ids=str)
 def test_tiles(arch: int, size: tuple[int, int, int], dtype: torch.dtype) -> None:
-    cuda.assume(arch)
+    extension.assume(arch)
     m, n, k = size
     check(strided(m, k, dtype), "gelu", **layer(n, k, dtype))
 
@@ -64,7 +66,7 @@ def test_tiles(arch: int, size: tuple[int, int, int], dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("activation", [None, "gelu_tanh", "quick_gelu", "swiglu"])
 def test_activations_and_parameters(activation: str | None, arch: int) -> None:
     """Without biases too; parameters in 16 bits; rows that no vector reads."""
-    cuda.assume(arch)
+    extension.assume(arch)
     x = torch.randn(21, 41).half()[:, 1:]
     norm = (torch.randn(41).half()[1:], None, EPS)
     check(x, activation, **layer(48, 40, torch.float16, norm=norm, bias=None))
@@ -83,7 +85,7 @@ STREAMS = {
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("stream", STREAMS)
 def test_streams(stream: str, arch: int, dtype: torch.dtype) -> None:
-    cuda.assume(arch)
+    extension.assume(arch)
     check(STREAMS[stream](29, 264).to(dtype), None, **layer(72, 264, dtype))
 
 
@@ -93,12 +95,12 @@ def test_where_folding_is_not_as_right(arch: int) -> None:
 
     docs/cuda.md says so; this is why a table has to ask for it.
     """
-    cuda.assume(arch)
+    extension.assume(arch)
     x = torch.full((8, 264), 300.0).half()
     given = layer(72, 264, torch.float16)
     with pytest.raises(AssertionError, match="out: error"):
         check(x, None, **given)
-    out, _, _ = cuda.linear_normed_forward(x, given["norm"], given["weight"], given["bias"])
+    out, _, _ = linear_normed_forward(x, given["norm"], given["weight"], given["bias"])
     wide = [t.double() if isinstance(t, Tensor) else t for t in given["norm"]]
     exact = reference.linear(x.double(), given["weight"].double(), given["bias"].double(), norm=tuple(wide))
     assert_as_right_as_eager(out, reference.linear(x, **given), exact)
@@ -112,32 +114,32 @@ def test_fold_norm(dtype: torch.dtype, wide: bool) -> None:
     weight, (g, b, bias) = torch.randn(n, k).to(dtype), (torch.randn(size) for size in (k, k, n))
     if not wide:
         g, b, bias = (t.to(dtype) for t in (g, b, bias))
-    folded, sums, offsets = cuda.fold_norm(weight, bias, g, b)
+    folded, sums, offsets = fold_norm(weight, bias, g, b)
     assert torch.equal(folded, (weight.float() * g.float()).to(dtype))
     exact = [folded.double().sum(1), weight.double() @ b.double() + bias]
     assert_as_right_as_eager([sums, offsets], [folded.float().sum(1), weight.float() @ b.float() + bias], exact)
-    folded, sums, offsets = cuda.fold_norm(weight, None, None, None)
+    folded, sums, offsets = fold_norm(weight, None, None, None)
     assert torch.equal(folded, weight) and not offsets.any()
 
 
 def test_statistics_alone_are_the_norms() -> None:
     x = strided(37, 96, torch.bfloat16) + 3
-    _, _, mean, rstd = cuda.layer_norm_forward(x, None, None, EPS)
+    _, _, mean, rstd = layer_norm_forward(x, None, None, EPS)
     given = layer(8, 96, torch.bfloat16)
-    for ours, theirs in zip(cuda.linear_folded_forward(x, **given)[1:], (mean, rstd), strict=True):
+    for ours, theirs in zip(linear_folded_forward(x, **given)[1:], (mean, rstd), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_empty() -> None:
     for arch in (80, 90):
-        cuda.assume(arch)
-        out, mean, rstd = cuda.linear_folded_forward(torch.empty(0, 16).half(), **layer(24, 16, torch.float16))
+        extension.assume(arch)
+        out, mean, rstd = linear_folded_forward(torch.empty(0, 16).half(), **layer(24, 16, torch.float16))
         assert out.shape == (0, 24) and mean.shape == rstd.shape == (0,)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_refusals(arch: int) -> None:
-    cuda.assume(arch)
+    extension.assume(arch)
     x, weight, out = torch.randn(6, 16).half(), torch.randn(32, 16).half(), torch.empty(6, 32).half()
     rows, columns = torch.rand(6), torch.rand(32)
     forward = torch.ops.fastvit_emulated.linear_folded_forward
@@ -200,19 +202,19 @@ def _block(dtype: torch.dtype, grad: bool) -> dict[str, Any]:
 def test_inference_folds_where_a_table_says_so(
     folds: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arch: int
 ) -> None:
-    cuda.assume(arch)
+    extension.assume(arch)
     calls = []
-    right = cuda.linear_folded_forward
+    right = linear_folded_forward
 
     def spy(*args: Any, **kw: Any) -> Any:
         calls.append(kw["activation"])
         return right(*args, **kw)
 
-    monkeypatch.setattr(cuda, "linear_folded_forward", spy)
+    monkeypatch.setattr(linear, "linear_folded_forward", spy)
     args = _block(dtype, grad=False)
-    linear = {"x": args["x"], "weight": args["fc1_weight"], "bias": args["fc1_bias"], "norm": args["norm"]}
+    plain = {"x": args["x"], "weight": args["fc1_weight"], "bias": args["fc1_bias"], "norm": args["norm"]}
     with fastvit.backend("cuda"):
-        for op, given, activation in (("linear", linear, None), ("mlp", args, "gelu")):
+        for op, given, activation in (("linear", plain, None), ("mlp", args, "gelu")):
             kernel, eager = getattr(ops, op), getattr(reference, op)
             folds(lambda kernel=kernel, given=given: kernel(**given))
             assert calls == []
@@ -221,8 +223,8 @@ def test_inference_folds_where_a_table_says_so(
             calls.clear()
         trained = _block(dtype, grad=True)
         check_op(ops.mlp, reference.mlp, trained)  # backward keeps what folding never writes
-        wide = {**linear, "x": args["x"].float()}  # a float32 stream would be rounded before its mean is off
-        merged = {**linear, "residual": torch.randn(2, 9, 64).to(dtype)}
+        wide = {**plain, "x": args["x"].float()}  # a float32 stream would be rounded before its mean is off
+        merged = {**plain, "residual": torch.randn(2, 9, 64).to(dtype)}
         for given in (wide, merged):
             folds(lambda given=given: ops.linear(**given))  # nothing is asked, so nothing is answered
             check_op(ops.linear, reference.linear, given)

@@ -13,7 +13,8 @@ import torch
 import fastvit
 from cases import CASES, Case
 from fastvit import candidates, env, tune
-from fastvit.ops import cublas, cuda
+from fastvit.cuda import cublas, extension, linear
+from fastvit.cuda.linear import KERNEL, linear_forward, linear_input_gradient, linear_weight_gradient
 from fastvit.triton import tiles
 from fastvit.triton.tiles import Problem
 from numerics import check_op
@@ -45,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_library", _NoProducts(cuda._library))
+    monkeypatch.setattr(extension, "library", _NoProducts(extension.library))
 
 
 def answer(found: dict[Problem, Any], run: str) -> tune.Table:
@@ -69,7 +70,8 @@ def test_ops_by_a_table_that_says_library(
     """Forward and every gradient; what is asked again is answered by the table, and no kernel runs."""
     with fastvit.backend("cuda"):
         with monkeypatch.context() as patch, tiles.asked() as found:
-            patch.setattr(cuda, "_library", cuda._library.library)  # the kernels, which run where nothing is measured
+            # the kernels, which run where nothing is measured
+            patch.setattr(extension, "library", extension.library.library)
             check_op(case.kernel, case.reference, case.args(dtype, "cpu"))
         assert {tile["run"] for tile in found.values()} == {"kernel"}
         answer(found, "library")
@@ -81,7 +83,7 @@ def test_ops_by_a_table_that_says_library(
 
 @pytest.fixture
 def by_library(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_run", lambda *args, **kw: "library")
+    monkeypatch.setattr(linear, "_run", lambda *args, **kw: "library")
 
 
 @pytest.mark.usefixtures("by_library")
@@ -101,9 +103,9 @@ def test_a_residual_without_a_bias(dtype: torch.dtype) -> None:
         extra = {**kernels.extras(case, m, n, dtype), "bias": None, "activation": None}
         kernels.check_forward(x, weight, extra, save)
     scaled = {"row_scale": torch.rand(m // kernels.ROWS), "gamma": torch.randn(n)}
-    out, _ = cuda.linear_forward(x, weight, **scaled)
+    out, _ = linear_forward(x, weight, **scaled)
     zero = torch.zeros(m, n, dtype=dtype)
-    assert torch.equal(out, cuda.linear_forward(x, weight, residual=zero, **scaled)[0])
+    assert torch.equal(out, linear_forward(x, weight, residual=zero, **scaled)[0])
 
 
 @pytest.mark.usefixtures("by_library")
@@ -125,11 +127,11 @@ def test_weight_gradient(m: int, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("by_library")
 def test_empty() -> None:
     weight, rows = torch.randn(72, 40).half(), torch.randn(0, 40).half()
-    out, preact = cuda.linear_forward(rows, weight, activation="gelu", save_preact=True, row_scale=torch.rand(0))
+    out, preact = linear_forward(rows, weight, activation="gelu", save_preact=True, row_scale=torch.rand(0))
     assert preact is not None and out.shape == preact.shape == (0, 72)
-    dx, hidden = cuda.linear_input_gradient(out, weight, preact=rows, activation="gelu")
+    dx, hidden = linear_input_gradient(out, weight, preact=rows, activation="gelu")
     assert hidden is not None and dx.shape == hidden.shape == (0, 40)
-    dweight, dbias, _ = cuda.linear_weight_gradient(out, rows)
+    dweight, dbias, _ = linear_weight_gradient(out, rows)
     assert dbias is not None and not dweight.any() and not dbias.any()
 
 
@@ -157,14 +159,14 @@ def test_every_combination_is_a_problem_of_its_own() -> None:
             {"residual": residual.half()},
             {"residual": residual, "gamma": residual[0]},
         ):
-            cuda.linear_forward(x, weight, bias, **extra)  # type: ignore[arg-type]
-        cuda.linear_input_gradient(residual.half(), weight)
-        cuda.linear_input_gradient(residual.half(), weight, gamma=bias)
+            linear_forward(x, weight, bias, **extra)  # type: ignore[arg-type]
+        linear_input_gradient(residual.half(), weight)
+        linear_input_gradient(residual.half(), weight, gamma=bias)
         for need_bias in (False, True):
-            cuda.linear_weight_gradient(residual.half(), x, need_bias=need_bias)
+            linear_weight_gradient(residual.half(), x, need_bias=need_bias)
     assert len(found) == 10
     with tiles.asked() as twice:
-        cuda.linear_forward(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+        linear_forward(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
     assert twice.keys() < found.keys()  # both 16-bit types are one
 
 
@@ -190,7 +192,7 @@ def test_every_product_of_a_model_is_posed_and_judged(asked: tune.Asked) -> None
     assert {p.fields["op"] for p in asked} == set(tiles.RUNS)
     assert {p.fields["activation"] for p in asked} == {None, "gelu", "swiglu"}
     for problem, (dtype, derived) in asked.items():
-        assert derived == cuda.KERNEL
+        assert derived == KERNEL
         assert candidates.poses(problem, dtype, 80), str(problem)
         judge = tune.Judge(candidates.example(problem, dtype, CPU), derived)
         tried = candidates.candidates(problem, 80, 3)
@@ -201,7 +203,7 @@ def test_every_product_of_a_model_is_posed_and_judged(asked: tune.Asked) -> None
 def test_a_library_that_is_wrong_is_an_objection(asked: tune.Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     right = cublas._product
     problem = next(p for p in asked if p.fields["op"] == "input")
-    judge = tune.Judge(candidates.example(problem, torch.bfloat16, CPU), cuda.KERNEL)
+    judge = tune.Judge(candidates.example(problem, torch.bfloat16, CPU), KERNEL)
     monkeypatch.setattr(cublas, "_product", lambda a, b, dtype: 1.02 * right(a, b, dtype))
     assert "wrong by" in str(judge.objection({"run": "library"}))
 

@@ -13,8 +13,8 @@ from test_linear import cast, check_forward, extras
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.ops import cuda
-from fastvit.ops.cuda import linear_input_gradient, linear_weight_gradient
+from fastvit.cuda import extension
+from fastvit.cuda.linear import linear_input_gradient, linear_weight_gradient
 from numerics import assert_as_right_as_eager, strided
 
 HALF = (torch.float16, torch.bfloat16)
@@ -30,9 +30,9 @@ SIZES = ((260, 200, 616), (65, 1032, 296), (65, 392, 232), (65, 104, 72), (65, 1
 
 @pytest.fixture(autouse=True)
 def _hopper() -> Iterator[None]:
-    cuda.assume(90)
+    extension.assume(90)
     yield
-    cuda.assume(80)
+    extension.assume(80)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 import fastvit
 from cases import CASES, FLOAT32_REFUSED, Case, refused_by_cuda, with_shared_residual
 from fastvit import ops, reference
-from fastvit.ops import cuda
+from fastvit.cuda import extension
 from numerics import assert_same_bits_twice, check_op
 
 HALF = (torch.float16, torch.bfloat16)
@@ -59,10 +59,10 @@ TAKEN = [case for case in CASES if case not in REFUSED] + ALSO
 
 @pytest.fixture(autouse=True, params=[80, 90])
 def _cuda(request: pytest.FixtureRequest) -> Iterator[None]:
-    cuda.assume(request.param)
+    extension.assume(request.param)
     with fastvit.backend("cuda"):
         yield
-    cuda.assume(80)
+    extension.assume(80)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.ops import cuda
-from fastvit.ops.cuda import (
+from fastvit.cuda import extension
+from fastvit.cuda.patch_embed import (
     patch_embed_forward,
     patch_embed_image_gradient,
     patch_embed_row_gradients,
@@ -257,11 +257,11 @@ def test_prefix_rows_ignore_the_weights() -> None:
 
 @pytest.mark.parametrize("architecture", [80, 89, 90])
 def test_architectures(architecture: int) -> None:
-    cuda.assume(architecture)
+    extension.assume(architecture)
     try:
         check(make())
     finally:
-        cuda.assume(80)
+        extension.assume(80)
 
 
 @pytest.mark.parametrize(

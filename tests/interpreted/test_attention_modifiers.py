@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastvit
 from fastvit import ops, reference, static
+from fastvit.ops.attention_modifiers import Modifiers
 from fastvit.triton import launch
 from fastvit.triton.attention import attention_forward
 from fastvit.triton.attention_backward import attention_backward
@@ -254,9 +255,9 @@ def test_starts_outside_the_tensors_are_cut_to_them() -> None:
 
     inputs = [surrounded(torch.nan)[1].copy_(torch.randn(1, total, 2, 16)) for _ in range(4)]
     buffers, gradients = zip(*(surrounded(7.0) for _ in range(3)), strict=True)
-    given = {"cu_q": cu, "cu_k": cu, "max_q": longest, "max_k": longest}
-    out, lse = attention_forward(*inputs[:3], 0.25, **given)
-    attention_backward(inputs[3], None, *inputs[:3], out, lse, 0.25, *gradients, **given)
+    given = Modifiers(cu_q=cu, cu_k=cu, max_q=longest, max_k=longest)
+    out, lse = attention_forward(*inputs[:3], 0.25, given)
+    attention_backward(inputs[3], None, *inputs[:3], out, lse, 0.25, *gradients, given)
     assert not out.isnan().any()
     for buffer, inside in zip(buffers, gradients, strict=True):
         assert not buffer.isnan().any()

@@ -1,6 +1,6 @@
 """The linear layer's products by cuBLASLt, through PyTorch: what runs where a table says that it is the faster one.
 
-Each function stands for the kernel of its name in :mod:`fastvit.ops.cuda`, which calls it. Epilogues are cuBLASLt's
+Each function stands for the kernel of its name in :mod:`fastvit.cuda.linear`, which calls it. Epilogues are cuBLASLt's
 where PyTorch reaches them (``addmm``: the bias, or beta * C; ``_addmm_activation``: tanh GELU); what remains is
 PyTorch's elementwise kernels, which round in between as eager PyTorch does. On CPU tensors, in the tests, the same
 calls are the CPU's products.
@@ -25,7 +25,7 @@ def linear_forward(
     row_scale: Tensor | None,
     save_preact: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, preact or None), as :func:`fastvit.ops.cuda.linear_forward`; float32 too. No "swiglu"."""
+    """(out, preact or None), as :func:`fastvit.cuda.linear.linear_forward`; float32 too. No "swiglu"."""
     bias = None if bias is None else bias.to(x.dtype)
     scaled = gamma is not None or row_scale is not None
     bare = bias is None and activation is None and not scaled and not save_preact

@@ -1,0 +1,72 @@
+"""Attention on the CUDA kernels (``csrc/attention*.cu``), float16 and bfloat16."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit.cuda import extension
+from fastvit.cuda.extension import aligned
+from fastvit.ops.attention_modifiers import UNMODIFIED, Modifiers
+
+
+def _in_order(given: Modifiers) -> tuple[Any, ...]:
+    """``AttentionModifiers`` of csrc/include/ops.h. Of float64, a copy in float32 is read."""
+    bias, table = (None if t is None else t.float() if t.dtype == torch.float64 else t for t in given[:2])
+    mask = None if given.key_mask is None else given.key_mask.view(torch.uint8)
+    seed = None if given.seed is None else given.seed.reshape(1)
+    window = given.window or (0, 0)
+    return bias, table, mask, given.cu_q, given.cu_k, seed, *window, given.max_q, given.max_k, given.dropout_p
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    modifiers: Modifiers = UNMODIFIED,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse), as :func:`fastvit.triton.attention.attention_forward`; d is a multiple of 8 from 32 to 128."""
+    batch, queries, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    if k.shape[1] == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    given = _in_order(modifiers)
+    extension.library.attention_forward(q, *given, aligned(q), aligned(k), aligned(v), float(scale), out, lse)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    modifiers: Modifiers = UNMODIFIED,
+    dlearned: Tensor | None = None,
+) -> None:
+    """Write dq, dk, dv and, if given, dlearned: :func:`fastvit.triton.attention_backward.attention_backward`."""
+    if 0 in (q.shape[0], q.shape[1], k.shape[1]):
+        for gradient in (dq, dk, dv, dlearned):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    dout, q, k, v, out = map(aligned, (dout, q, k, v, out))
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+    dlse = None if dlse is None else dlse.contiguous()
+    given, scale = _in_order(modifiers), float(scale)
+    extension.library.attention_query_gradient(q, *given, dout, dlse, q, k, v, out, lse, scale, dq, delta)
+    extension.library.attention_key_value_gradient(q, *given, dout, q, k, v, lse, delta, scale, dk, dv)
+    if dlearned is not None:
+        kernel = "attention_table_gradient" if modifiers.bias is None else "attention_bias_gradient"
+        getattr(extension.library, kernel)(q, *given, dout, q, k, v, lse, delta, scale, dlearned)

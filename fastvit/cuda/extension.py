@@ -1,0 +1,114 @@
+"""The compiled CUDA kernels (``csrc/``): the extension, loaded, and what every launcher of this folder shares.
+
+Where ``fastvit/_C.abi3.so`` is absent, or was built for another PyTorch, :data:`MISSING` says so and nothing else
+happens. The tests load the same sources compiled for the CPU with :func:`emulate`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
+_PACKAGE = Path(__file__).parent.parent
+library: Any = None  # torch.ops.fastvit_cuda, or fastvit_emulated in the tests
+EMULATED = False
+
+MAX_WIDTH = 8192  # of a row that LayerNorm normalises
+
+
+def _load() -> str | None:
+    """Load the extension; the reason where that can't be done."""
+    global library
+    found = sorted(_PACKAGE.glob("_C*.so"))
+    if not found:
+        return "the CUDA extension is not built; FASTVIT_BUILD_CUDA=1 pip install --no-build-isolation . builds it"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        return f"the CUDA extension does not match torch {torch.__version__}; install fastvit again ({reason})"
+    library = torch.ops.fastvit_cuda
+    return None
+
+
+MISSING = _load()
+
+
+def emulate(path: str | Path) -> None:
+    """Launch on CPU tensors from now on, in this process, by a library that ``csrc/testing`` built.
+
+    :func:`fastvit.ops.library.implement_on_cpu` lets the ops take such tensors too.
+    """
+    global library, EMULATED, MISSING
+    torch.ops.load_library(str(path))
+    library, EMULATED, MISSING = torch.ops.fastvit_emulated, True, None
+
+
+class _Nothing:
+    """Stands for the extension: its launchers do nothing, and those that count say 1."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: 1
+
+
+@contextmanager
+def rehearse() -> Iterator[None]:
+    """Launch nothing inside: launchers take meta tensors, and ask the tables what they would ask."""
+    global library, MISSING
+    before, library, MISSING = (library, MISSING), _Nothing(), None
+    try:
+        yield
+    finally:
+        library, MISSING = before
+
+
+@cache
+def built_for(capability: tuple[int, int]) -> bool:
+    """Whether the extension has code, or PTX, for GPUs of this compute capability."""
+    for name in importlib.import_module("fastvit._C").ARCHITECTURES.split():
+        major, minor = map(int, name.removesuffix("+PTX").rstrip("a").split("."))
+        if (major == capability[0] and minor <= capability[1]) or (
+            name.endswith("+PTX") and (major, minor) <= capability
+        ):
+            return True
+    return False
+
+
+def assume(architecture: int) -> None:
+    """Under :func:`emulate`: choose kernels and tiles as on this architecture (80, 90, ...)."""
+    library.assume(torch.empty(0), architecture)
+
+
+def aligned(t: Maybe) -> Maybe:
+    """t if 16-byte loads can read its rows, else a copy.
+
+    They can where the last stride is 1, the others are multiples of 16 bytes, and no row lies over another.
+    """
+    if t is None:
+        return t
+    unit = 16 // t.element_size()
+    free = [s for s, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1]
+    fits = (
+        (t.stride(-1) == 1 or t.shape[-1] == 1)
+        and not any(s % unit or s < t.shape[-1] for s in free)
+        and t.data_ptr() % 16 == 0
+    )
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
+
+
+def unit_rows(t: Maybe) -> Maybe:
+    """t (M, N) or (N,) with a unit last stride, else a copy."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def check_scale(rows: int, row_scale: Tensor | None) -> None:
+    if row_scale is not None and (row_scale.shape[0] == 0 or rows % row_scale.shape[0]) and rows:
+        raise ValueError(f"row_scale has {row_scale.shape[0]} entries, which do not divide the {rows} rows")
