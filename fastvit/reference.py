@@ -254,17 +254,20 @@ def table_bias(table: Tensor, window: tuple[int, int], queries: Tensor | None = 
     return table[table_rows(table.shape[0], window, table.device, queries)].permute(2, 0, 1)[None]
 
 
-def relative_bias(q: Tensor, keys: Tensor, scale: float | None) -> Tensor:
+def relative_bias(q: Tensor, keys: Tensor, scale: float | None, queries: Tensor | None = None) -> Tensor:
     """q's scores (B, H, T, T) with keys of the distances: ((H,) 2T-1, d), row i - j + T - 1 for query i and key j.
+
+    With ``queries`` (R,) those of some queries alone, (B, H, R, T).
 
     (The ViT paper's appendix D.3: extra attention with relative position embeddings for keys, added before softmax.)
     """
     tokens = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     each = keys.to(wide).expand(q.shape[2], -1, -1)
+    j = torch.arange(tokens, device=q.device)
+    i, q = (j, q) if queries is None else (queries, q[:, queries])
     scores = torch.einsum("bihd,hrd->bhir", q.to(wide), each) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    i = torch.arange(tokens, device=q.device)
-    rows = i[:, None] - i + tokens - 1
+    rows = i[:, None] - j + tokens - 1
     return scores.gather(-1, rows.expand(*scores.shape[:2], -1, -1))
 
 
@@ -379,9 +382,8 @@ def attention(
         mask, factor = bias, None
         if rel_pos_table is not None and window is not None:
             mask = table_bias(rel_pos_table, window)
-        if rel_pos_keys is not None:
-            relative = relative_bias(q, rel_pos_keys, scale)
-            mask = relative if mask is None else mask + relative
+        elif rel_pos_keys is not None:
+            mask = relative_bias(q, rel_pos_keys, scale)
         if key_mask is not None:
             absent = ~key_mask[:, None, None, :]
             mask = (q.new_zeros(()) if mask is None else mask).masked_fill(absent, -math.inf)
@@ -402,15 +404,17 @@ def attention_qkvpacked(qkv: Tensor, **options: Any) -> Tensor | tuple[Tensor, T
 
 
 def bias_of_rows(
+    q: Tensor,
     rows: Tensor,
     dtype: torch.dtype,
+    scale: float | None,
     bias: Tensor | None = None,
     rel_pos_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
     rel_pos_keys: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor | None:
-    """What :func:`attention` adds to the scores of some queries, broadcastable to (B, H, R, Tk), or None for nothing.
+    """What :func:`attention` adds to the scores of some of q, broadcastable to (B, H, R, Tk), or None for nothing.
 
     rows: (R,) int64, from 0 to Tq - 1. An absent key has -inf.
     """
@@ -419,6 +423,8 @@ def bias_of_rows(
         added = table_bias(rel_pos_table, window, rows).to(dtype)
     elif bias is not None:
         added = (bias if bias.shape[2] == 1 else bias[:, :, rows]).to(dtype)
+    elif rel_pos_keys is not None:
+        added = relative_bias(q, rel_pos_keys, scale, rows).to(dtype)
     if key_mask is not None:
         added = torch.zeros((), dtype=dtype, device=rows.device) if added is None else added
         added = added.masked_fill(~key_mask[:, None, None, :], -math.inf)
@@ -431,7 +437,7 @@ def attention_rows(
     """See :func:`fastvit.ops.attention_rows`. exp(scores - lse) of the rows (R,), which may count from the end."""
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = rows % q.shape[1]
-    added = bias_of_rows(rows, wide, **modifiers)
+    added = bias_of_rows(q, rows, wide, scale, **modifiers)
     scores = q[:, rows].transpose(1, 2).to(wide) @ k.permute(0, 2, 3, 1).to(wide)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     lse = lse[:, :, rows, None]

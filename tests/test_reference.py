@@ -44,13 +44,14 @@ def test_packed_attention_is_attention() -> None:
     assert torch.equal(reference.attention_qkvpacked(qkv), reference.attention(*qkv.unbind(2)))
 
 
-@pytest.mark.parametrize("what", ["plain", "bias", "table", "mask"])
+@pytest.mark.parametrize("what", ["plain", "bias", "table", "distances", "mask"])
 def test_rows_of_attention_are_the_softmax(what: str) -> None:
     q, k = torch.randn(2, 2, 7, 3, 8).double()
     modifiers = {
         "plain": {},
         "bias": {"bias": torch.randn(1, 3, 7, 7).double()},
         "table": {"rel_pos_table": torch.randn(3 * 5 + 3, 3).double(), "window": (2, 3)},
+        "distances": {"rel_pos_keys": torch.randn(3, 13, 8).double()},
         "mask": {"key_mask": torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0] * 7]).bool()},
     }[what]
     _, lse = reference.attention(q, k, k, scale=0.3, return_lse=True, **modifiers)
@@ -61,6 +62,7 @@ def test_rows_of_attention_are_the_softmax(what: str) -> None:
             "plain": lambda: 0,
             "bias": lambda: modifiers["bias"],
             "table": lambda: reference.table_bias(modifiers["rel_pos_table"], (2, 3)),
+            "distances": lambda: reference.relative_bias(q, modifiers["rel_pos_keys"], 0.3),
             "mask": lambda: torch.where(modifiers["key_mask"], 0, -math.inf)[:, None, None],
         }[what]()
     )

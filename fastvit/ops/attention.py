@@ -49,13 +49,13 @@ def attention(
             for the class token's query with any key, any query with its key, and both its own. It has a gradient.
         rel_pos_keys: (2T-1, d) or (H, 2T-1, d) floating, with Tq = Tk = T: keys of the distances (the ViT paper's
             appendix D.3): scale * q_i . rel_pos_keys[i - j + T - 1] is added to score (i, j). It has a gradient. No
-            kernel has it yet: it runs on the reference, with T x T in memory.
+            kernel has it yet: it runs on the reference, with T x T in memory. Bias, table and these exclude each other.
         key_mask: (B, Tk) bool, True = kept: the others are no keys at all.
         rope: (cos, sin): q and k are turned first, as :func:`fastvit.ops.rope.rotate` says; Tq = Tk.
         cu_seqlens: (n + 1,) int32: B = 1, and the n sequences that start there, the last of which ends at T, attend
-            each to itself. Two of them where queries and keys are packed differently. Not with bias, rel_pos_table or
-            key_mask. On a CPU its values are checked; on a GPU nothing waits for them, and tokens outside every
-            sequence get no result.
+            each to itself. Two of them where queries and keys are packed differently. Not with bias, rel_pos_table,
+            rel_pos_keys or key_mask. On a CPU its values are checked; on a GPU nothing waits for them, and tokens
+            outside every sequence get no result.
         max_seqlen: the longest sequence (of queries, of keys), or more; goes with cu_seqlens.
         dropout_p: the probability, below 1, that a weight is dropped; the others are divided by 1 - dropout_p.
         seed: int64 of one element on q's device. Weight (i, j) of image b and head h is dropped where word 0 of
@@ -88,14 +88,11 @@ def attention(
         bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
-    wanted = needs_grad(q, k, v, given.learned, rel_pos_keys)
-    names = given.names() + ("rel_pos_keys",) * (rel_pos_keys is not None)
-    chosen = backends.choose("attention", q, needs_grad=wanted, modifiers=names)
+    wanted = needs_grad(q, k, v, given.learned)
+    chosen = backends.choose("attention", q, needs_grad=wanted, modifiers=given.names())
     if chosen not in backends.KERNELS:
         with _differentiable_twice("attention", wanted):
-            return reference.attention(
-                q, k, v, scale=scale, return_lse=return_lse, rel_pos_keys=rel_pos_keys, **given.for_reference()
-            )
+            return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **given.for_reference())
     q, k, v = cast_for_autocast(q, q, k, v)
     out, lse = _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, chosen, *given)
     return (out, lse) if return_lse else out
@@ -133,11 +130,11 @@ def attention_qkvpacked(
     if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
         raise ValueError(f"ops.attention_qkvpacked: qkv has shape {tuple(qkv.shape)}, expected (B, T, 3, H, d)")
     options: dict[str, Any] = {
-        "bias": bias, "rel_pos_table": rel_pos_table, "window": window, "key_mask": key_mask, "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen, "dropout_p": dropout_p, "seed": seed,
+        "bias": bias, "rel_pos_table": rel_pos_table, "window": window, "rel_pos_keys": rel_pos_keys,
+        "key_mask": key_mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "dropout_p": dropout_p, "seed": seed,
     }  # fmt: skip
-    if rope is not None or rel_pos_keys is not None:
-        options |= {"scale": scale, "return_lse": return_lse, "rope": rope, "rel_pos_keys": rel_pos_keys}
+    if rope is not None:
+        options |= {"scale": scale, "return_lse": return_lse, "rope": rope}
         return attention(*qkv.unbind(2), **options)
     batch, tokens, _, heads, _ = qkv.shape
     given = attention_modifiers.check("attention_qkvpacked", qkv, (batch, heads, tokens, tokens), **options)
@@ -250,7 +247,15 @@ def _backward_fake_packed(dout, dlse, qkv, out, lse, scale, backend, *rest):
     return qkv.new_empty(qkv.shape), _learned_gradient(Modifiers(*modifiers), wanted, lse)
 
 
-_TENSORS = ("bias", "rel_pos_table", "key_mask", "cu_q", "cu_k", "seed")  # of the modifiers, to be saved as such
+_TENSORS = (
+    "bias",
+    "rel_pos_table",
+    "rel_pos_keys",
+    "key_mask",
+    "cu_q",
+    "cu_k",
+    "seed",
+)  # of the modifiers, to be saved as such
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -268,12 +273,12 @@ def _differentiate(ctx: Any, op: Any, dout: Tensor | None, dlse: Tensor | None) 
     given = Modifiers(**ctx.others, **dict(zip(_TENSORS, saved[: len(_TENSORS)], strict=True)))
     *inputs, out, lse = saved[len(_TENSORS) :]
     needs = Modifiers(*ctx.needs_input_grad[-len(Modifiers._fields) :])
-    wanted = needs.bias or needs.rel_pos_table
+    learned = next((name for name in ("bias", "rel_pos_table", "rel_pos_keys") if getattr(needs, name)), None)
     dout = torch.zeros_like(out) if dout is None else dout
-    *gradients, dlearned = op(dout, dlse, *inputs, out, lse, ctx.scale, ctx.backend, *given, wanted)
+    *gradients, dlearned = op(dout, dlse, *inputs, out, lse, ctx.scale, ctx.backend, *given, learned is not None)
     of_modifiers: dict[str, Tensor | None] = dict.fromkeys(Modifiers._fields)
-    if given.learned is not None and wanted:
-        of_modifiers["bias" if needs.bias else "rel_pos_table"] = dlearned.to(given.learned.dtype)
+    if given.learned is not None and learned is not None:
+        of_modifiers[learned] = dlearned.to(given.learned.dtype)
     return *gradients, None, None, *of_modifiers.values()
 
 

@@ -12,8 +12,8 @@ from fastvit import reference
 from fastvit.ops import checks
 
 SCHEMA = (
-    "Tensor? bias, Tensor? rel_pos_table, int[]? window, Tensor? key_mask, Tensor? cu_q, Tensor? cu_k, "
-    "SymInt max_q, SymInt max_k, float dropout_p, Tensor? seed"
+    "Tensor? bias, Tensor? rel_pos_table, int[]? window, Tensor? rel_pos_keys, Tensor? key_mask, "
+    "Tensor? cu_q, Tensor? cu_k, SymInt max_q, SymInt max_k, float dropout_p, Tensor? seed"
 )
 
 
@@ -23,6 +23,7 @@ class Modifiers(NamedTuple):
     bias: Tensor | None = None  # broadcastable to (B, H, Tq, Tk)
     rel_pos_table: Tensor | None = None  # ((2h-1)(2w-1) [+3], H)
     window: list[int] | None = None  # [h, w]
+    rel_pos_keys: Tensor | None = None  # (2T-1, d) or (H, 2T-1, d)
     key_mask: Tensor | None = None  # (B, Tk) bool
     cu_q: Tensor | None = None  # (n + 1,) int32, where each sequence's queries start
     cu_k: Tensor | None = None  # (n + 1,) int32
@@ -33,14 +34,15 @@ class Modifiers(NamedTuple):
 
     @property
     def learned(self) -> Tensor | None:
-        """The one that has a gradient."""
-        return self.rel_pos_table if self.bias is None else self.bias
+        """The one that has a gradient; there is at most one."""
+        return next((t for t in (self.bias, self.rel_pos_table, self.rel_pos_keys) if t is not None), None)
 
     def names(self) -> tuple[str, ...]:
         """Those that are used, as the public arguments are called."""
         given = {
             "bias": self.bias,
             "rel_pos_table": self.rel_pos_table,
+            "rel_pos_keys": self.rel_pos_keys,
             "key_mask": self.key_mask,
             "cu_seqlens": self.cu_q,
             "dropout_p": self.seed,
@@ -55,11 +57,14 @@ class Modifiers(NamedTuple):
         return given if self.cu_q is None else given | {"cu_seqlens": starts}
 
     def as_wide_as(self, q: Tensor, k: Tensor) -> Modifiers:
-        """The same, with a bias of the shape of the scores; it is expanded, with strides of 0."""
-        if self.bias is None:
-            return self
-        batch, queries, heads, _ = q.shape
-        return self._replace(bias=self.bias.expand(batch, heads, queries, k.shape[1]))
+        """The same, with a bias of the shape of the scores, and keys of distances for every head: strides of 0."""
+        batch, queries, heads, dim = q.shape
+        bias, distances = self.bias, self.rel_pos_keys
+        if bias is not None:
+            bias = bias.expand(batch, heads, queries, k.shape[1])
+        if distances is not None:
+            distances = distances.expand(heads, 2 * queries - 1, dim)
+        return self._replace(bias=bias, rel_pos_keys=distances)
 
 
 UNMODIFIED = Modifiers()
@@ -73,12 +78,12 @@ def check(
     bias: Tensor | None,
     rel_pos_table: Tensor | None,
     window: tuple[int, int] | None,
+    rel_pos_keys: Tensor | None,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | tuple[Tensor, Tensor] | None,
     max_seqlen: int | tuple[int, int] | None,
     dropout_p: float,
     seed: Tensor | None,
-    rel_pos_keys: Tensor | None = None,
 ) -> Modifiers:
     """The modifiers of ``op`` on x's device with sizes (B, H, Tq, Tk), or a ValueError that names the wrong one."""
     batch, heads, queries, keys = sizes
@@ -86,14 +91,17 @@ def check(
     checks.same_device(
         op, x, bias=bias, rel_pos_table=rel_pos_table, rel_pos_keys=rel_pos_keys, key_mask=key_mask, seed=seed
     )
-    if bias is not None:
-        if bias.ndim != 4 or any(n not in (1, size) for n, size in zip(bias.shape, sizes, strict=True)):
-            raise ValueError(
-                f"ops.{op}: bias has shape {tuple(bias.shape)}; accepted: 4 dimensions that broadcast to "
-                f"(B, H, Tq, Tk) = {sizes}"
-            )
-        if rel_pos_table is not None:
-            raise ValueError(f"ops.{op}: bias and rel_pos_table exclude each other; add one to the other, or give one")
+    if bias is not None and (
+        bias.ndim != 4 or any(n not in (1, size) for n, size in zip(bias.shape, sizes, strict=True))
+    ):
+        raise ValueError(
+            f"ops.{op}: bias has shape {tuple(bias.shape)}; accepted: 4 dimensions that broadcast to "
+            f"(B, H, Tq, Tk) = {sizes}"
+        )
+    learned = {"bias": bias, "rel_pos_table": rel_pos_table, "rel_pos_keys": rel_pos_keys}
+    given = [name for name, t in learned.items() if t is not None]
+    if len(given) > 1:
+        raise ValueError(f"ops.{op}: {' and '.join(given)} exclude each other; accepted: one of them")
     if (rel_pos_table is None) != (window is None):
         missing = "rel_pos_table" if rel_pos_table is None else "window"
         raise ValueError(f"ops.{op}: {missing} is missing; rel_pos_table=(rows, H) and window=(h, w) go together")
@@ -113,8 +121,7 @@ def check(
         )
     cu_q, cu_k, max_q, max_k = None, None, 0, 0
     if cu_seqlens is not None:
-        alone = {"bias": bias, "rel_pos_table": rel_pos_table, "rel_pos_keys": rel_pos_keys, "key_mask": key_mask}
-        for name, t in alone.items():
+        for name, t in {**learned, "key_mask": key_mask}.items():
             if t is not None:
                 raise ValueError(f"ops.{op}: cu_seqlens and {name} can't be combined; a packed row takes neither")
         cu_q, cu_k, max_q, max_k = _check_starts(op, x, batch, (queries, keys), cu_seqlens, max_seqlen)
@@ -128,7 +135,9 @@ def check(
         got = "None" if seed is None else f"of shape {tuple(seed.shape)} and dtype {seed.dtype}"
         raise ValueError(f"ops.{op}: dropout_p={dropout_p} with a seed {got}; expected int64 of one element")
     grid = None if window is None else [int(size) for size in window]
-    return Modifiers(bias, rel_pos_table, grid, key_mask, cu_q, cu_k, max_q, max_k, float(dropout_p), seed)
+    return Modifiers(
+        bias, rel_pos_table, grid, rel_pos_keys, key_mask, cu_q, cu_k, max_q, max_k, float(dropout_p), seed
+    )
 
 
 def _check_table(op: str, table: Tensor, window: tuple[int, int], queries: int, keys: int, heads: int) -> None:

@@ -24,6 +24,7 @@ def attention_rows(
     bias: Tensor | None = None,
     rel_pos_table: Tensor | None = None,
     window: tuple[int, int] | None = None,
+    rel_pos_keys: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
     """Rows of the attention weights, exp(scale q[rows] k^T + bias - lse[rows]), in one pass over the keys.
@@ -36,8 +37,8 @@ def attention_rows(
         rows: the queries that are asked for, R ints or an int64 tensor (R,) on q's device, from -Tq to Tq - 1. On a
             GPU the values of a tensor are not looked at: a row outside that range is NaN. Ints are copied there first,
             which a CUDA graph can't record.
-        scale, bias, rel_pos_table, window, key_mask: as attention had them. What they add to the scores of these rows
-            is in memory, no larger than the result.
+        scale, bias, rel_pos_table, window, rel_pos_keys, key_mask: as attention had them. What they add to the scores
+            of these rows is in memory, no larger than the result.
 
     Returns:
         (B, H, R, Tk) float32 (float64 for float64). A row with no key (lse -inf) is zeros.
@@ -50,20 +51,21 @@ def attention_rows(
     asked = _rows(rows, q)
     given = attention_modifiers.check(
         "attention_rows", q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]),
-        bias=bias, rel_pos_table=rel_pos_table, window=window, key_mask=key_mask,
+        bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
         cu_seqlens=None, max_seqlen=None, dropout_p=0.0, seed=None,
     )  # fmt: skip
     modifiers: dict[str, Any] = {
         "bias": bias,
         "rel_pos_table": rel_pos_table,
         "window": given.window,
+        "rel_pos_keys": rel_pos_keys,
         "key_mask": key_mask,
     }
     chosen = backends.choose("attention_rows", q, needs_grad=False)
     with torch.no_grad(), _exact(q):
         if chosen not in backends.KERNELS:
             return reference.attention_rows(q, k, lse, asked, scale=scale, **modifiers)
-        added = reference.bias_of_rows(asked % q.shape[1], torch.float32, **modifiers)
+        added = reference.bias_of_rows(q, asked % q.shape[1], torch.float32, scale, **modifiers)
         return _attention_rows(q, k, lse, asked, added, q.shape[-1] ** -0.5 if scale is None else scale, chosen)
 
 

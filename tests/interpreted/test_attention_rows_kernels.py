@@ -25,7 +25,7 @@ def make(queries: int, keys: int, dim: int, dtype: torch.dtype, heads: int = 2) 
 
 def check_rows(q: Tensor, k: Tensor, lse: Tensor, rows: list[int], **modifiers: Any) -> None:
     at = torch.tensor(rows, dtype=torch.int64)
-    bias = reference.bias_of_rows(at % q.shape[1], torch.float32, **modifiers)
+    bias = reference.bias_of_rows(q, at % q.shape[1], torch.float32, None, **modifiers)
     if bias is not None:
         bias = bias.expand(q.shape[0], q.shape[2], len(rows), k.shape[1])
     ours = attention_rows(q, k, lse, at, q.shape[-1] ** -0.5, bias=bias)
@@ -82,7 +82,7 @@ def test_what_is_added_to_the_scores() -> None:
         _, lse = reference.attention(q, k, k, return_lse=True, **modifiers)
         check_rows(q, k, lse, [0, 6, 3], **modifiers)
         if "key_mask" in modifiers:
-            added = reference.bias_of_rows(torch.arange(7), torch.float32, **modifiers).expand(2, 2, 7, 7)
+            added = reference.bias_of_rows(q, torch.arange(7), torch.float32, None, **modifiers).expand(2, 2, 7, 7)
             assert (attention_rows(q, k, lse, torch.arange(7), 0.25, bias=added)[1] == 0).all()
 
 
