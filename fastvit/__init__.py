@@ -1,7 +1,8 @@
 """Vision Transformers on hand-written kernels: ``fastvit.ViT`` with timm's weights and API, and its ops."""
 
 from fastvit import ops, resnet
-from fastvit.models import ViT, create_model, list_models
+from fastvit.checkpoints import load_checkpoint
+from fastvit.models import ViT, create_model, from_checkpoint, list_models
 from fastvit.ops.backends import BackendUnavailable, backend
 from fastvit.packing import PackedImages, pack
 
@@ -13,7 +14,9 @@ __all__ = [
     "ViT",
     "backend",
     "create_model",
+    "from_checkpoint",
     "list_models",
+    "load_checkpoint",
     "ops",
     "pack",
     "resnet",

@@ -50,6 +50,18 @@ def _tune(arguments: argparse.Namespace) -> int:
     return tune.main(arguments)
 
 
+def _convert(arguments: argparse.Namespace) -> int:
+    from fastvit.checkpoints import convert
+
+    try:
+        convert(arguments.source, arguments.target, arguments.to, arguments.num_heads)
+    except (ValueError, OSError) as error:
+        print(f"fastvit convert: {error}", file=sys.stderr)
+        return 2
+    print(f"saved {arguments.target}")
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, so that ``--help`` suffices."""
     top = argparse.ArgumentParser(
@@ -105,6 +117,19 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--dry-run", action="store_true", help="list problems and numbers of candidates, run nothing")
     tune.add_argument("--arch", type=int, metavar="N", help="with --dry-run: as on this compute capability, 90 say")
     tune.set_defaults(run=_tune)
+
+    convert = commands.add_parser(
+        "convert",
+        help="weights from one library's layout to another's",
+        description="Read weights in any layout that fastvit knows (timm, torchvision, Hugging Face, DINOv2, CLIP, "
+        "SigLIP, OpenCLIP, MAE, Google's .npz) and write them in another. Values stay what they are, bit for bit.",
+    )
+    convert.add_argument("source", metavar="SOURCE", help="a file, a folder of Hugging Face, or hf-hub:org/name")
+    convert.add_argument("target", metavar="TARGET", help=".safetensors, .pth, or .npz for the layout npz")
+    layouts = ("timm", "torchvision", "huggingface", "huggingface-5", "npz")
+    convert.add_argument("--to", choices=layouts, default="timm", help="default: timm, which is fastvit's own")
+    convert.add_argument("--num-heads", type=_positive, metavar="N", help="attention heads, which an .npz needs")
+    convert.set_defaults(run=_convert)
     return top
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.checkpoints import resample_patch_embed
+from fastvit.checkpoints.resample import resample_patch_embed
 from fastvit.layers import fuse
 from fastvit.layers.misc import pair, positive
 from fastvit.packing import PackedImages

@@ -1,7 +1,7 @@
 """Models built from :mod:`fastvit.layers`."""
 
-from fastvit.models.registry import create_model, list_models
+from fastvit.models.registry import create_model, from_checkpoint, list_models
 from fastvit.models.resnet import ResNetV2
 from fastvit.models.vit import ViT
 
-__all__ = ["ResNetV2", "ViT", "create_model", "list_models"]
+__all__ = ["ResNetV2", "ViT", "create_model", "from_checkpoint", "list_models"]

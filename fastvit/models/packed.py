@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvit import ops, reference
-from fastvit.checkpoints import resample_pos_embed_at
+from fastvit.checkpoints.resample import resample_pos_embed_at
 from fastvit.layers import Attention, Block, DropPath, PatchDropout, PatchEmbed, fuse
 from fastvit.layers.patch_embed import known_statistics, normalised
 from fastvit.packing import PackedImages, pack

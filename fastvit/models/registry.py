@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastvit.checkpoints import load_checkpoint
+import torch
+
+from fastvit.checkpoints.load import Source, fit, load_checkpoint, read_checkpoint
+from fastvit.models.architecture import architecture
 from fastvit.models.resnet import ResNetV2
 from fastvit.models.vit import ViT
 
@@ -103,7 +107,8 @@ def create_model(
             or "ViT-{Ti, S, M, B, L, H, So400m, g, G}/{patch}", which may end in "-384" for another image size than 224;
             "resnetv2_{50x1, 50x2, 50x3, 101x1, 101x3, 152x1, 152x2, 152x4, 200x3}_bit" or "R{50x1, ...}".
         pretrained: must be False: weights come from a file.
-        checkpoint_path: weights to load: .npz (Google's, of a ViT), .safetensors or a torch.save'd state_dict.
+        checkpoint_path: weights to load into a ViT with :func:`fastvit.load_checkpoint`; into a ResNet, .safetensors or
+            a torch.save'd state_dict.
         **kwargs: arguments of :class:`fastvit.ViT` or :class:`fastvit.resnet.ResNetV2`; they override the name's.
 
     Returns:
@@ -123,4 +128,50 @@ def create_model(
     model = model_class(**{**sizes, **kwargs})
     if checkpoint_path is not None:
         load_checkpoint(model, checkpoint_path)
+    return model
+
+
+def from_checkpoint(
+    source: Source,
+    *,
+    num_classes: int | None = None,
+    num_heads: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> ViT:
+    """The :class:`fastvit.ViT` that weights are of, with them: its architecture is read off their shapes.
+
+    What shapes don't tell (attention heads, the norms' eps, the activation, the image's size) comes from the
+    configuration beside them where there is one, else from what models of that layout and width have; it is logged.
+
+    Args:
+        source: a file, a folder of Hugging Face, "hf-hub:org/name" or a state_dict, in any layout that
+            :func:`fastvit.load_checkpoint` takes.
+        num_classes: another number than the file's starts a new classifier; 0 leaves it out.
+        num_heads: attention heads, in place of what is found.
+        device, dtype: of the model; by default the CPU and PyTorch's default dtype.
+        **kwargs: arguments of ViT that go before what is found: img_size and patch_size resample, for example.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of no known layout, or does not fit what is asked for.
+    """
+    checkpoint = read_checkpoint(source)
+    told = checkpoint.options if num_heads is None else {**checkpoint.options, "num_heads": num_heads}
+    heads = {variant.width: variant.heads for variant in VARIANTS.values()}
+    found = architecture(checkpoint.state, told, checkpoint.name, heads) | kwargs
+    dtype = dtype or torch.get_default_dtype()
+    if num_classes not in (None, found["num_classes"]):
+        model = ViT(**found | {"num_classes": num_classes}, device=device, dtype=dtype)
+        load_checkpoint(model, checkpoint, head="drop")
+        return model
+    # Never twice in memory: the model takes the tensors of a file for its parameters. A state_dict is another's.
+    model = ViT(**found, device="meta", dtype=dtype)
+    values = fit(model, checkpoint, "keep")
+    checkpoint.state.clear()
+    copy = isinstance(source, Mapping)
+    model.load_state_dict(
+        {name: values.pop(name).to(device or "cpu", dtype, copy=copy) for name in list(values)}, assign=True
+    )
     return model

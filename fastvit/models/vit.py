@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvit import ops
-from fastvit.checkpoints import load_npz, mismatch_advice, resample_pos_embed
+from fastvit.checkpoints.load import load_checkpoint, mismatch_advice
+from fastvit.checkpoints.resample import resample_pos_embed
 from fastvit.layers import (
     Attention,
     AttentionPoolLatent,
@@ -292,8 +293,8 @@ class ViT(nn.Module):
                 block.mlp.fc2.weight.div_(scale)
 
     def load_pretrained(self, checkpoint_path: str | Path, prefix: str = "") -> None:
-        """Load the paper's own .npz weights, resampled to this size; see :func:`fastvit.checkpoints.load_npz`."""
-        load_npz(self, checkpoint_path, prefix)
+        """Load weights, the paper's own .npz or others, resampled to this size: :func:`fastvit.load_checkpoint`."""
+        load_checkpoint(self, checkpoint_path, prefix=prefix)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``nn.Module.load_state_dict``: nothing is resampled, and an error says what to do about each shape."""

@@ -1,0 +1,131 @@
+"""Weights for another size: position embeddings, patch projections and image channels."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit.ops.library import autocasting
+from fastvit.packing import Layout
+
+Pair = tuple[int, int]
+
+
+@torch.fx.wrap
+def resample_pos_embed(
+    pos_embed: Tensor,
+    new_size: Pair,
+    old_size: Pair | None = None,
+    num_prefix_tokens: int = 1,
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+) -> Tensor:
+    """Position embeddings for another grid, interpolated in 2-D (section 3.2 of the ViT paper), with gradients.
+
+    Args:
+        pos_embed: (1, P + h * w, D), the grid in row-major order.
+        new_size: (h', w').
+        old_size: (h, w); by default the grid is square.
+        num_prefix_tokens: P leading rows that are kept as they are.
+        interpolation, antialias: as in F.interpolate; timm's defaults.
+
+    Returns:
+        (1, P + h' * w', D) in the dtype of ``pos_embed``, interpolated in float32 at least.
+
+    Raises:
+        ValueError: the rows are not a grid of ``old_size``.
+    """
+    rows = pos_embed.shape[1] - num_prefix_tokens
+    if old_size is None:
+        side = math.isqrt(max(rows, 0))
+        old_size = (side, side)
+    if rows < 1 or old_size[0] * old_size[1] != rows:
+        raise ValueError(
+            f"pos_embed has {pos_embed.shape[1]} rows, {num_prefix_tokens} of them for prefix tokens: "
+            f"the other {rows} are no {old_size[0]}x{old_size[1]} grid"
+        )
+    if old_size[0] == new_size[0] and old_size[1] == new_size[1]:
+        return pos_embed
+    prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
+    grid = grid.unflatten(1, old_size).permute(0, 3, 1, 2).to(torch.promote_types(pos_embed.dtype, torch.float32))
+    grid = F.interpolate(grid, size=new_size, mode=interpolation, antialias=antialias)
+    return torch.cat([prefix, grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+def resample_pos_embed_at(
+    pos_embed: Tensor, layout: Layout, patch_size: Pair, old_size: Pair, num_prefix_tokens: int
+) -> Tensor:
+    """:func:`resample_pos_embed` for every patch of packed images, each for the grid of its own image.
+
+    Interpolation is linear, so it is one product: each patch's weights (along both axes) with the embeddings. Grids are
+    values of tensors here: any mix of them takes the same few operations, and the gradient is a product too.
+
+    Args:
+        pos_embed: (1, P + h * w, D), the grid of ``old_size`` = (h, w) in row-major order.
+        layout: of N patches of ``patch_size``.
+        num_prefix_tokens: P leading rows, which are left out.
+
+    Returns:
+        (N, D) in the dtype of ``pos_embed``, interpolated in float32 at least.
+    """
+    dtype = torch.promote_types(pos_embed.dtype, torch.float32)
+    p, q = patch_size
+    height, width = layout.sizes[layout.image].unbind(1)
+    down = _bicubic_weights(layout.row, height // p, old_size[0], dtype)
+    across = _bicubic_weights(layout.column, width // q, old_size[1], dtype)
+    weights = (down.unsqueeze(2) * across.unsqueeze(1)).flatten(1)  # (N, h * w)
+    with torch.autocast(pos_embed.device.type, enabled=False) if autocasting(pos_embed) else nullcontext():
+        return (weights @ pos_embed[0, num_prefix_tokens:].to(dtype)).to(pos_embed.dtype)
+
+
+def _bicubic_weights(place: Tensor, size: Tensor, old_size: int, dtype: torch.dtype) -> Tensor:
+    """What each of ``old_size`` samples counts at ``place`` of ``size``, (N, old_size): F.interpolate's, antialiased.
+
+    Keys' cubic convolution (1981) with a = -1/2, stretched where samples become fewer, cut off at the border.
+    """
+    scale = old_size / size.to(dtype)
+    centre = scale * (place + 0.5)
+    samples = torch.arange(old_size, device=place.device) + 0.5
+    x = (samples - centre.unsqueeze(1)).abs() / scale.clamp(min=1.0).unsqueeze(1)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def resample_patch_embed(weight: Tensor, new_size: Pair) -> Tensor:
+    """A patch projection for another patch size, by pseudo-inverse resize (Beyer et al., "FlexiViT", 2023).
+
+    Resizing a patch is a matrix B; the new weights are pinv(B^T) w, so that tokens of resized patches change least.
+
+    Args:
+        weight: (D, C, p, q).
+        new_size: (p', q').
+
+    Returns:
+        (D, C, p', q') in the dtype of ``weight``.
+    """
+    old_size = (weight.shape[2], weight.shape[3])
+    if old_size == tuple(new_size):
+        return weight
+    pixels = old_size[0] * old_size[1]
+    basis = torch.eye(pixels, device=weight.device).reshape(pixels, 1, *old_size)
+    resize = F.interpolate(basis, size=tuple(new_size), mode="bicubic", antialias=True).flatten(1).T  # (p'q', pq)
+    new = weight.flatten(2).to(resize.dtype) @ torch.linalg.pinv(resize)
+    return new.unflatten(2, tuple(new_size)).to(weight.dtype)
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """A patch projection (D, C, p, q) for images of another number of channels, (D, channels, p, q).
+
+    One channel sums the file's; more repeat them, scaled so that the tokens keep their size.
+    """
+    given = weight.shape[1]
+    if channels == given:
+        return weight
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight.repeat(1, -(-channels // given), 1, 1)[:, :channels] * (given / channels)

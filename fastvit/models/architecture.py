@@ -1,0 +1,104 @@
+"""What the shapes of weights say about the model that they are of."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from fastvit.checkpoints.layouts import blocks
+from fastvit.layers import LayerNorm, SwiGLU
+
+log = logging.getLogger("fastvit")
+
+
+def architecture(
+    state: Mapping[str, Tensor], options: Mapping[str, Any], name: str, heads: Mapping[int, int]
+) -> dict[str, Any]:
+    """Arguments of :class:`fastvit.ViT` for weights under timm's names.
+
+    Args:
+        state: the weights.
+        options: what the file or the caller says, which goes before what shapes say. ``eps`` is the norms'.
+        name: of the file, for messages.
+        heads: attention heads by width, where nobody says how many there are; 64 features each at other widths.
+
+    Raises:
+        ValueError: they are no complete ViT's, or the positions fit no grid.
+    """
+    patches = state.get("patch_embed.proj.weight")
+    numbers = list(blocks(state))
+    if patches is None or patches.ndim != 4 or numbers != list(range(len(numbers))) or not numbers:
+        have = f"blocks {numbers[:3]}..." if patches is not None else "no patch_embed.proj.weight"
+        raise ValueError(f"{name} is no complete Vision Transformer: it has {have}")
+    needed = ("norm1.weight", "attn.qkv.weight", "attn.proj.weight", "norm2.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+    for needs in needed:
+        if f"blocks.0.{needs}" not in state:
+            raise ValueError(f"{name} has no {needs} in its blocks")
+    options = dict(options)
+    width, channels, p, q = patches.shape
+    fc1, fc2 = state["blocks.0.mlp.fc1.weight"], state["blocks.0.mlp.fc2.weight"]
+    hidden = fc1.shape[0]
+    found: dict[str, Any] = {
+        "patch_size": (p, q),
+        "in_chans": channels,
+        "embed_dim": width,
+        "depth": len(numbers),
+        # half a feature keeps rounding from landing below
+        "mlp_ratio": hidden / width if hidden % width == 0 else (hidden + 0.5) / width,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "scale_attn_norm": "blocks.0.attn.norm.weight" in state,
+        "scale_mlp_norm": "blocks.0.mlp.norm.weight" in state,
+        "init_values": 1e-5 if "blocks.0.ls1.gamma" in state else None,
+        "class_token": "cls_token" in state,
+        "reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0,
+        "pre_norm": "norm_pre.weight" in state,
+        "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
+        "fc_norm": "fc_norm.weight" in state,
+        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
+        "global_pool": _pool(state),
+        "pos_embed": "learn" if "pos_embed" in state else "none",
+    }
+    if hidden == 2 * fc2.shape[1]:
+        found["mlp_layer"] = SwiGLU
+        options.pop("act_layer", None)
+    if "pre_logits.fc.weight" in state:
+        found["representation_size"] = state["pre_logits.fc.weight"].shape[0]
+    if "eps" in options:
+        found["norm_layer"] = partial(LayerNorm, eps=options.pop("eps"))
+    if options.get("num_heads") is None:
+        options["num_heads"] = heads.get(width, max(width // 64, 1))
+        known = "as models of that width have" if width in heads else "64 features each"
+        log.info("%s: %d attention heads, %s; num_heads= says otherwise", name, options["num_heads"], known)
+    if "pos_embed" in state:
+        prefix = found["reg_tokens"] + found["class_token"]
+        found |= _grid(state["pos_embed"].shape[1], prefix, (p, q), options, name)
+    return found | options
+
+
+def _pool(state: Mapping[str, Tensor]) -> str:
+    if "attn_pool.latent" in state:
+        return "map"
+    return "avg" if "fc_norm.weight" in state or "cls_token" not in state else "token"
+
+
+def _grid(rows: int, prefix: int, patch: tuple[int, int], options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The image size, and whether prefix tokens have positions: from what is said of the image, else a square."""
+    size = options.get("img_size")
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        patches = (height // patch[0]) * (width // patch[1])
+        if rows - patches in (0, prefix):
+            return {"img_size": size, "no_embed_class": bool(prefix) and rows == patches}
+    for no_embed_class in (False, True) if prefix else (False,):
+        patches = rows - (0 if no_embed_class else prefix)
+        side = math.isqrt(max(patches, 0))
+        if side and side * side == patches:
+            return {"img_size": (side * patch[0], side * patch[1]), "no_embed_class": no_embed_class}
+    raise ValueError(f"{name} has {rows} positions, {prefix} of them for prefix tokens, on no square: give img_size=")

@@ -1,0 +1,422 @@
+"""Weights of other libraries' models, from their own files and in their own names: the same outputs as theirs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fastvit
+from fastvit.checkpoints import convert, layouts, load_checkpoint, read_checkpoint
+from fastvit.checkpoints.files import write
+
+SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 7}
+HF_SIZES = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+IMAGES = torch.randn(2, 3, 32, 32)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """No weight at a value that two of them share, so that none can be mistaken for another."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.05 * torch.randn_like(parameter) + (parameter.ndim == 1) * parameter)
+    return model.eval()
+
+
+def timms(**options: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
+    model = randomise(timm.models.vision_transformer.VisionTransformer(**SIZES | options))
+    return model, lambda: model(IMAGES)
+
+
+def huggingfaces(
+    config: Any, model: Any, output: Callable[[Any], Tensor], **options: Any
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    made = randomise(model(config(**HF_SIZES | options)))
+    return made, lambda: output(made(pixel_values=IMAGES))
+
+
+def torchvisions() -> tuple[nn.Module, Callable[[], Tensor]]:
+    model = randomise(torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 128, num_classes=7))
+    return model, lambda: model(IMAGES)
+
+
+def _classes(out: Any) -> Tensor:
+    return out.logits
+
+
+def _pooled(out: Any) -> Tensor:
+    return out.pooler_output
+
+
+GATED = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 4}
+MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {
+    "timm": timms,
+    "timm, registers": lambda: timms(reg_tokens=3, no_embed_class=True, init_values=0.1),
+    "timm, average": lambda: timms(global_pool="avg", qkv_bias=False, qk_norm=True),
+    "timm, no class token": lambda: timms(class_token=False, global_pool="avg", fc_norm=False),
+    "timm, map": lambda: timms(global_pool="map", class_token=False),
+    "timm, CLIP": lambda: timms(pre_norm=True),
+    "timm, gated": lambda: timms(**GATED),
+    "torchvision": torchvisions,
+    "huggingface": lambda: huggingfaces(
+        transformers.ViTConfig, transformers.ViTForImageClassification, _classes, intermediate_size=128, num_labels=7
+    ),
+    "dinov2": lambda: huggingfaces(transformers.Dinov2Config, transformers.Dinov2Model, _pooled),
+    "dinov2, gated": lambda: huggingfaces(
+        transformers.Dinov2Config, transformers.Dinov2Model, _pooled, use_swiglu_ffn=True
+    ),
+    "dinov2, registers": lambda: huggingfaces(
+        transformers.Dinov2WithRegistersConfig, transformers.Dinov2WithRegistersModel, _pooled
+    ),
+    "clip": lambda: huggingfaces(
+        transformers.CLIPVisionConfig, transformers.CLIPVisionModelWithProjection, lambda out: out.image_embeds,
+        intermediate_size=128, projection_dim=9,
+    ),
+    "siglip": lambda: huggingfaces(
+        transformers.SiglipVisionConfig, transformers.SiglipVisionModel, _pooled, intermediate_size=128
+    ),
+}  # fmt: skip
+
+
+def save(model: Any, folder: Path) -> Path:
+    """The model as its own library saves it: a folder with a configuration, or a file."""
+    if isinstance(model, transformers.PreTrainedModel):
+        model.save_pretrained(folder)
+        return folder
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, folder / "model.pth")
+    return folder / "model.pth"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_that_weights_are_of_gives_their_outputs(name: str, tmp_path: Path) -> None:
+    theirs, run = MODELS[name]()
+    ours = fastvit.from_checkpoint(save(theirs, tmp_path), num_heads=2).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_alone_tell_as_much(name: str) -> None:
+    """Without a configuration: as a state_dict, below the prefix of a wrapper."""
+    theirs, run = MODELS[name]()
+    wrapped = {f"module.{key}": value for key, value in theirs.state_dict().items()}
+    ours = fastvit.from_checkpoint({"model": wrapped}, num_heads=2).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+def test_files_of_the_hub_have_other_names_than_models_in_memory() -> None:
+    """As transformers before its fifth version had them, and as files there still do."""
+    pairs = {
+        "huggingface": (layouts.HUGGINGFACE_5, layouts.HUGGINGFACE),
+        "dinov2, gated": (layouts.DINOV2_HUGGINGFACE_5, layouts.DINOV2_HUGGINGFACE),
+    }
+    for name, (new, old) in pairs.items():
+        theirs, run = MODELS[name]()
+        state, _, unknown = new.to_ours(theirs.state_dict())
+        assert not unknown
+        written = old.from_ours(state)
+        assert "attention.attention.query.weight" in " ".join(written)
+        assert layouts.recognise(list(written)) is old
+        ours = fastvit.from_checkpoint(written, num_heads=2).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_openclip(whole: bool) -> None:
+    """timm's own conversion of OpenAI's and OpenCLIP's names is the judge; a text tower beside it is left out."""
+    clip, run = timms(pre_norm=True, norm_layer=lambda width, **kw: nn.LayerNorm(width, eps=1e-5, **kw))
+    with torch.no_grad():
+        clip.head.bias.zero_()  # type: ignore[union-attr, operator]
+    written = layouts.OPENCLIP.from_ours({k: v for k, v in clip.state_dict().items() if k != "head.bias"})
+    written = {f"visual.{key}": value for key, value in written.items()}
+    back = timm.models.vision_transformer._convert_openai_clip(written, clip)
+    for key, value in clip.state_dict().items():
+        assert torch.equal(back[key], value), key
+    if whole:
+        written |= {
+            "positional_embedding": torch.ones(77, 8), "token_embedding.weight": torch.ones(9, 8),
+            "transformer.resblocks.0.ln_1.weight": torch.ones(8), "logit_scale": torch.ones(()),
+        }  # fmt: skip
+    ours = fastvit.from_checkpoint(written, num_heads=2).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+def test_dinov2s_own_names() -> None:
+    model, run = timms(reg_tokens=3, no_embed_class=True, init_values=0.1, global_pool="token", num_classes=0, **GATED)
+    state = model.state_dict()
+    positions = torch.cat([torch.randn(1, 1, 64), state.pop("pos_embed")], dim=1)
+    state |= {
+        "cls_token": state["cls_token"] - positions[:, :1],
+        "pos_embed": positions,
+        "mask_token": torch.ones(1, 64),
+    }
+    state["register_tokens"] = state.pop("reg_token")
+    for key in list(state):
+        if ".mlp." in key:
+            state[key.replace("fc1", "w12").replace("fc2", "w3")] = state.pop(key)
+    ours = fastvit.from_checkpoint({"teacher": {f"backbone.{k}": v for k, v in state.items()}}, num_heads=2).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+def test_a_masked_autoencoders_decoder_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model, run = timms(num_classes=0)
+    extra = dict.fromkeys(("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.bias"), torch.ones(3))
+    with caplog.at_level(logging.INFO, "fastvit"):
+        ours = fastvit.from_checkpoint({"model": model.state_dict() | extra}, num_heads=2).eval()
+    assert "decoder_embed.weight" in caplog.text and "left out" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+# --- round trips ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("layout", ["timm", "torchvision", "huggingface", "huggingface-5"])
+def test_a_round_trip_changes_nothing(layout: str, suffix: str, tmp_path: Path) -> None:
+    model, _ = timms()
+    there, back = tmp_path / f"there{suffix}", tmp_path / "back.safetensors"
+    convert(model.state_dict(), there, layout)
+    convert(there, back, "timm")
+    returned = load_file(back)
+    assert returned.keys() == model.state_dict().keys()
+    assert all(torch.equal(returned[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"global_pool": "map"}], ids=["token", "map"])
+def test_a_round_trip_by_npz_changes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    model, run = timms(**options)
+    convert(model.state_dict(), tmp_path / "vit.npz", "npz", num_heads=2)
+    convert(tmp_path / "vit.npz", tmp_path / "back.safetensors")
+    returned = load_file(tmp_path / "back.safetensors")
+    assert all(torch.equal(returned[key], value) for key, value in model.state_dict().items())
+    ours = fastvit.from_checkpoint(tmp_path / "vit.npz").eval()  # it tells the heads
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+def test_what_others_write_others_read(tmp_path: Path) -> None:
+    """Converted weights, loaded by the libraries themselves, strictly."""
+    model, run = timms(norm_layer=lambda width, **kw: nn.LayerNorm(width, eps=1e-6, **kw), mlp_ratio=2.0)
+    convert(model.state_dict(), tmp_path / "tv.pth", "torchvision")
+    tv = torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 128, num_classes=7).eval()
+    tv.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True))
+    convert(model.state_dict(), tmp_path / "hf.safetensors", "huggingface-5")
+    config = transformers.ViTConfig(**HF_SIZES, intermediate_size=128, num_labels=7, layer_norm_eps=1e-6)
+    hf = transformers.ViTForImageClassification(config).eval()
+    hf.load_state_dict(load_file(tmp_path / "hf.safetensors"))
+    convert(model.state_dict(), tmp_path / "vit.npz", "npz", num_heads=2)
+    again, again_run = timms(mlp_ratio=2.0)
+    again.load_pretrained(str(tmp_path / "vit.npz"))  # type: ignore[operator]
+    with torch.no_grad():
+        torch.testing.assert_close(tv(IMAGES), run(), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(hf(IMAGES).logits, run(), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(again_run(), run(), atol=2e-5, rtol=1e-4)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastvit.cli import main
+
+    model, _ = timms()
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    assert main(["convert", str(tmp_path / "vit.safetensors"), str(tmp_path / "tv.pth"), "--to", "torchvision"]) == 0
+    assert "class_token" in torch.load(tmp_path / "tv.pth", weights_only=True)
+    assert main(["convert", str(tmp_path / "nothing.pth"), str(tmp_path / "x.pth")]) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+
+
+# --- other sizes, other heads ---------------------------------------------------------------------------------
+
+
+def test_another_size_is_resampled_as_timm_does(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = timms()
+    with caplog.at_level(logging.INFO, "fastvit"):
+        ours = fastvit.from_checkpoint(model.state_dict(), num_heads=2, img_size=(48, 40)).eval()
+    assert "17 positions resampled to 6x5" in caplog.text
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.set_input_size(img_size=(48, 40))  # type: ignore[operator]
+    images = torch.randn(2, 3, 48, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), model(images), atol=2e-5, rtol=1e-4)
+    patches = fastvit.from_checkpoint(state, num_heads=2, img_size=(24, 20), patch_size=4, in_chans=1)
+    assert patches.patch_embed.proj.weight.shape == (64, 1, 4, 4)
+    assert patches(torch.randn(1, 1, 24, 20)).shape == (1, 7)
+
+
+def test_a_head_of_other_classes() -> None:
+    model, _ = timms()
+    state = model.state_dict()
+    assert type(fastvit.from_checkpoint(state, num_heads=2, num_classes=0).head) is nn.Identity
+    new = fastvit.from_checkpoint(state, num_heads=2, num_classes=3)
+    assert new.head.weight.shape == (3, 64) and torch.equal(new.blocks[1].norm2.bias, state["blocks.1.norm2.bias"])
+    own = fastvit.ViT(**SIZES | {"num_classes": 3})
+    head = own.head.weight.clone()
+    load_checkpoint(own, state)  # auto
+    assert torch.equal(own.head.weight, head) and torch.equal(own.pos_embed, state["pos_embed"])
+    with pytest.raises(ValueError, match=r"head.weight: the file has \(7, 64\), the model \(3, 64\)"):
+        load_checkpoint(own, state, head="keep")
+    same = fastvit.ViT(**SIZES)
+    head = same.head.weight.clone()
+    load_checkpoint(same, state, head="drop")
+    assert torch.equal(same.head.weight, head)
+    with pytest.raises(ValueError, match="head='best'; accepted: 'auto', 'keep', 'drop'"):
+        load_checkpoint(same, state, head="best")
+
+
+def test_a_state_dict_stays_its_models_own() -> None:
+    model, run = timms()
+    before = run().clone()
+    ours = fastvit.from_checkpoint(model.state_dict(), num_heads=2)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    assert torch.equal(run(), before)
+
+
+def test_heads_are_those_of_the_width_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
+    for width, heads, why in ((192, 3, "as models of that width have"), (128, 2, "64 features each")):
+        state = fastvit.ViT(**SIZES | {"embed_dim": width, "num_heads": 1}).state_dict()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "fastvit"):
+            assert fastvit.from_checkpoint(state).blocks[0].attn.num_heads == heads
+        assert f"{heads} attention heads, {why}" in caplog.text
+
+
+def test_dtype_and_folders_in_parts(tmp_path: Path) -> None:
+    model, run = timms()
+    state = model.state_dict()
+    names = sorted(state)
+    weight_map = {}
+    for part, some in enumerate((names[:9], names[9:])):
+        save_file({name: state[name] for name in some}, tmp_path / f"model-{part}.safetensors")
+        weight_map |= dict.fromkeys(some, f"model-{part}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_args": {"num_heads": 2}, "global_pool": "token"}))
+    ours = fastvit.from_checkpoint(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+    half = fastvit.from_checkpoint(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and all(p.requires_grad for p in half.parameters())
+
+
+def test_a_file_is_not_in_memory_twice(tmp_path: Path) -> None:
+    """In a process of its own, the most that it ever held: a large file costs its size, within a tenth."""
+    sizes = {"embed_dim": 1280, "depth": 4, "num_heads": 16, "img_size": 32, "patch_size": 16, "num_classes": 10}
+    model = fastvit.ViT(**sizes)
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    convert(model.state_dict(), tmp_path / "hf.safetensors", "huggingface-5")
+    mib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    code = (
+        "import resource, sys, fastvit; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024; "
+        "before = peak(); model = fastvit.from_checkpoint(sys.argv[1]); "
+        "sum(float(p.sum()) for p in model.parameters()); print(peak() - before)"
+    )
+    for file, most in (("vit.safetensors", 1.1), ("hf.safetensors", 1.5)):  # q, k and v are joined into new memory
+        run = subprocess.run([sys.executable, "-c", code, tmp_path / file], capture_output=True, text=True, check=True)
+        assert float(run.stdout) <= most * mib + 40, file  # 40 MiB: what torch's own threads and libraries take
+
+
+# --- files that are none --------------------------------------------------------------------------------------
+
+
+def _without(state: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key not in names}
+
+
+def test_wrong_files_are_named_and_nothing_is_half_loaded(tmp_path: Path) -> None:
+    state = timms()[0].state_dict()
+    model = fastvit.ViT(**SIZES)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    hf = MODELS["huggingface"]()[0].state_dict()
+    cases: dict[str, tuple[Any, str]] = {
+        "missing": (_without(state, "blocks.1.mlp.fc2.bias", "norm.bias"), "has no blocks.1.mlp.fc2.bias, norm.bias"),
+        "unexpected": (state | {"blocks.0.ls1.gamma": torch.ones(64)}, "the model has no blocks.0.ls1.gamma"),
+        "foreign": (state | {"blocks.0.attn.rope": torch.ones(3)}, "has blocks.0.attn.rope, which no ViT has"),
+        "misshapen": (state | {"norm.bias": torch.ones(65)}, r"norm.bias: the file has \(65,\), the model \(64,\)"),
+        "no key of three": (_without(hf, "vit.layers.1.attention.k_proj.weight"), "goes with .*k_proj.weight, which"),
+        "another network": (timm.create_model("resnet18").state_dict(), "no layout that is known; accepted: dinov2"),
+        "BEiT": (state | {"blocks.0.attn.relative_position_bias_table": torch.ones(3)}, "it is a BEiT"),
+        "DINOv3": (state | {"storage_tokens": torch.ones(3)}, "it is a DINOv3"),
+        "distilled": (state | {"dist_token": torch.ones(3)}, "it is a distilled DeiT"),
+        "no tensors": ({"model": {"epoch": 3}}, "has no tensors; its keys are"),
+    }  # fmt: skip
+    for name, (given, message) in cases.items():
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(model, given)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), name
+    with pytest.raises(ValueError, match=r"no complete Vision Transformer: it has blocks \[0, 1, 999999999\]"):
+        fastvit.from_checkpoint(state | {"blocks.999999999.norm1.bias": torch.ones(64)})
+    with pytest.raises(ValueError, match="11 positions, 1 of them for prefix tokens, on no square: give img_size="):
+        fastvit.from_checkpoint(state | {"pos_embed": torch.ones(1, 11, 64)})
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])
+def test_files_that_are_cut_short(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"vit{suffix}"
+    convert(timms()[0].state_dict(), path, "npz" if suffix == ".npz" else "timm", num_heads=2)
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            read_checkpoint(path)
+
+
+def test_hostile_files(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (ran,)
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    np.savez(tmp_path / "evil.npz", **{"embedding/kernel": np.array([Evil()], dtype=object)})
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}')
+    for path, message in (
+        (tmp_path / "evil.pth", "no file of tensors alone"),
+        (tmp_path / "evil.npz", "can't be read"),
+        (tmp_path / "folder", "outside of its folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastvit.from_checkpoint(path)
+    assert not ran.exists()
+    with pytest.raises(ValueError, match="has no weights; accepted: model.safetensors"):
+        fastvit.from_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        fastvit.from_checkpoint(tmp_path / "nothing.pth")
+
+
+def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    state = timms(reg_tokens=1)[0].state_dict()
+    for layout, path in (("torchvision", "tv.pth"), ("npz", "vit.npz")):
+        with pytest.raises(ValueError, match="has no names for reg_token"):
+            convert(state, tmp_path / path, layout, num_heads=2)
+    with pytest.raises(ValueError, match="layout 'jax' can't be written; accepted: timm, torchvision"):
+        convert(state, tmp_path / "x.pth", "jax")
+    with pytest.raises(ValueError, match="go together"):
+        convert(state, tmp_path / "x.npz", "timm")
+    with pytest.raises(ValueError, match="give num_heads="):
+        convert(state, tmp_path / "x.npz", "npz")
+    with pytest.raises((TypeError, AttributeError)):
+        write(tmp_path / "broken.safetensors", {"a": "no tensor"})
+    assert list(tmp_path.iterdir()) == []
