@@ -47,9 +47,9 @@ class Stage:
 
 
 def _suite(name: str, suite: str, options: str, about: str, limit: int = LIMIT) -> Stage:
-    """A stage that is a suite of ``python -m benchmarks``."""
+    """A stage that is a suite of ``python -m benchmarks``. At toy size all of a suite are one, which runs once."""
     command = f"-m benchmarks {suite} --device cuda --keep {options}".rstrip()
-    return Stage(name, command, about, f"-m benchmarks {suite} --device cpu --quick --out {{out}}/{name}", limit)
+    return Stage(name, command, about, f"-m benchmarks {suite} --device cpu --quick --out {{out}}/{suite}", limit)
 
 
 def _kernels(name: str, model: str, batch: int) -> Stage:
