@@ -81,6 +81,28 @@ def _hooks_on_all() -> bool:
     )
 
 
+def reason_against(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False) -> str | None:
+    """Why using the module's parameters directly is not the same as calling it, or None; see :func:`intact`."""
+    if type(module) not in kinds:
+        return "its class is not one that is fused"
+    if "forward" in module.__dict__ or _FORWARD.get(type(module), type(module).forward) is not type(module).forward:
+        return "its forward was replaced"
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+        return "it norms over more than the last dimension"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or (not or_counted and _hooks_on_all())
+    ):
+        return "it has hooks"
+    for parameter in module._parameters.values():
+        if parameter is not None and (type(parameter) not in _PLAIN or not parameter.is_floating_point()):
+            return "its parameters are not plain floating tensors"
+    return None
+
+
 def intact(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False) -> bool:
     """Whether using the module's parameters directly is the same as calling it.
 
@@ -89,27 +111,9 @@ def intact(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False)
 
     Hooks on every module, as counters and profilers have, may be overlooked with ``or_counted``.
     """
-    if type(module) not in kinds:
-        reason = "its class is not one that is fused"
-    elif "forward" in module.__dict__ or _FORWARD.get(type(module), type(module).forward) is not type(module).forward:
-        reason = "its forward was replaced"
-    elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-        reason = "it norms over more than the last dimension"
-    elif (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or (not or_counted and _hooks_on_all())
-    ):
-        reason = "it has hooks"
-    else:
-        for parameter in module._parameters.values():
-            if parameter is not None and (type(parameter) not in _PLAIN or not parameter.is_floating_point()):
-                reason = "its parameters are not plain floating tensors"
-                break
-        else:
-            return True
+    reason = reason_against(module, *kinds, or_counted=or_counted)
+    if reason is None:
+        return True
     note_fallback(f"{type(module).__module__}.{type(module).__qualname__} runs as a module, not fused: {reason}")
     return False
 
@@ -133,11 +137,16 @@ def norm_arguments(norm: Any) -> Norm | None:
     return norm.weight, norm.bias, norm.eps
 
 
+PARTS = (LayerNorm, LayerScale, nn.Conv2d, nn.LayerNorm, nn.Linear)  # with parameters that the ops take
+
 # Classes of other libraries with the same meaning, by name, so that they need not be imported.
 _ACTIVATIONS = {
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
     "timm.layers.activations.QuickGELU": "quick_gelu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
     "fastvit.layers.fuse.QuickGELU": "quick_gelu",
     "fastvit.layers.fuse.GELUTanh": "gelu_tanh",
 }
