@@ -207,6 +207,9 @@ def test_what_the_fused_class_lacks_is_named() -> None:
     odd = vit()
     odd.blocks[0].attn.gate = nn.Identity()
     assert "left: blocks.0.attn: its gate is Identity()" in str(report(fastvit.accelerate(odd)))
+    pool = vit(global_pool="map", class_token=False)
+    pool.attn_pool = timm.layers.AttentionPoolLatent(64, num_heads=2, qk_norm=True, norm_layer=nn.LayerNorm)
+    assert "left: attn_pool: its q_norm is LayerNorm" in str(report(fastvit.accelerate(pool)))
     assert type(odd.blocks[0].attn) is timm.layers.Attention and type(odd.blocks[1].attn) is Attention
 
 

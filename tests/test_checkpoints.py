@@ -355,6 +355,7 @@ def test_wrong_files_are_named_and_nothing_is_half_loaded(tmp_path: Path) -> Non
         "misshapen": (state | {"norm.bias": torch.ones(65)}, r"norm.bias: the file has \(65,\), the model \(64,\)"),
         "no key of three": (_without(hf, "vit.layers.1.attention.k_proj.weight"), "goes with .*k_proj.weight, which"),
         "another network": (timm.create_model("resnet18").state_dict(), "no layout that is known; accepted: dinov2"),
+        "quantised": (state | {"head.weight": state["head.weight"].char()}, "weights of integers.*head.weight"),
         "BEiT": (state | {"blocks.0.attn.relative_position_bias_table": torch.ones(3)}, "it is a BEiT"),
         "DINOv3": (state | {"storage_tokens": torch.ones(3)}, "it is a DINOv3"),
         "distilled": (state | {"dist_token": torch.ones(3)}, "it is a distilled DeiT"),

@@ -144,7 +144,8 @@ def refusal(module: nn.Module, twin: Twin) -> str | None:
         return reason
     for name, usual in twin.usual.items():
         value = getattr(module, name, usual)
-        if value is not usual and value != usual:
+        same = type(value) is usual if isinstance(usual, type) else value is usual or value == usual
+        if value is not usual and not same:
             return f"its {name} is {value!r}, which the fused one does not have"
     return None
 

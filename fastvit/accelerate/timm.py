@@ -32,7 +32,15 @@ TWINS = {
     "timm.models.vision_transformer.Block": Twin(Block),
     "timm.layers.attention.Attention": Twin(Attention, {"gate": None}),
     "timm.layers.attention_pool.AttentionPoolLatent": Twin(
-        AttentionPoolLatent, {"pos_embed": None, "latent_len": 1, "pool": "token", "fused_attn": True}
+        AttentionPoolLatent,
+        {
+            "pos_embed": None,
+            "latent_len": 1,
+            "pool": "token",
+            "fused_attn": True,
+            "q_norm": nn.Identity,
+            "k_norm": nn.Identity,
+        },
     ),
     "timm.layers.mlp.Mlp": Twin(Mlp),
     "timm.layers.mlp.GluMlp": Twin(SwiGLU, {"gate_last": False, "chunk_dim": -1}),

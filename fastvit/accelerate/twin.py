@@ -19,7 +19,7 @@ class Twin:
 
     Args:
         kind: the class that a module becomes.
-        usual: values of attributes without which it would compute something else.
+        usual: values of attributes, or classes of modules, without which it would compute something else.
         attributes: (module) -> attributes that it needs besides, or otherwise.
         reads: names of modules in it whose parts it reads itself.
     """

@@ -63,6 +63,10 @@ def read_checkpoint(source: Source, prefix: str = "") -> Checkpoint:
         options = layout.options(raw.config)
     except ValueError as error:
         raise ValueError(f"{raw.name}: {error}") from error
+    if whole := [name for name, value in state.items() if not value.is_floating_point()]:
+        raise ValueError(
+            f"{raw.name} has weights of integers, quantised ones: {_listed(whole)}; accepted: floating point"
+        )
     if unknown:
         raise ValueError(f"{raw.name} looks like {layout.name}, but has {_listed(unknown)}, which no ViT has")
     if useless:
