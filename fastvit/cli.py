@@ -62,6 +62,29 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _embed(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("PIL") is None:
+        print("fastvit embed can't run: Pillow is not installed (pip install 'fastvit[embed]')", file=sys.stderr)
+        return 2
+    import torch
+
+    from fastvit.embed import embed
+
+    size = None if arguments.size is None else (arguments.size[0], arguments.size[-1])
+    try:
+        count, unreadable = embed(
+            arguments.source, arguments.weights, arguments.out, size=size, mean=arguments.mean, std=arguments.std,
+            batch=arguments.batch, threads=arguments.threads, dtype=getattr(torch, arguments.dtype),
+            parquet=arguments.parquet,
+        )  # fmt: skip
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fastvit embed: {error}", file=sys.stderr)
+        return 2
+    if count or unreadable:
+        print(f"{count} images, {unreadable} unreadable; saved {arguments.out}")
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, so that ``--help`` suffices."""
     top = argparse.ArgumentParser(
@@ -130,6 +153,25 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", choices=layouts, default="timm", help="default: timm, which is fastvit's own")
     convert.add_argument("--num-heads", type=_positive, metavar="N", help="attention heads, which an .npz needs")
     convert.set_defaults(run=_convert)
+
+    embed = commands.add_parser(
+        "embed",
+        help="features of a folder, .tar or .parquet of images",
+        description="Write the features of every image to OUT/features.npy (OUT/keys.txt has the names, "
+        "OUT/unreadable.txt what could not be decoded). A run that is cut off goes on where it was; under torchrun it "
+        "takes as many processes as there are: torchrun --nproc-per-node 8 -m fastvit embed ...",
+    )
+    embed.add_argument("source", metavar="SOURCE", help="a folder, a .tar, or a .parquet with a column of images")
+    embed.add_argument("--weights", required=True, help="a file, a folder of Hugging Face, or hf-hub:org/name")
+    embed.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    embed.add_argument("--size", nargs="+", type=_positive, metavar="PIXELS", help="one, or height and width")
+    embed.add_argument("--mean", nargs=3, type=float, default=[0.5] * 3, metavar="X", help="of the pixels, 0 to 1")
+    embed.add_argument("--std", nargs=3, type=float, default=[0.5] * 3, metavar="X", help="of the pixels, 0 to 1")
+    embed.add_argument("--batch", type=_positive, default=64, metavar="N", help="images at a time (default: 64)")
+    embed.add_argument("--threads", type=_positive, default=4, metavar="N", help="that decode images (default: 4)")
+    embed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    embed.add_argument("--parquet", action="store_true", help="write OUT/features.parquet too")
+    embed.set_defaults(run=_embed)
     return top
 
 

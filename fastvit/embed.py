@@ -1,0 +1,321 @@
+"""``fastvit embed``: the features of many images, on as many processes as torchrun starts, resumable.
+
+Images are numbered in a fixed order and cut into shards of :data:`SHARD`; a process takes every W-th shard and writes
+each as one file, whole or not at all. So what is done does not depend on how many processes did it, a run that was cut
+off goes on with the shards that are missing, and each image is in one of them exactly once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from fastvit.models import ViT, from_checkpoint
+
+log = logging.getLogger("fastvit")
+
+SHARD = 1024
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images in a fixed order.
+
+    Args:
+        keys: a name of each, all different.
+        read: number -> the bytes of its file.
+    """
+
+    keys: Sequence[str]
+    read: Callable[[int], bytes]
+
+
+def open_images(source: str | Path) -> Images:
+    """The images of a folder (and those below it), a .tar, or a .parquet file.
+
+    In a .parquet they are the column "image" or the only binary one, as bytes or, as Hugging Face has them, a struct
+    with "bytes"; the key is the struct's "path" where every row has one of its own, else the row's number.
+
+    Raises:
+        ValueError: there is no image in it, or it is no such source.
+    """
+    source = Path(source)
+    if source.is_dir():
+        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        found = Images([str(p.relative_to(source)) for p in paths], lambda i: paths[i].read_bytes())
+    elif source.suffix == ".tar" and source.is_file():
+        found = _tar(source)
+    elif source.suffix == ".parquet" and source.is_file():
+        found = _parquet(source)
+    else:
+        raise ValueError(f"{source} is no folder, .tar or .parquet file that is there")
+    if not found.keys:
+        raise ValueError(f"{source} has no images; known are {', '.join(SUFFIXES)}")
+    return found
+
+
+def _tar(source: Path) -> Images:
+    with tarfile.open(source) as archive:
+        inside = [m for m in archive if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
+    places = {m.name: (m.offset_data, m.size) for m in inside}  # of two of one name the last, as tar unpacks them
+    keys = sorted(places)
+
+    def read(i: int) -> bytes:
+        offset, size = places[keys[i]]
+        with source.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    return Images(keys, read)
+
+
+def _parquet(source: Path) -> Images:
+    import pyarrow.parquet as pq
+    import pyarrow.types as kinds
+
+    file = pq.ParquetFile(source)
+    columns = [field.name for field in file.schema_arrow if kinds.is_struct(field.type) or kinds.is_binary(field.type)]
+    name = "image" if "image" in columns else columns[0] if len(columns) == 1 else None
+    if name is None:
+        raise ValueError(f"{source} has no column 'image', and its binary ones are {columns}: which holds images?")
+    column = file.read(columns=[name]).column(0)
+    struct = kinds.is_struct(column.type)
+    paths = [row["path"] for row in column.to_pylist()] if struct and column.type.get_field_index("path") >= 0 else []
+    own = bool(paths) and None not in paths and len(set(paths)) == len(paths)
+    keys = paths if own else [f"{i:09}" for i in range(len(column))]
+
+    def read(i: int) -> bytes:
+        value = column[i].as_py()
+        data: bytes = value["bytes"] if struct else value
+        return data
+
+    return Images(keys, read)
+
+
+def preprocess(data: bytes, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """An image file as (3, H, W) float32: the shorter side resized (bicubic) to cover H x W, the middle cut out."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data)) as image:
+        fitted = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
+    return ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)
+
+
+@dataclass
+class Job:
+    """What is to be done.
+
+    Args:
+        images: which.
+        model: images (B, 3, H, W) -> features (B, D), on ``device``.
+        out: folder of the results.
+        size: (height, width) of what the model takes.
+        mean, std: of the pixels, in 0..1 units.
+        batch: images at a time.
+        threads: that read and decode, ahead of the model.
+        rank, world: this process, and how many there are.
+    """
+
+    images: Images
+    model: Callable[[Tensor], Tensor]
+    out: Path
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    batch: int = 64
+    threads: int = 4
+    rank: int = 0
+    world: int = 1
+    device: torch.device | str = "cpu"
+
+    def shard(self, number: int) -> Path:
+        """Where a shard's features are, once they are all there."""
+        return self.out / f"shard-{number:06}.npz"
+
+    def run(self) -> None:
+        """Compute this process's shards that are not there yet."""
+        count = len(self.images.keys)
+        mine = range(self.rank, -(-count // SHARD), self.world)
+        missing = [number for number in mine if not self.shard(number).exists()]
+        total = sum(min(SHARD, count - number * SHARD) for number in missing)
+        with (
+            ThreadPoolExecutor(self.threads) as pool,
+            tqdm(total=total, unit="image", desc="embed", disable=self.rank != 0) as bar,
+        ):
+            for number in missing:
+                self._shard(number, range(number * SHARD, min((number + 1) * SHARD, count)), pool, bar)
+
+    def _shard(self, number: int, indices: range, pool: ThreadPoolExecutor, bar: Any) -> None:
+        features, kept = [], []
+        unreadable: dict[int, str] = {}
+        with torch.inference_mode():
+            for batch in self._batches(indices, pool):
+                good = [(i, pixels) for i, pixels in batch if isinstance(pixels, Tensor)]
+                unreadable |= {i: str(pixels) for i, pixels in batch if not isinstance(pixels, Tensor)}
+                if good:
+                    images = torch.stack([pixels for _, pixels in good]).to(self.device, non_blocking=True)
+                    features.append(self.model(images).float().cpu().numpy())
+                    kept += [i for i, _ in good]
+                bar.update(len(batch))
+        part = self.shard(number).with_suffix(".part.npz")
+        with part.open("wb") as file:
+            np.savez(
+                file,
+                index=np.array(kept, dtype=np.int64),
+                features=np.concatenate(features) if features else np.zeros((0, 0), dtype=np.float32),
+                unreadable=np.array(json.dumps(unreadable)),
+            )
+        os.replace(part, self.shard(number))
+
+    def _batches(self, indices: range, pool: ThreadPoolExecutor) -> Iterator[list[tuple[int, Tensor | str]]]:
+        """(number, pixels or why there are none), decoded while the model works on the batches before."""
+        cuts = [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
+        ahead = [[pool.submit(self._decode, i) for i in cut] for cut in cuts[:2]]
+        for k in range(len(cuts)):
+            if k + 2 < len(cuts):
+                ahead.append([pool.submit(self._decode, i) for i in cuts[k + 2]])
+            yield [(i, done.result()) for i, done in zip(cuts[k], ahead.pop(0), strict=True)]
+
+    def _decode(self, i: int) -> Tensor | str:
+        try:
+            return preprocess(self.images.read(i), self.size, self.mean, self.std)
+        except Exception as error:  # whatever a decoder makes of a broken file
+            return f"{type(error).__name__}: {error}"
+
+    def merge(self) -> tuple[int, int]:
+        """Write features.npy, or features.parquet, from all shards -> (images, unreadable ones)."""
+        shards = [np.load(self.shard(n)) for n in range(-(-len(self.images.keys) // SHARD))]
+        index = np.concatenate([shard["index"] for shard in shards])
+        features = np.concatenate([shard["features"] for shard in shards if shard["index"].size] or [np.zeros((0, 0))])
+        unreadable = {int(i): why for shard in shards for i, why in json.loads(str(shard["unreadable"])).items()}
+        keys = [_line(self.images.keys[i]) for i in index]
+        lines = [f"{_line(self.images.keys[i])}\t{_line(why)}" for i, why in sorted(unreadable.items())]
+        _write(self.out / "unreadable.txt", "".join(f"{line}\n" for line in lines).encode())
+        _write(self.out / "keys.txt", "".join(f"{key}\n" for key in keys).encode())
+        buffer = io.BytesIO()
+        np.save(buffer, features.astype(np.float32))
+        _write(self.out / "features.npy", buffer.getvalue())
+        return len(keys), len(unreadable)
+
+
+def _line(text: str) -> str:
+    return text.replace("\n", "\\n")
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # every process may write what all write alike
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def to_parquet(out: Path) -> Path:
+    """features.parquet from features.npy and keys.txt: columns "key" and "features" (a list of D float32 a row)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = np.load(out / "features.npy")
+    keys = (out / "keys.txt").read_text().splitlines()
+    column = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), max(features.shape[1], 1))
+    part = out / "features.parquet.part"
+    pq.write_table(pa.table({"key": pa.array(keys), "features": column}), part)
+    os.replace(part, out / "features.parquet")
+    return out / "features.parquet"
+
+
+def embed(
+    source: str | Path,
+    weights: str | Path | ViT,
+    out: str | Path,
+    *,
+    size: tuple[int, int] | None = None,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
+    batch: int = 64,
+    threads: int = 4,
+    dtype: torch.dtype = torch.float32,
+    parquet: bool = False,
+) -> tuple[int, int]:
+    """Write the features of all images of ``source`` to ``out``; under torchrun, on as many processes as there are.
+
+    Results: ``features.npy`` (N, D) float32, ``keys.txt`` with as many lines, ``unreadable.txt`` with those that could
+    not be decoded and why, and with ``parquet`` ``features.parquet``. Called again it goes on where it was.
+
+    Args:
+        source: a folder, .tar or .parquet; see :func:`open_images`.
+        weights: what :func:`fastvit.from_checkpoint` takes, or a model.
+        out: a folder.
+        size: (height, width) the images are cut to; by default the model's. Positions are resampled for another.
+        mean, std: of the pixels, in 0..1 units, as the model was trained with.
+        batch: images at a time. threads: that decode ahead of the model. dtype: of the model.
+        parquet: write that too.
+
+    Returns:
+        (images, unreadable ones), on the first process; elsewhere (0, 0).
+
+    Raises:
+        ValueError: no images, or ``out`` holds the features of other images, weights or sizes.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    images = open_images(source)
+    options: dict[str, Any] = {} if size is None else {"img_size": size}
+    if isinstance(weights, ViT):
+        model = weights.to(device=device, dtype=dtype).eval()
+    else:
+        model = from_checkpoint(weights, num_classes=0, device=device, dtype=dtype, **options).eval()
+    size = tuple(model.patch_embed.img_size)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, images, model, {"size": size, "mean": list(mean), "std": list(std), "dtype": str(dtype)})
+
+    def features(pixels: Tensor) -> Tensor:
+        return model.forward_head(model.forward_features(pixels.to(dtype)), pre_logits=True)
+
+    job = Job(images, features, out, size, mean, std, batch, threads, rank, world, device)
+    job.run()
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        dist.barrier()  # until every shard is there
+        dist.destroy_process_group()
+    if rank:
+        return 0, 0
+    counts = job.merge()
+    if parquet:
+        to_parquet(out)
+    return counts
+
+
+def _claim(out: Path, images: Images, model: ViT, options: dict[str, Any]) -> None:
+    """Say in ``out`` what its features are of, or refuse to add others to them."""
+    digest = hashlib.sha256("\n".join(images.keys).encode())
+    weights = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        weights.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    mine = {"images": digest.hexdigest(), "weights": weights.hexdigest(), **json.loads(json.dumps(options))}
+    path = out / "embed.json"
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        other = [name for name in mine if theirs.get(name) != mine[name]]
+        if other:
+            raise ValueError(f"{out} holds features of other {', '.join(other)}; give another folder")
+    else:
+        _write(path, json.dumps(mine, indent=1).encode())

@@ -1,0 +1,172 @@
+"""``fastvit embed``: features of folders, tars and parquet files; resumed, shared by processes, each image once."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import fastvit
+from fastvit import embed as module
+from fastvit.cli import main
+from fastvit.embed import embed, open_images, preprocess
+
+SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 1, "img_size": 32, "patch_size": 8, "num_classes": 3}
+
+
+def encoded(seed: int, kind: str = "png") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (40 + seed, 50, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_file(fastvit.ViT(**SIZES).state_dict(), tmp_path / "vit.safetensors")
+    return tmp_path / "vit.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten images in shards of three, one of them broken, and a file that is none."""
+    monkeypatch.setattr(module, "SHARD", 3)
+    images = tmp_path / "images"
+    (images / "below").mkdir(parents=True)
+    for i in range(10):
+        name = f"below/{i}.jpg" if i % 2 else f"{i}.png"
+        (images / name).write_bytes(encoded(i, "jpeg" if i % 2 else "png"))
+    (images / "4.png").write_bytes(encoded(4)[:200])
+    (images / "notes.txt").write_text("no image")
+    return images
+
+
+def expected(folder: Path, weights: Path) -> dict[str, np.ndarray]:
+    model = fastvit.from_checkpoint(weights, num_classes=0).eval()
+    found = {}
+    for path in sorted(folder.rglob("*.[pj]*g")):
+        if path.name != "4.png":
+            pixels = preprocess(path.read_bytes(), (32, 32), (0.5,) * 3, (0.5,) * 3)
+            with torch.inference_mode():
+                found[str(path.relative_to(folder))] = model(pixels[None])[0].numpy()
+    return found
+
+
+def results(out: Path) -> dict[str, np.ndarray]:
+    keys, features = (out / "keys.txt").read_text().splitlines(), np.load(out / "features.npy")
+    assert len(keys) == len(set(keys)) == len(features)
+    return dict(zip(keys, features, strict=True))
+
+
+def check(out: Path, wanted: dict[str, np.ndarray]) -> None:
+    found = results(out)
+    assert found.keys() == wanted.keys()
+    for key, value in found.items():
+        np.testing.assert_allclose(value, wanted[key], atol=2e-5, err_msg=key)
+
+
+def test_a_folder(folder: Path, weights: Path, tmp_path: Path) -> None:
+    assert embed(folder, weights, tmp_path / "out", batch=2, parquet=True) == (9, 1)
+    check(tmp_path / "out", expected(folder, weights))
+    assert (tmp_path / "out" / "unreadable.txt").read_text().startswith("4.png\t")
+    table = pq.read_table(tmp_path / "out" / "features.parquet")
+    assert table["key"].to_pylist() == (tmp_path / "out" / "keys.txt").read_text().splitlines()
+    np.testing.assert_array_equal(
+        np.array(table["features"].to_pylist(), np.float32), np.load(tmp_path / "out" / "features.npy")
+    )
+
+
+def test_tar_and_parquet(folder: Path, weights: Path, tmp_path: Path) -> None:
+    wanted = expected(folder, weights)
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for path in sorted(folder.rglob("*.*")):
+            archive.add(path, str(path.relative_to(folder)))
+    embed(tmp_path / "images.tar", weights, tmp_path / "tar")
+    check(tmp_path / "tar", wanted)
+
+    rows = [{"bytes": (folder / key).read_bytes(), "path": key} for key in wanted]
+    pq.write_table(pa.table({"label": list(range(9)), "image": rows}), tmp_path / "images.parquet")
+    embed(tmp_path / "images.parquet", weights, tmp_path / "parquet")
+    check(tmp_path / "parquet", wanted)
+
+    pq.write_table(pa.table({"data": [row["bytes"] for row in rows]}), tmp_path / "plain.parquet")
+    embed(tmp_path / "plain.parquet", weights, tmp_path / "plain")
+    check(tmp_path / "plain", {f"{i:09}": value for i, value in enumerate(wanted.values())})
+
+
+def test_what_is_done_is_not_done_again(
+    folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends in the third of four shards, and one that goes on."""
+    decoded: list[int] = []
+    right = module.Job._decode
+
+    def fails(self: Any, i: int) -> Any:
+        decoded.append(i)
+        if i >= 6:
+            raise SystemExit
+        return right(self, i)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(module.Job, "_decode", fails)
+    with pytest.raises(SystemExit):
+        embed(folder, weights, out)
+    assert sorted(path.name for path in out.glob("shard*")) == ["shard-000000.npz", "shard-000001.npz"]
+    assert not (out / "features.npy").exists()
+    decoded.clear()
+    monkeypatch.setattr(module.Job, "_decode", lambda self, i: decoded.append(i) or right(self, i))
+    assert embed(folder, weights, out) == (9, 1)
+    assert sorted(decoded) == [6, 7, 8, 9]
+    check(out, expected(folder, weights))
+    decoded.clear()
+    assert embed(folder, weights, out) == (9, 1) and decoded == []
+
+
+def test_two_processes_share_the_images(folder: Path, weights: Path, tmp_path: Path) -> None:
+    code = "import fastvit.embed as e, sys; from fastvit.cli import main; e.SHARD = 3; sys.exit(main(sys.argv[1:]))"
+    (tmp_path / "run.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29417"]
+    command += [tmp_path / "run.py", "embed", folder, "--weights", weights, "--out", tmp_path / "out"]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("9 images, 1 unreadable") == 1
+    check(tmp_path / "out", expected(folder, weights))
+    assert len(list((tmp_path / "out").glob("shard-*.npz"))) == 4 and not list((tmp_path / "out").glob("*.part*"))
+
+
+def test_wrong_input_is_named(folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    pq.write_table(pa.table({"a": [b"1"], "b": [b"2"]}), tmp_path / "two.parquet")
+    for source, message in (
+        (tmp_path / "empty", "has no images; known are .bmp, .gif"),
+        (tmp_path / "nothing", "no folder, .tar or .parquet file"),
+        (tmp_path / "two.parquet", r"no column 'image', and its binary ones are \['a', 'b'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_images(source)
+    out = tmp_path / "out"
+    embed(folder, weights, out)
+    with pytest.raises(ValueError, match="holds features of other weights, size, mean; give another folder"):
+        embed(folder, weights, out, size=(40, 32), mean=(0.4, 0.5, 0.6))
+    assert main(["embed", str(folder), "--weights", str(tmp_path / "none.pth"), "--out", str(out)]) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+
+
+def test_all_images_unreadable(tmp_path: Path, weights: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    assert embed(tmp_path / "images", weights, tmp_path / "out") == (0, 1)
+    assert np.load(tmp_path / "out" / "features.npy").shape[0] == 0
