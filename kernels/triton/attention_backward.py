@@ -98,11 +98,12 @@ def _through_keys(
     if modifiers.seed_ptr is not None:
         dp *= dropout_factor(modifiers, image * heads + head, queries[:, None], columns[None, :])
     ds = p * (dp - delta[:, None])
+    dq = add_products(dq, ds, k_tiles, PRECISION)
     if modifiers.distances_ptr is not None:
         dq = add_diagonals(
             dq, ds, distances, lowest, 2 * count - 1, ROWS, KEYS, DIM, PIECES, k_tiles[0].dtype, PRECISION
         )
-    return add_products(dq, ds, k_tiles, PRECISION)
+    return dq
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "keys", "longest"])
