@@ -352,6 +352,11 @@ def _table(random: Random, s: Sizes) -> Arguments:
             "window": (side, side)}  # fmt: skip
 
 
+def _distances(random: Random, s: Sizes) -> Arguments:
+    """The ViT paper's relative positions: a key for each distance along the sequence, the same for all heads."""
+    return {**_qkv(random, s), "rel_pos_keys": random(2 * s.tokens - 1, s.width // s.heads)}
+
+
 def _masked(random: Random, s: Sizes) -> Arguments:
     """From a quarter of the keys to all of them, by image."""
     given = _qkv(random, s)
@@ -386,6 +391,7 @@ CASES = {
         {**BIASED, "xformers": _xformers},
     ),
     "attention+table": Case("attention_qkvpacked", _table, BIASED),
+    "attention+distances": Case("attention_qkvpacked", _distances, {BASELINE: _eager, **_SDPA, **OURS}),
     "attention+mask": Case("attention_qkvpacked", _masked, BIASED),
     "attention+packed": Case(
         "attention_qkvpacked", _packed, PACKED, lambda s: 4 * s.width * sum(n * n for n in _lengths(s))

@@ -142,6 +142,8 @@ class Attention:
 ATTENTIONS = (
     *(Attention(name, d) for d in (64, 80, 128) for name in ("bias", "table", "packed")),
     *(Attention(name, dtype=torch.float32) for name in ("bias", "table", "packed")),
+    *(Attention("distances", d) for d in (64, 128)),
+    Attention("distances", dtype=torch.float32),
     Attention("key mask"),
     Attention("table", window=(24, 24)),  # a tile of 32 rows for its gradient
     Attention("table", window=(64, 64)),  # rows of the window in parts
@@ -161,6 +163,9 @@ def attention_launches(call: Attention, arch: int) -> Trace:
     elif call.name == "table":
         table = torch.empty((2 * h - 1) * (2 * w - 1) + 3, heads, requires_grad=True, **meta)
         options |= {"rel_pos_table": table, "window": call.window, "key_mask": kept}
+    elif call.name == "distances":
+        keys = torch.empty(heads, 2 * tokens - 1, call.head_dim, requires_grad=True, **meta)
+        options |= {"rel_pos_keys": keys, "key_mask": kept}
     elif call.name == "packed":
         options |= {"cu_seqlens": torch.empty(batch + 1, dtype=torch.int32, **meta), "max_seqlen": tokens}
         batch, tokens = 1, batch * tokens

@@ -247,6 +247,11 @@ CASES = [
     ),
     Case(
         "attention_qkvpacked",
+        "distances",
+        lambda m: {"qkv": m(2, 17, 3, 2, 32), "rel_pos_keys": m(33, 32)} | _LSE,
+    ),
+    Case(
+        "attention_qkvpacked",
         "packed",
         lambda m: {"qkv": m(1, 30, 3, 2, 32), "dropout_p": 0.2, "seed": _seed(m)} | _sequences(m, 0, 17, 17, 18, 30),
     ),

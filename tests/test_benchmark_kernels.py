@@ -51,6 +51,7 @@ FORWARD = {  # case: (multiply-adds, elements read and written)
     "attention": (2 * 256 * 12 * 197 * 197 * 64, 3 * X + X),
     "attention+bias": (2 * 256 * 12 * 197 * 197 * 64, 3 * X + X + 12 * 197 * 197),
     "attention+table": (2 * 256 * 12 * 197 * 197 * 64, 3 * X + X + (27 * 27 + 3) * 12),
+    "attention+distances": (3 * 256 * 12 * 197 * 197 * 64, 3 * X + X + 393 * 64),
     "attention+mask": (2 * 256 * 12 * 197 * 197 * 64, 3 * X + X + 256 * 197 // 2),  # bytes
     "attention+packed": (2 * 768 * PAIRS, 4 * MIX * 768 + 2 * 257),  # starts in int32
     "rotate": (0, 4 * X + 2 * 2 * 196 * 64),  # angles in float32
@@ -64,6 +65,7 @@ FORWARD = {  # case: (multiply-adds, elements read and written)
 }
 BACKWARD = {
     "attention": (5 * 256 * 12 * 197 * 197 * 64, X + 3 * X + 3 * X),
+    "attention+distances": (8 * 256 * 12 * 197 * 197 * 64, X + 3 * X + 3 * X + 2 * 393 * 64),
     "attention+packed": (5 * 768 * PAIRS, 7 * MIX * 768 + 2 * 257),
     "linear+residual": (2 * X * 768, X + 2 * (X + 768 * 768 + 768)),
     "mlp": (4 * X * 3072, X + 2 * (X + 2 * 768 + 2 * 3072 * 768 + 3072 + 768)),

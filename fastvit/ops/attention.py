@@ -48,8 +48,8 @@ def attention(
             (yi - yj + h - 1) * (2w - 1) + xi - xj + w - 1. With 3 rows more a class token comes first, and they are
             for the class token's query with any key, any query with its key, and both its own. It has a gradient.
         rel_pos_keys: (2T-1, d) or (H, 2T-1, d) floating, with Tq = Tk = T: keys of the distances (the ViT paper's
-            appendix D.3): scale * q_i . rel_pos_keys[i - j + T - 1] is added to score (i, j). It has a gradient. No
-            kernel has it yet: it runs on the reference, with T x T in memory. Bias, table and these exclude each other.
+            appendix D.3): scale * q_i . rel_pos_keys[i - j + T - 1] is added to score (i, j). It has a gradient. The
+            kernels round it to q's dtype; cuda has none for it. Bias, table and these exclude each other.
         key_mask: (B, Tk) bool, True = kept: the others are no keys at all.
         rope: (cos, sin): q and k are turned first, as :func:`fastvit.ops.rope.rotate` says; Tq = Tk.
         cu_seqlens: (n + 1,) int32: B = 1, and the n sequences that start there, the last of which ends at T, attend

@@ -158,7 +158,7 @@ def _refuse_device(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def _refuse_triton(op: str, x: Tensor, modifiers: Iterable[str] = ()) -> str | None:
+def _refuse_triton(op: str, x: Tensor) -> str | None:
     if TRITON_MISSING:
         return TRITON_MISSING
     if torch.version.hip:
@@ -174,8 +174,6 @@ def _refuse_triton(op: str, x: Tensor, modifiers: Iterable[str] = ()) -> str | N
         return f"dtype {x.dtype} is not supported; accepted: float32, float16, bfloat16"
     if op.startswith("attention") and x.shape[-1] > MAX_HEAD_DIM:
         return f"head dim {x.shape[-1]} is not supported; accepted: 1 to {MAX_HEAD_DIM}"
-    if "rel_pos_keys" in modifiers:
-        return "rel_pos_keys is not supported; it runs on the reference"
     if transformed():
         return "a torch.func transform is active; only the reference runs under one"
     return None
@@ -251,7 +249,7 @@ def choose(
         if x.is_cuda:
             if exporting():
                 return "reference"
-            reason = _refuse_triton(op, x, modifiers)
+            reason = _refuse_triton(op, x)
             if reason is None:
                 return "triton"
             other = _refuse_cuda(op, x, weights, modifiers)
@@ -263,7 +261,7 @@ def choose(
     if asked == "cuda":
         reason = _refuse_cuda(op, x, weights, modifiers)
     else:
-        reason = _refuse_triton(op, x, modifiers) if asked == "triton" else _refuse_onednn(x, needs_grad)
+        reason = _refuse_triton(op, x) if asked == "triton" else _refuse_onednn(x, needs_grad)
     if reason is not None:
         raise BackendUnavailable(f"ops.{op}: backend {asked!r} can't run here: {reason}")
     return asked

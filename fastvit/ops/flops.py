@@ -64,16 +64,21 @@ def _products(q: Tensor, pairs: int) -> int:
 
 @register_flop_formula(torch.ops.fastvit.attention, get_raw=True)
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *modifiers: Any, **_: Any) -> int:
-    """As F.scaled_dot_product_attention, and of the scores that exist only: q k^T, p v."""
+    """As F.scaled_dot_product_attention, and of the scores that exist only: q k^T, p v; q R^T with rel_pos_keys R."""
     given = Modifiers(*modifiers)
-    return 2 * _products(q, _pairs(q, k, given.cu_q, given.cu_k))
+    return (2 + (given.rel_pos_keys is not None)) * _products(q, _pairs(q, k, given.cu_q, given.cu_k))
 
 
 @register_flop_formula(torch.ops.fastvit.attention_backward, get_raw=True)
 def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
-    """As F.scaled_dot_product_attention's backward: the scores once more, and one product for each of the others."""
-    given = Modifiers(*rest[-len(Modifiers._fields) - 1 : -1])
-    return 5 * _products(q, _pairs(q, k, given.cu_q, given.cu_k))
+    """As F.scaled_dot_product_attention's backward: the scores once more, and one product for each of the others.
+
+    rel_pos_keys R have a share in the scores and in q's gradient, and their own if it is wanted.
+    """
+    *modifiers, wanted = rest[-len(Modifiers._fields) - 1 :]
+    given = Modifiers(*modifiers)
+    of_distances = 0 if given.rel_pos_keys is None else 2 + wanted
+    return (5 + of_distances) * _products(q, _pairs(q, k, given.cu_q, given.cu_k))
 
 
 @register_flop_formula(torch.ops.fastvit.attention_qkvpacked, get_raw=True)

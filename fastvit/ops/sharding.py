@@ -13,10 +13,11 @@ from torch.distributed.tensor.experimental import register_sharding
 
 # One letter an argument, then one a result. b: its first dimension is the batch's (or the batch's rows);
 # r: a parameter, whole on every rank; p: a parameter's gradient, each rank holding its images' part; -: no tensor.
-# Of attention's modifiers: a: a bias, by batch where it has one, else as r; l: the gradient of the bias or the table;
-# t: a table, by heads; !: what is counted over all images (packed sequences, a dropout's seed): they stay together.
+# Of attention's modifiers: a: a bias, by batch where it has one, else as r; t: a table, by heads; k: keys of distances,
+# by heads where each has its own; l: the gradient of what is learned of these; !: what is counted over all images
+# (packed sequences, a dropout's seed): they stay together.
 # c: a rotation's angles, by batch where they have one.
-_MODIFIERS = "a r - b ! ! - - - !"
+_MODIFIERS = "a r - r b ! ! - - - !"
 _BY_BATCH = {
     "patch_embed": ("b r r r r r r - -", "b"),
     "patch_embed_backward": ("b b - - r r r - - -", "b p p"),
@@ -35,7 +36,7 @@ _BY_BATCH = {
     "attention_distance": ("b b b - - - -", "b"),
 }
 # Where the heads are, in each tensor argument and result of the attention ops; packed sequences are no obstacle here.
-_MODIFIERS_BY_HEADS = "a t - r r r - - - !"
+_MODIFIERS_BY_HEADS = "a t - k r r r - - - !"
 _BY_HEADS = {
     "rotate": ("2 2 c c - -", "2 2"),
     "attention": (f"2 2 2 - - {_MODIFIERS_BY_HEADS}", "2 1"),
@@ -57,13 +58,15 @@ def _strategy(letters: tuple[str, str], args: tuple[Any, ...], dim: int) -> tupl
     A bias has its part of what is shared (images: 0, heads: 1) in dimension ``dim``; absent tensors have no placement.
     """
     inputs, outputs = (one.split() for one in letters)
-    given = {letter: arg for letter, arg in zip(inputs, args, strict=True) if arg is not None and letter in "act!"}
+    given = {letter: arg for letter, arg in zip(inputs, args, strict=True) if arg is not None and letter in "actk!"}
     if "!" in given:
         return None
     split = "a" in given and given["a"].shape[dim] > 1
     angles = "c" in given and dim == 0 and given["c"].ndim == 3
+    own_keys = "k" in given and given["k"].ndim == 3
     places = {**_PLACES, "a": Shard(dim) if split else Replicate(), "c": Shard(0) if angles else Replicate()}
-    places["l"] = Shard(dim) if split or "t" in given else Partial()
+    places["k"] = Shard(0) if own_keys else Replicate()
+    places["l"] = Shard(dim) if split or "t" in given else Shard(0) if own_keys else Partial()
     arguments = [None if arg is None else places[letter] for letter, arg in zip(inputs, args, strict=True)]
     return [places[o] for o in outputs], arguments
 

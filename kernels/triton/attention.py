@@ -27,99 +27,26 @@ from fastvit.triton import tiles
 from fastvit.triton.attention_scores import (
     LOG2_E,
     ModifierPointers,
+    distance_keys,
     dropout_factor,
     modified,
     modifier_pointers,
     sequence,
     softmax_shift,
 )
-from fastvit.triton.launch import architecture, before, dot, launch, narrow, pieces, precision, store
-
-
-@triton.constexpr_function
-def last(pieces, i):
-    """Whether piece ``i`` is the last one."""
-    return i + 1 == len(pieces)
-
-
-@triton.jit
-def head_rows(pointer, strides, image, head, UNIT: tl.constexpr, start=0):
-    """(token ``start`` of one head of one image, the step to the next); strides are (image, token, head) / UNIT."""
-    step = tl.full((), UNIT, tl.int64)
-    first = pointer + image * (strides[0] * step) + head * (strides[2] * step) + start * (strides[1] * step)
-    return first, strides[1] * step
-
-
-@triton.jit
-def full_blocks(length, BLOCK: tl.constexpr):
-    """How many of ``length`` rows come in full blocks, with something left to be last; 0 for a BLOCK of 0."""
-    rows = 0
-    if BLOCK:
-        rows = tl.maximum(length - 1, 0) // BLOCK * BLOCK
-    return rows
-
-
-@triton.jit
-def load_rows(x, start, limit, ROWS: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr):
-    """Rows start .. start + ROWS, a (ROWS, piece) tile for each piece of DIM; with EDGE, 0 from row ``limit`` on."""
-    rows = start + tl.arange(0, ROWS)
-    tiles = ()
-    for i in tl.static_range(len(PIECES)):
-        columns = before(PIECES, i) + tl.arange(0, PIECES[i])
-        pointers = x[0] + rows[:, None] * x[1] + columns[None, :]
-        if EDGE or before(PIECES, i + 1) > DIM:
-            inside = (rows[:, None] < limit) & (columns[None, :] < DIM)
-            tiles += (tl.load(pointers, mask=inside, other=0.0),)
-        else:
-            tiles += (tl.load(pointers),)
-    return tiles
-
-
-@triton.jit
-def store_rows(x, start, limit, tiles, ROWS: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr):
-    """The inverse of :func:`load_rows`, in the dtype of x; nothing is written from row ``limit`` on."""
-    rows = start + tl.arange(0, ROWS)
-    for i in tl.static_range(len(PIECES)):
-        columns = before(PIECES, i) + tl.arange(0, PIECES[i])
-        inside = (rows[:, None] < limit) & (columns[None, :] < DIM)
-        pointers = x[0] + rows[:, None] * x[1] + columns[None, :]
-        store(pointers, tiles[i], inside)
-
-
-@triton.jit
-def zero_rows(ROWS: tl.constexpr, PIECES: tl.constexpr):
-    """A float32 accumulator (ROWS, piece) for each piece of the head dim."""
-    tiles = ()
-    for i in tl.static_range(len(PIECES)):
-        tiles += (tl.full((ROWS, PIECES[i]), 0.0, tl.float32),)
-    return tiles
-
-
-@triton.jit
-def scaled(tiles, factor):
-    """Every tile times a float32 factor, in the tile's dtype."""
-    out = ()
-    for i in tl.static_range(len(tiles)):
-        out += ((tiles[i].to(tl.float32) * factor).to(tiles[i].dtype),)
-    return out
-
-
-@triton.jit
-def products(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T (ROWS, COLUMNS) in float32, contracted over every piece of the head dim."""
-    out = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-    for i in tl.static_range(len(a)):
-        out = dot(a[i], b[i].T, out, PRECISION)
-    return out
-
-
-@triton.jit
-def add_products(acc, p, tiles, PRECISION: tl.constexpr):
-    """acc + p @ tile, piece by piece of the head dim; p is rounded to the tiles' dtype."""
-    out = ()
-    for i in tl.static_range(len(tiles)):
-        out += (dot(narrow(p, tiles[i].dtype), tiles[i], acc[i], PRECISION),)
-    return out
+from fastvit.triton.attention_tiles import (
+    add_products,
+    diagonals,
+    full_blocks,
+    head_rows,
+    last,
+    load_rows,
+    products,
+    scaled,
+    store_rows,
+    zero_rows,
+)
+from fastvit.triton.launch import architecture, before, launch, pieces, precision
 
 
 @triton.jit
@@ -132,7 +59,7 @@ def _attend(
     keys,
     scale_log2,
     modifiers,
-    site,  # (image, head, H, its queries (ROWS,), Tq)
+    site,  # (image, head, H, its first query, its queries (ROWS,), Tq)
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,  # pieces of the keys to add, which begin at ``start``
     DIM: tl.constexpr,
@@ -142,7 +69,7 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """One step of the online softmax."""
-    image, head, heads, queries, count = site
+    image, head, heads, first, queries, count = site
     highest, total, acc = state
     top = highest
     scores, values = (), ()
@@ -150,6 +77,11 @@ def _attend(
         at = start + before(KEYS, j)
         s = products(q, load_rows(k, at, keys, KEYS[j], DIM, PIECES, EDGE and last(KEYS, j)), ROWS, KEYS[j], PRECISION)
         columns = at + tl.arange(0, KEYS[j])
+        if modifiers.distances_ptr is not None:
+            s += diagonals(
+                q, distance_keys(modifiers, head, DIM), first - at + count - KEYS[j], 2 * count - 1,
+                ROWS, KEYS[j], DIM, PIECES, False, PRECISION,
+            )  # fmt: skip
         if MODIFIED:
             s = modified(s * scale_log2, modifiers, image, head, heads, queries[:, None], columns[None, :], count, keys)
         if EDGE and last(KEYS, j):
@@ -213,7 +145,7 @@ def attention_forward_kernel(
     v = head_rows(v_ptr, v_strides, holder, head, UNIT, k_start)
     out = head_rows(out_ptr, out_strides, holder, head, UNIT, q_start)
     rows = first + tl.arange(0, ROWS)
-    site = image, head, heads, rows, q_length
+    site = image, head, heads, first, rows, q_length
 
     q = load_rows(q, first, q_length, ROWS, DIM, PIECES, True)
     scale_log2 = scale * LOG2_E
@@ -246,15 +178,15 @@ def attention_forward_kernel(
     tl.store(lse_ptr + at + rows, lse / LOG2_E, mask=rows < q_length)
 
 
-def choose(kernel: str, tensor: Tensor, owned: int, length: int, modified: bool = False) -> dict[str, Any]:
+def choose(kernel: str, tensor: Tensor, owned: int, length: int, given: str = "") -> dict[str, Any]:
     """The table's tile for ``kernel`` on ``tensor`` (B, T, H, d) with ``owned`` rows to own, ``length`` to go through.
 
-    Of the derived ones it is the first that takes them. ``modified``: with modifiers, which need registers of their
-    own; for those only derived tiles exist.
+    Of the derived ones it is the first that takes them. ``given``: "distances" with keys of distances, "modified" with
+    other modifiers, "" without any. Those need registers of their own, and for them only derived tiles exist.
     """
     batch, _, heads, head_dim = tensor.shape
     limits = {"max_head_dim": head_dim, "max_owned": owned, "max_length": length}
-    kernel = f"modified_{kernel}" if modified else kernel
+    kernel = f"{given}_{kernel}" if given else kernel
 
     def derived() -> dict[str, Any]:
         for row in tiles.rows("attention", architecture(tensor), tensor.dtype):
@@ -262,12 +194,17 @@ def choose(kernel: str, tensor: Tensor, owned: int, length: int, modified: bool 
                 return row
         raise ValueError(f"attention kernels take a head dim of 1 to 128, got {head_dim}")
 
-    if modified:
+    if given:
         return derived()
     return tiles.choose(
         "attention", tensor, tensor.dtype, batch, derived,
         kernel=kernel, heads=heads, head_dim=head_dim, owned=owned, length=length,
     )  # fmt: skip
+
+
+def fit(size: int, most: int) -> int:
+    """The rows of a tile for ``size`` of them: a power of two, from 16 to ``most``."""
+    return min(most, max(triton.next_power_of_2(size), 16))
 
 
 def cut(row: dict[str, Any], head_dim: int, owned: int, length: int) -> dict[str, Any]:
@@ -276,7 +213,7 @@ def cut(row: dict[str, Any], head_dim: int, owned: int, length: int) -> dict[str
     return {
         "DIM": head_dim,
         "PIECES": pieces(head_dim, 16, row["head_piece"]),
-        "ROWS": min(row["rows"], max(triton.next_power_of_2(owned), 16)),
+        "ROWS": fit(owned, row["rows"]),
         "REST": pieces(length - (length - 1) // block * block if block else length, 16, row["piece"]),
         "BLOCK": block,
     }
@@ -307,10 +244,13 @@ def work(
 
     Packed sequences have lengths that only the device knows: one block for all of them, nothing that fits one.
     """
-    packed, modified = given.cu_q_ptr is not None, any(member is not None for member in given)
+    packed = given.cu_q_ptr is not None
+    modifiers = "modified" if any(member is not None for member in given) else ""
+    if given.distances_ptr is not None:
+        modifiers = "distances"
     if packed:
         owned = length = 2**31
-    tile = tile or choose(kernel, tensor, owned, length, modified)
+    tile = tile or choose(kernel, tensor, owned, length, modifiers)
     constants = cut(tile, tensor.shape[3], owned, length)
     if packed:
         constants["REST"] = (tile["block"],)

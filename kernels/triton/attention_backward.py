@@ -10,6 +10,8 @@ block of keys and goes through the queries with the scores transposed, so that p
 left operands of their products. Both go through full blocks and then through pieces that fit the rest.
 
 With a bias b, p = exp(q k^T * scale + b - lse), and db is ds without the scale: see ``attention_bias_gradient.py``.
+With keys R of the distances, k_j + R[i - j + T - 1] takes the place of k_j in p and in dq; dR is in
+``attention_distance_keys.py``.
 With dropout, whose factors f of 0 or 1 / (1 - rate) are drawn again, f * (dout v^T) takes the place of dout v^T, and
 f * p that of p in dv; delta is the same sum.
 """
@@ -24,30 +26,32 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.ops.attention_modifiers import UNMODIFIED, Modifiers
-from fastvit.triton.attention import (
-    add_products,
-    full_blocks,
-    head_rows,
-    images,
-    in_units,
-    last,
-    load_rows,
-    products,
-    scaled,
-    store_rows,
-    work,
-    zero_rows,
-)
+from fastvit.triton.attention import images, in_units, work
 from fastvit.triton.attention_bias_gradient import attention_bias_gradient, attention_table_gradient
+from fastvit.triton.attention_distance_keys import attention_distance_keys_gradient
 from fastvit.triton.attention_scores import (
     LOG2_E,
     NONE,
     ModifierPointers,
     backward_lse,
+    distance_keys,
     dropout_factor,
     modified,
     modifier_pointers,
     sequence,
+)
+from fastvit.triton.attention_tiles import (
+    add_diagonals,
+    add_products,
+    diagonals,
+    full_blocks,
+    head_rows,
+    last,
+    load_rows,
+    products,
+    scaled,
+    store_rows,
+    zero_rows,
 )
 from fastvit.triton.launch import before, launch
 
@@ -65,7 +69,7 @@ def _through_keys(
     keys,
     scale_log2,
     modifiers,
-    site,  # (image, head, H, its queries (ROWS,), Tq)
+    site,  # (image, head, H, its first query, its queries (ROWS,), Tq)
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
@@ -75,11 +79,16 @@ def _through_keys(
     PRECISION: tl.constexpr,
 ):
     """dq / scale with keys start .. start + KEYS added."""
-    image, head, heads, queries, count = site
+    image, head, heads, first, queries, count = site
     columns = start + tl.arange(0, KEYS)
     k_tiles = load_rows(k, start, keys, KEYS, DIM, PIECES, EDGE)
     v_tiles = load_rows(v, start, keys, KEYS, DIM, PIECES, EDGE)
-    s = products(q, k_tiles, ROWS, KEYS, PRECISION) * scale_log2
+    s = products(q, k_tiles, ROWS, KEYS, PRECISION)
+    lowest = first - start + count - KEYS  # of the keys of distances that are needed
+    if modifiers.distances_ptr is not None:
+        distances = distance_keys(modifiers, head, DIM)
+        s += diagonals(q, distances, lowest, 2 * count - 1, ROWS, KEYS, DIM, PIECES, False, PRECISION)
+    s *= scale_log2
     if MODIFIED:
         s = modified(s, modifiers, image, head, heads, queries[:, None], columns[None, :], count, keys)
     p = tl.math.exp2(s - lse[:, None])
@@ -88,7 +97,13 @@ def _through_keys(
     dp = products(dout, v_tiles, ROWS, KEYS, PRECISION)
     if modifiers.seed_ptr is not None:
         dp *= dropout_factor(modifiers, image * heads + head, queries[:, None], columns[None, :])
-    return add_products(dq, p * (dp - delta[:, None]), k_tiles, PRECISION)
+    ds = p * (dp - delta[:, None])
+    dq = add_products(dq, ds, k_tiles, PRECISION)
+    if modifiers.distances_ptr is not None:
+        dq = add_diagonals(
+            dq, ds, distances, lowest, 2 * count - 1, ROWS, KEYS, DIM, PIECES, k_tiles[0].dtype, PRECISION
+        )
+    return dq
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "keys", "longest"])
@@ -153,7 +168,7 @@ def attention_query_gradient_kernel(
     tl.store(delta_ptr + at, delta, mask=rows < q_length)
 
     c = scale * LOG2_E
-    site = image, head, heads, rows, q_length
+    site = image, head, heads, first, rows, q_length
     dq = zero_rows(ROWS, PIECES)
     full = full_blocks(k_length, BLOCK)
     if BLOCK:
@@ -185,7 +200,7 @@ def _through_queries(
     queries,
     scale_log2,
     modifiers,
-    site,  # (image, head, H, its keys (ROWS,), Tk)
+    site,  # (image, head, H, its first key, its keys (ROWS,), Tk)
     ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
@@ -195,7 +210,7 @@ def _through_queries(
     PRECISION: tl.constexpr,
 ):
     """dk / scale and dv with queries start .. start + QUERIES added."""
-    image, head, heads, keys, count = site
+    image, head, heads, first, keys, count = site
     dk, dv = grads
     q_tiles = load_rows(q, start, queries, QUERIES, DIM, PIECES, EDGE)
     dout_tiles = load_rows(dout, start, queries, QUERIES, DIM, PIECES, EDGE)
@@ -203,7 +218,13 @@ def _through_queries(
     # A row that is not there has an infinite log-sum-exp: its probabilities are exactly 0.
     lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float("inf")) * LOG2_E
     delta = tl.load(delta_ptr + rows, mask=rows < queries, other=0.0)
-    s = products(k, q_tiles, ROWS, QUERIES, PRECISION) * scale_log2
+    s = products(k, q_tiles, ROWS, QUERIES, PRECISION)
+    if modifiers.distances_ptr is not None:
+        s += diagonals(
+            q_tiles, distance_keys(modifiers, head, DIM), start - first + count - ROWS, 2 * count - 1,
+            QUERIES, ROWS, DIM, PIECES, True, PRECISION,
+        )  # fmt: skip
+    s *= scale_log2
     if MODIFIED:
         lse = backward_lse(lse)
         s = modified(s, modifiers, image, head, heads, rows[None, :], keys[:, None], queries, count)
@@ -268,7 +289,7 @@ def attention_key_value_gradient_kernel(
     delta_ptr += at
 
     c = scale * LOG2_E
-    site = image, head, heads, first + tl.arange(0, ROWS), k_length
+    site = image, head, heads, first, first + tl.arange(0, ROWS), k_length
     grads = zero_rows(ROWS, PIECES), zero_rows(ROWS, PIECES)
     full = full_blocks(q_length, BLOCK)
     if BLOCK:
@@ -313,8 +334,9 @@ def attention_backward(
         q, k, v, scale and modifiers: as given to the forward; out, lse: what it returned.
         dq (B, Tq, H, d), dk and dv (B, Tk, H, d): written in full; the last dimension is contiguous, other
             strides are free, so they may be the three views of one packed (B, T, 3, H, d) gradient.
-        dlearned: the gradient of the modifiers' bias or table, contiguous float32, or None: the table's in its shape,
-            the bias's with size 1 where it is broadcast. Written in full, by a launch of its own.
+        dlearned: the gradient of the modifiers' bias, table or keys of distances, contiguous float32, or None: in the
+            shape of what was learned, so with size 1 where a bias is broadcast. Written in full, by a launch of its
+            own.
 
     Raises:
         ValueError: the head dim is above 128.
@@ -330,7 +352,12 @@ def attention_backward(
     delta = attention_query_gradient(dout, dlse, q, k, v, out, lse, scale, dq, given=given, longest=modifiers.max_q)
     attention_key_value_gradient(dout, q, k, v, lse, delta, scale, dk, dv, given=given, longest=modifiers.max_k)
     if dlearned is not None:
-        gradient_of = attention_table_gradient if modifiers.bias is None else attention_bias_gradient
+        if modifiers.bias is not None:
+            gradient_of = attention_bias_gradient
+        elif modifiers.rel_pos_table is not None:
+            gradient_of = attention_table_gradient
+        else:
+            gradient_of = attention_distance_keys_gradient
         gradient_of(dout, q, k, v, lse, delta, scale, dlearned, given=given)
 
 

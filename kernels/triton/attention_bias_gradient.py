@@ -14,20 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.triton.attention import choose, head_rows, in_units, products
+from fastvit.triton.attention import choose, fit, in_units
 from fastvit.triton.attention_scores import LOG2_E, ModifierPointers, backward_lse, dropout_factor, modified
-from fastvit.triton.launch import before, launch, pieces, precision
-
-
-@triton.jit
-def _load(x, rows, inside, DIM: tl.constexpr, PIECES: tl.constexpr):
-    """Rows of x = (where they start, step), a (len(rows), piece) tile for each piece of DIM; 0 where not inside."""
-    tiles = ()
-    for i in tl.static_range(len(PIECES)):
-        columns = before(PIECES, i) + tl.arange(0, PIECES[i])
-        pointers = x[0] + rows[:, None] * x[1] + columns[None, :]
-        tiles += (tl.load(pointers, mask=inside[:, None] & (columns < DIM)[None, :], other=0.0),)
-    return tiles
+from fastvit.triton.attention_tiles import head_rows, pick_rows, products
+from fastvit.triton.launch import launch, pieces, precision
 
 
 @triton.jit
@@ -53,10 +43,10 @@ def _score_gradient(
 ):
     """ds (ROWS, COLUMNS) float32 of one head, 0 where a query or key does not count."""
     heads, queries, keys = sizes
-    q = _load(head_rows(pointers[0], strides[0], image, head, UNIT), i, i_inside, DIM, PIECES)
-    k = _load(head_rows(pointers[1], strides[1], image, head, UNIT), j, j_inside, DIM, PIECES)
-    v = _load(head_rows(pointers[2], strides[2], image, head, UNIT), j, j_inside, DIM, PIECES)
-    dout = _load(head_rows(pointers[3], strides[3], image, head, UNIT), i, i_inside, DIM, PIECES)
+    q = pick_rows(head_rows(pointers[0], strides[0], image, head, UNIT), i, i_inside, DIM, PIECES)
+    k = pick_rows(head_rows(pointers[1], strides[1], image, head, UNIT), j, j_inside, DIM, PIECES)
+    v = pick_rows(head_rows(pointers[2], strides[2], image, head, UNIT), j, j_inside, DIM, PIECES)
+    dout = pick_rows(head_rows(pointers[3], strides[3], image, head, UNIT), i, i_inside, DIM, PIECES)
     row = image * heads + head
     at = row.to(tl.int64) * queries + i
     # A query that does not count has an infinite log-sum-exp: its probabilities are exactly 0.
@@ -235,9 +225,10 @@ def attention_table_gradient_kernel(
         tl.store(dtable_ptr + one * heads + head, tl.sum(tl.where(entry == one, acc, 0.0)))
 
 
-def _args(
+def gradient_args(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, scale: float, tile: dict[str, Any]
 ) -> dict[str, Any]:
+    """The arguments that the gradients of what is added to the scores have in common."""
     return {
         **in_units(q=q, k=k, v=v, dout=dout),
         "lse_ptr": lse,
@@ -248,10 +239,6 @@ def _args(
         "PIECES": pieces(q.shape[3], 16, tile["head_piece"]),
         "PRECISION": precision(q.dtype),
     }
-
-
-def _fit(size: int, most: int) -> int:
-    return min(most, max(triton.next_power_of_2(size), 16))
 
 
 def attention_bias_gradient(
@@ -274,9 +261,9 @@ def attention_bias_gradient(
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     own_images, own_heads, own_queries, own_keys = dbias.shape
-    tile = tile or choose("bias_gradient", q, queries, keys, modified=True)
+    tile = tile or choose("bias_gradient", q, queries, keys, "modified")
     args = {
-        **_args(q, k, v, dout, lse, delta, scale, tile),
+        **gradient_args(q, k, v, dout, lse, delta, scale, tile),
         "dbias_ptr": dbias,
         "queries": queries,
         "keys": keys,
@@ -284,8 +271,8 @@ def attention_bias_gradient(
         "shared_heads": heads // own_heads,
         "own_heads": own_heads,
         "modifiers": given,
-        "ROWS": _fit(queries, tile["rows"]),
-        "COLUMNS": _fit(keys, tile["block"]),
+        "ROWS": fit(queries, tile["rows"]),
+        "COLUMNS": fit(keys, tile["block"]),
         "SUM_QUERIES": own_queries == 1,
         "SUM_KEYS": own_keys == 1,
     }
@@ -318,10 +305,10 @@ def attention_table_gradient(
     """
     batch, tokens, heads, _ = q.shape
     h, w, prefix = given.window
-    tile = tile or choose("table_gradient", q, tokens, tokens, modified=True)
-    rows = _fit(w, tile["rows"])
+    tile = tile or choose("table_gradient", q, tokens, tokens, "modified")
+    rows = fit(w, tile["rows"])
     args = {
-        **_args(q, k, v, dout, lse, delta, scale, tile),
+        **gradient_args(q, k, v, dout, lse, delta, scale, tile),
         "table_ptr": given.table_ptr,
         "dtable_ptr": dtable,
         "images": batch,

@@ -15,23 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.triton.attention import LOG2_E, head_rows, in_units, load_rows, products
-from fastvit.triton.launch import before, launch, pieces, precision
+from fastvit.triton.attention import in_units
+from fastvit.triton.attention_scores import LOG2_E
+from fastvit.triton.attention_tiles import head_rows, load_rows, pick_rows, products
+from fastvit.triton.launch import launch, pieces, precision
 from fastvit.triton.reduce import sum_partials
 
 # By element size. Sixteen rows are the fewest that a product takes: the class token's with 15 others left out.
 _TILES = {2: {"rows": 64, "keys": 64, "head_piece": 64}, 4: {"rows": 32, "keys": 32, "head_piece": 16}}
-
-
-@triton.jit
-def _gather_rows(x, rows, inside, DIM: tl.constexpr, PIECES: tl.constexpr):
-    """Rows ``rows`` (ROWS,) int64 of one head, a (ROWS, piece) tile for each piece of DIM; 0 where not ``inside``."""
-    tiles = ()
-    for i in tl.static_range(len(PIECES)):
-        columns = before(PIECES, i) + tl.arange(0, PIECES[i])
-        pointers = x[0] + rows[:, None] * x[1] + columns[None, :]
-        tiles += (tl.load(pointers, mask=inside[:, None] & (columns[None, :] < DIM), other=0.0),)
-    return tiles
 
 
 @triton.jit
@@ -97,7 +88,7 @@ def attention_rows_kernel(
         bias = tl.load(own + at, mask=written, other=0.0)
     row = row.to(tl.int64)
     lse = tl.load(lse_ptr + row * queries + chosen, mask=inside, other=float("nan"))
-    tile = _gather_rows(q, chosen, inside, DIM, PIECES)
+    tile = pick_rows(q, chosen, inside, DIM, PIECES)
     p = _weights(tile, k, lse, bias, start, keys, scale, ROWS, KEYS, DIM, PIECES, PRECISION)
     tl.store(out_ptr + (row * count + places[:, None]) * keys + columns[None, :], p, mask=written)
 

@@ -1,4 +1,4 @@
-"""What changes the scores of attention: bias, relative position table, absent keys, packed sequences, dropout.
+"""What changes the scores of attention: bias, table or keys of distances, absent keys, packed sequences, dropout.
 
 The kernels take one argument for all of it, :class:`ModifierPointers`, and ask the functions here. Which of its members
 are None is known to the compiler: code for what is not used does not exist.
@@ -25,6 +25,8 @@ class ModifierPointers(NamedTuple):
     bias_strides: Any = None  # (image, head, query, key), 0 where it is broadcast
     table_ptr: Any = None  # (R, H) floating, contiguous; R = (2h-1)(2w-1), + 3 with a class token
     window: Any = None  # (h, w, 1 with a class token else 0)
+    distances_ptr: Any = None  # (2T-1, d), or (H, 2T-1, d) one after the other; floating, contiguous
+    distances_apart: Any = None  # rows from one head's to the next's: 2T-1, or 0 where the heads share them
     mask_ptr: Any = None  # (B, Tk) uint8, not 0 where a key is kept
     mask_strides: Any = None  # (image, key)
     cu_q_ptr: Any = None  # (n + 1,) int32, where each sequence's queries start
@@ -39,7 +41,7 @@ NONE = ModifierPointers()
 
 
 def modifier_pointers(modifiers: Modifiers) -> ModifierPointers:
-    """The kernels' argument; the bias has the shape of the scores."""
+    """The kernels' argument; the bias has the shape of the scores, keys of distances are there for every head."""
     given: dict[str, Any] = {}
     bias, table, window = modifiers.bias, modifiers.rel_pos_table, modifiers.window
     if bias is not None:
@@ -48,6 +50,11 @@ def modifier_pointers(modifiers: Modifiers) -> ModifierPointers:
         h, w = window
         prefix = int(table.shape[0] > (2 * h - 1) * (2 * w - 1))
         given |= {"table_ptr": table.contiguous(), "window": (h, w, prefix)}
+    distances = modifiers.rel_pos_keys
+    if distances is not None:
+        shared = distances.stride(0) == 0
+        distances = (distances[0] if shared else distances).contiguous()
+        given |= {"distances_ptr": distances, "distances_apart": 0 if shared else distances.shape[1]}
     if modifiers.key_mask is not None:
         given |= {"mask_ptr": modifiers.key_mask.view(torch.uint8), "mask_strides": modifiers.key_mask.stride()}
     if modifiers.cu_q is not None and modifiers.cu_k is not None:
@@ -103,6 +110,12 @@ def modified(s, modifiers, image, head, heads, i, j, queries, keys):
         kept = tl.load(start + j.to(tl.int64) * strides[1], mask=j < keys, other=0)
         s = tl.where(kept != 0, s, float("-inf"))
     return s
+
+
+@triton.jit
+def distance_keys(modifiers, head, DIM: tl.constexpr):
+    """(the first of one head's keys of distances, the step to the next)."""
+    return modifiers.distances_ptr + head.to(tl.int64) * modifiers.distances_apart * DIM, DIM
 
 
 @triton.jit

@@ -45,6 +45,17 @@ def _worker(rank: int, port: int) -> None:
         by_heads = ops.attention_qkvpacked(distribute_tensor(qkv, mesh, [Shard(3)]))
         assert by_heads.placements == (Shard(2),)
         torch.testing.assert_close(by_heads.full_tensor(), ops.attention_qkvpacked(qkv))
+        for keys, by_heads in ((torch.randn(9, 16), Replicate()), (torch.randn(4, 9, 16), Shard(0))):
+            keys.requires_grad_()
+            expected = ops.attention_qkvpacked(qkv, rel_pos_keys=keys)
+            expected.square().sum().backward()
+            for place, keys_place in ((Shard(0), Replicate()), (Shard(3), by_heads)):
+                part = distribute_tensor(keys.detach(), mesh, [keys_place]).requires_grad_()
+                out = ops.attention_qkvpacked(distribute_tensor(qkv, mesh, [place]), rel_pos_keys=part)
+                assert out.placements == (Shard(min(place.dim, 2)),)
+                out.square().sum().backward()
+                torch.testing.assert_close(out.full_tensor(), expected)
+                torch.testing.assert_close(part.grad.full_tensor(), keys.grad)
         q, k, _ = (t.contiguous() for t in qkv.unbind(2))
         _, lse = ops.attention(q, k, k, return_lse=True)
         angles = torch.randn(2, 2, 4, 16)

@@ -33,6 +33,7 @@ FULL = [
         "attention_qkvpacked-17x64",
         "attention-bias",
         "attention_qkvpacked-table",
+        "attention_qkvpacked-distances",
         "attention_qkvpacked-packed",
     )
 ]
@@ -206,12 +207,6 @@ def test_wide_heads_are_refused_by_name() -> None:
     qkv = torch.randn(1, 2, 3, 1, 160)
     with pytest.raises(fastvit.BackendUnavailable, match="head dim 160.*1 to 128"):
         ops.attention_qkvpacked(qkv)
-
-
-def test_keys_of_distances_are_refused_by_name() -> None:
-    qkv = torch.randn(1, 2, 3, 1, 16)
-    with pytest.raises(fastvit.BackendUnavailable, match="rel_pos_keys is not supported; it runs on the reference"):
-        ops.attention_qkvpacked(qkv, rel_pos_keys=torch.randn(3, 16))
 
 
 @pytest.mark.parametrize("op", ["linear", "attention", "layer_norm", "mlp", "patch_embed"])
