@@ -10,7 +10,7 @@ from benchmarks import measure, networks
 from benchmarks.cells import Cell, CellFailed, Row, Unavailable
 from benchmarks.race import blank
 from benchmarks.subjects import ModelSubject, cells_by_batch, starter
-from benchmarks.suites import Bar, Options, Suite
+from benchmarks.suites import CPU_DTYPES, Bar, Options, Suite
 
 LARGEST = 1 << 15  # PyTorch has kernels with the batch in the grid's y, which ends below 1 << 16
 PRECISION = 32  # the bisection ends when it knows the largest batch to one part in this many
@@ -119,7 +119,7 @@ SUITE = Suite(
     "tried until memory runs out; on a CPU their allocations are counted against --limit.",
     defaults={
         "cpu": Options(
-            dtypes=("bfloat16",),
+            dtypes=CPU_DTYPES[-1:],
             models=("vit_small_patch16_224", "resnet50"),
             peers=("timm", "fastvit", "torchvision", "huggingface"),
             modes=("inference", "training"),
@@ -134,7 +134,7 @@ SUITE = Suite(
             modes=("inference", "training"),
         ),
         "quick": Options(
-            dtypes=("float32",),  # CPUs without bfloat16 instructions take minutes for the other
+            dtypes=("float32",),
             models=("vit_tiny_patch16_224",),
             sizes=(64,),
             batches=(2,),

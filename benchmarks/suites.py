@@ -14,6 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.cells import Cell, Row, Store
+from fastvit.ops import onednn
+
+# A CPU without bfloat16 instructions multiplies it in software: minutes for what takes seconds.
+CPU_DTYPES = ("float32", "bfloat16") if onednn.BFLOAT16_INSTRUCTIONS else ("float32",)
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Options:
     """What to measure. Each suite has its defaults for a CPU and for a GPU."""
 
     device: str = "cpu"
-    dtypes: Sequence[str] = ("float32", "bfloat16")
+    dtypes: Sequence[str] = CPU_DTYPES
     models: Sequence[str] = ("vit_base_patch16_224",)
     sizes: Sequence[int] = (224,)
     batches: Sequence[int] = (4,)
