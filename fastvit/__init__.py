@@ -1,7 +1,7 @@
 """Vision Transformers on hand-written kernels: ``fastvit.ViT`` with timm's weights and API, and its ops."""
 
 from fastvit import ops, resnet
-from fastvit.accelerate import accelerate
+from fastvit.acceleration import accelerate
 from fastvit.checkpoints import load_checkpoint
 from fastvit.models import ViT, create_model, from_checkpoint, list_models
 from fastvit.ops.backends import BackendUnavailable, backend

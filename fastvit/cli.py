@@ -149,8 +149,13 @@ def parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", metavar="SOURCE", help="a file, a folder of Hugging Face, or hf-hub:org/name")
     convert.add_argument("target", metavar="TARGET", help=".safetensors, .pth, or .npz for the layout npz")
-    layouts = ("timm", "torchvision", "huggingface", "huggingface-5", "npz")
-    convert.add_argument("--to", choices=layouts, default="timm", help="default: timm, which is fastvit's own")
+    convert.add_argument(
+        "--to",
+        default="timm",
+        metavar="LAYOUT",
+        help="timm (the default, and fastvit's own), torchvision, huggingface, huggingface-5 (names since transformers "
+        "5), or npz",
+    )
     convert.add_argument("--num-heads", type=_positive, metavar="N", help="attention heads, which an .npz needs")
     convert.set_defaults(run=_convert)
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from fastvit.checkpoints.load import Source
 from fastvit.models import ViT, from_checkpoint
 
 log = logging.getLogger("fastvit")
@@ -242,7 +243,7 @@ def to_parquet(out: Path) -> Path:
 
 def embed(
     source: str | Path,
-    weights: str | Path | ViT,
+    weights: Source,
     out: str | Path,
     *,
     size: tuple[int, int] | None = None,
@@ -260,7 +261,7 @@ def embed(
 
     Args:
         source: a folder, .tar or .parquet; see :func:`open_images`.
-        weights: what :func:`fastvit.from_checkpoint` takes, or a model.
+        weights: what :func:`fastvit.from_checkpoint` takes.
         out: a folder.
         size: (height, width) the images are cut to; by default the model's. Positions are resampled for another.
         mean, std: of the pixels, in 0..1 units, as the model was trained with.
@@ -278,10 +279,7 @@ def embed(
     device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     images = open_images(source)
     options: dict[str, Any] = {} if size is None else {"img_size": size}
-    if isinstance(weights, ViT):
-        model = weights.to(device=device, dtype=dtype).eval()
-    else:
-        model = from_checkpoint(weights, num_classes=0, device=device, dtype=dtype, **options).eval()
+    model = from_checkpoint(weights, num_classes=0, device=device, dtype=dtype, **options).eval()
     size = tuple(model.patch_embed.img_size)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,7 @@ def test_what_is_done_is_not_done_again(
 def test_two_processes_share_the_images(folder: Path, weights: Path, tmp_path: Path) -> None:
     code = "import fastvit.embed as e, sys; from fastvit.cli import main; e.SHARD = 3; sys.exit(main(sys.argv[1:]))"
     (tmp_path / "run.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29417"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [tmp_path / "run.py", "embed", folder, "--weights", weights, "--out", tmp_path / "out"]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvit.accelerate.twin import Twin
+from fastvit.acceleration.twin import Twin
 from fastvit.layers import Attention, AttentionPoolLatent, Block, LayerNorm, Mlp, PatchEmbed, SwiGLU
 from fastvit.layers.beit import BeitAttention, BeitBlock
 from fastvit.layers.misc import DropPath, LayerScale, PatchDropout

@@ -47,7 +47,9 @@ class Rule:
             x = x.reshape(1, *x.shape[-2:])
         elif self.shape == "transposed":
             x = x.T.contiguous()
-        return [x] if len(self.ours) == 1 else list(x.split([len(x) // 3 * part for part in self.parts]))
+        if len(self.ours) == 1:
+            return [x]
+        return [part.clone() for part in x.split([len(x) // 3 * count for count in self.parts])]
 
     def backward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Ours to theirs, in the first of the shapes that theirs may have."""

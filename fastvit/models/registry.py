@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastvit.checkpoints.load import Source, fit, load_checkpoint, read_checkpoint
+from fastvit.checkpoints.load import Checkpoint, Source, fit, load_checkpoint, read_checkpoint
 from fastvit.models.architecture import architecture
 from fastvit.models.resnet import ResNetV2
 from fastvit.models.vit import ViT
@@ -166,11 +166,11 @@ def from_checkpoint(
         model = ViT(**found | {"num_classes": num_classes}, device=device, dtype=dtype)
         load_checkpoint(model, checkpoint, head="drop")
         return model
-    # Never twice in memory: the model takes the tensors of a file for its parameters. A state_dict is another's.
+    # Never twice in memory: the model takes a file's tensors for its parameters. Those read before are somebody's own.
     model = ViT(**found, device="meta", dtype=dtype)
-    values = fit(model, checkpoint, "keep")
-    checkpoint.state.clear()
-    copy = isinstance(source, Mapping)
+    values, copy = fit(model, checkpoint, "keep"), isinstance(source, Mapping | Checkpoint)
+    if not copy:
+        checkpoint.state.clear()
     model.load_state_dict(
         {name: values.pop(name).to(device or "cpu", dtype, copy=copy) for name in list(values)}, assign=True
     )
