@@ -121,6 +121,21 @@ def test_names_alone_tell_as_much(name: str) -> None:
         torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
 
 
+def test_a_configuration_tells_what_names_do_not(tmp_path: Path) -> None:
+    """The heads, the activation and the norms' eps, none of them what such models have by default."""
+    theirs, run = huggingfaces(
+        transformers.CLIPVisionConfig, transformers.CLIPVisionModelWithProjection, lambda out: out.image_embeds,
+        intermediate_size=128, num_attention_heads=4, hidden_act="gelu", layer_norm_eps=0.1,
+    )  # fmt: skip
+    ours = fastvit.from_checkpoint(save(theirs, tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_act": "relu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="hidden_act is 'relu'; accepted: gelu, quick_gelu"):
+        fastvit.from_checkpoint(tmp_path)
+
+
 def test_files_of_the_hub_have_other_names_than_models_in_memory() -> None:
     """As transformers before its fifth version had them, and as files there still do."""
     pairs = {
