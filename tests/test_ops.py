@@ -147,7 +147,7 @@ def _check_packed_mlp(dtype: torch.dtype, activation: str, gamma: bool, packed: 
     ],
 )
 def test_onednn_sees_every_change_of_a_weight(change) -> None:
-    x, weight = torch.randn(9, 32), nn.Parameter(torch.randn(2 * 1021, 32))  # whole stretches: their places decide
+    x, weight = torch.randn(9, 96), nn.Parameter(torch.randn(2 * onednn._STRETCH, 96))  # whole stretches: places decide
     with torch.no_grad():
         before = ops.linear(x, weight)
         change(weight)

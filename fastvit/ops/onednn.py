@@ -11,6 +11,7 @@ torch.compile, which packs and fuses by itself, that is all that is done here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,10 +28,8 @@ BFLOAT16_INSTRUCTIONS = AVAILABLE and bool(torch.ops.mkldnn._is_mkldnn_bf16_supp
 _EPILOGUES = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 _SMALLEST = 1 << 23  # multiply-adds; below, the packed product's own overhead (tens of us) is more than it saves
-_NARROW = (
-    1024,
-    1280,
-)  # outputs, rows: below both, packed bfloat16 leaves a core idle and plain weights are 1.4x as fast
+# Outputs, rows: below both, packed bfloat16 can leave a core idle, and plain weights are 1.4x as fast.
+_NARROW = (1024, 1280)
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,15 +45,22 @@ class _Packed(NamedTuple):
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter (N, K) -> _Packed, gone with the parameter
 
 
-_STRETCH = 1021  # words of 8 bytes taken together; prime, so that rows of a weight don't line up with it
+# Words of 8 bytes taken together. Odd, so that a sign changed throughout shows (the halves of 2^64 would cancel in
+# pairs); prime, so that rows don't line up; and so few that rows of 192 bfloat16 values hold a whole one.
+_STRETCH = 23
+
+
+@cache
+def _multipliers(count: int) -> Tensor:
+    """Odd numbers without a pattern, (count,) int64: what the place of a stretch counts."""
+    return torch.randint(-(1 << 62), 1 << 62, (count,), generator=torch.Generator().manual_seed(0), device="cpu") | 1
 
 
 def _stamp(weight: Tensor) -> tuple[int, int, int]:
     """Changes whenever the weight does. The version misses writes through ``.data``; what all bits come to does not.
 
-    Of each stretch: the exclusive or of its words, in which any one change shows, and the sum of its values, in which
-    changes show that undo each other in the former (a row negated). Each counts by its place, so that moving rows or
-    columns about is seen too. Sums of integers would do, but PyTorch takes ten times as long for them.
+    The bits of each stretch are summed as integers, in which any one change shows, and each sum counts by its place, so
+    that rows or columns moved about are seen as well. One pass over the weight, at the speed of memory.
     """
     flat = weight.detach().view(-1)
     size = flat.element_size()
@@ -62,10 +68,8 @@ def _stamp(weight: Tensor) -> tuple[int, int, int]:
     words = flat.view(torch.int64 if aligned else torch.int16)
     stretches = words.numel() // _STRETCH
     whole = stretches * _STRETCH
-    mixed = torch.hash_tensor(words[:whole].view(stretches, _STRETCH), dim=1).view(torch.int64)
-    values = flat[: whole * flat.numel() // max(words.numel(), 1)]
-    sums = values.view(stretches, -1).sum(1, dtype=torch.float32).view(torch.int32) if stretches else mixed
-    total = ((31 * mixed + sums) * torch.arange(1, stretches + 1)).sum() - words[whole:].sum()
+    sums = words[:whole].view(stretches, _STRETCH).sum(1)
+    total = (sums * _multipliers(stretches)).sum() + words[whole:].sum()
     return weight.data_ptr(), weight._version, int(total)
 
 
