@@ -291,12 +291,25 @@ inline void check_heads(const Array& q, const Array& k, Labelled like_q, Labelle
   for (const auto& [label, x] : like_k) check(label, *x, k.size[1]);
 }
 
+// The head dims that are compiled, a bit for each of 32, 40, ... 128: all, unless a build asks for less (build.py).
+#ifndef FASTVIT_HEAD_DIMS
+#define FASTVIT_HEAD_DIMS 0x1fff
+#endif
+
 // f.template operator()<T, DIM>() for q's dtype and head dim.
 template <class F>
 void with_dtype_and_dim(const Array& q, const F& f) {
+  const auto with = [&]<class T, int DIM>() {
+    if constexpr ((FASTVIT_HEAD_DIMS >> (DIM / 8 - 4) & 1) != 0) {
+      if (q.size[3] == DIM) return f.template operator()<T, DIM>(), true;
+    }
+    return false;
+  };
   const auto with_dim = [&]<class T, int... EIGHTHS>(T, std::integer_sequence<int, EIGHTHS...>) {
-    const bool found = ((q.size[3] == 32 + 8 * EIGHTHS && (f.template operator()<T, 32 + 8 * EIGHTHS>(), true)) || ...);
-    if (!found) throw error("attention: head dim ", q.size[3], "; accepted: multiples of 8 from 32 to 128");
+    if ((with.template operator()<T, 32 + 8 * EIGHTHS>() || ...)) return;
+    const bool built = FASTVIT_HEAD_DIMS == 0x1fff;
+    throw error("attention: head dim ", q.size[3], "; accepted: multiples of 8 from 32 to 128",
+                built ? "" : " that FASTVIT_HEAD_DIMS named in this build");
   };
   constexpr std::make_integer_sequence<int, 13> dims;
   if (q.dtype == DType::float16) return with_dim(half(), dims);

@@ -38,6 +38,8 @@ DEFINES = (
     "-DPy_LIMITED_API=0x030B0000",
 )
 
+HEAD_DIMS = tuple(range(32, 129, 8))  # of attention
+
 
 class Missing(RuntimeError):
     """What a build needs and this machine lacks; the message names it."""
@@ -82,6 +84,22 @@ def nearest(major: int, minor: int) -> str:
         known = ", ".join(ARCHITECTURES)
         raise Missing(f"the GPU has compute capability {major}.{minor}, and the kernels are for {known}")
     return fits[-1]
+
+
+def head_dims() -> str:
+    """The compiler's flag for the head dims that attention is built for: ``FASTVIT_HEAD_DIMS`` ("64 80"), else all.
+
+    A fraction of the compile time, for those who work on the kernels.
+
+    Raises:
+        ValueError: it names another number.
+    """
+    bits = 0
+    for word in os.environ.get("FASTVIT_HEAD_DIMS", "").split() or map(str, HEAD_DIMS):
+        if not word.isdecimal() or int(word) not in HEAD_DIMS:
+            raise ValueError(f"FASTVIT_HEAD_DIMS: {word!r}; accepted: {', '.join(map(str, HEAD_DIMS))}")
+        bits |= 1 << HEAD_DIMS.index(int(word))
+    return f"-DFASTVIT_HEAD_DIMS={bits:#x}"
 
 
 @dataclass(frozen=True)
@@ -253,6 +271,7 @@ class Build:
                 *([f"-ccbin={self.cxx[0]}"] if len(self.cxx) == 1 else []),
                 "-Xcompiler=-fPIC,-fvisibility=hidden",
                 *self._includes(),
+                *([head_dims()] if source.stem.startswith("attention") else []),
                 *(flag for arch in self._architectures(source) for flag in gencode(arch)),
             ]
         folders = [self.torch.folder / "include", self.torch.folder / "include/torch/csrc/api/include", self.python]

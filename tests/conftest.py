@@ -6,8 +6,15 @@ import tempfile
 import pytest
 import torch
 
+from head_dims import QUICK
+
 # What ships is tested, not tiles that somebody measured on this machine.
 os.environ["FASTVIT_CACHE"] = os.path.join(tempfile.gettempdir(), "fastvit-tests-without-a-cache")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "not slow" in config.option.markexpr:
+        os.environ.setdefault("FASTVIT_HEAD_DIMS", " ".join(map(str, QUICK)))
 
 
 @pytest.fixture(autouse=True)

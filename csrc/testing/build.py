@@ -26,6 +26,16 @@ LIBRARY = BUILD / "fastvit_emulated.so"
 KERNEL = "-x c++ -O1 -fsanitize=thread,alignment,bounds -fno-tree-vectorize"
 
 
+def head_dims() -> str:
+    """The extension's own flag for the head dims of attention, which are chosen for it and for this library alike."""
+    spec = importlib.util.spec_from_file_location("fastvit_csrc_build", CSRC / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    flag: str = module.head_dims()
+    return flag
+
+
 def torch_folder() -> Path:
     """Where PyTorch is installed, found without the seconds that importing it takes."""
     spec = importlib.util.find_spec("torch")
@@ -81,10 +91,10 @@ def rules() -> str:
         f"-Wl,-rpath,{torch}/lib -Wl,-z,defs && mv $out.new $out",
         "  description = $out",
     ]
-    objects = []
+    kernel, objects = f"{KERNEL} {head_dims()}", []
     for source in sources:
         objects.append(BUILD / f"{source.parent.name}_{source.name}.o")
-        flags = KERNEL if source.suffix == ".cu" else libtorch if source.name == "library.cpp" else "-O3"
+        flags = kernel if source.suffix == ".cu" else libtorch if source.name == "library.cpp" else "-O3"
         lines += [f"build {objects[-1]}: compile {source}", f"  flags = {flags}"]
     lines += [f"build {LIBRARY}: link {' '.join(map(str, objects))}", f"default {LIBRARY}", ""]
     return "\n".join(lines)

@@ -13,10 +13,10 @@ from torch import Tensor
 from fastvit import reference
 from fastvit.cuda import extension
 from fastvit.cuda.attention import attention_backward, attention_forward
+from head_dims import HEAD_DIMS
 from numerics import assert_as_right_as_eager, check_op
 
 HALF = (torch.float16, torch.bfloat16)
-DIMS = range(32, 129, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -104,20 +104,20 @@ def check_forward(sizes: Iterable[tuple[int, int, int]], dtype: torch.dtype, sca
     assert_as_right_as_eager(joined(kernel), joined(eager), joined(exact))
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_head_dims(dim: int) -> None:
     """Online softmax and both gradients; 91 keys end in a slice of 8 (forward) or 16 and 8 (backward)."""
     check(make(37, 91, dim, HALF[dim // 8 % 2]))
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_head_dims_in_a_single_pass(dim: int) -> None:
     with on(100):  # whose shared memory fits them all twice
         check_forward([(19, 150, dim)], HALF[(dim // 8 + 1) % 2], 0.2)
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 64), (8, 32), (16, 72), (17, 88), (50, 64), (65, 80), (145, 64)])
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 64), (8, 32), (16, 72), (17, 72), (50, 64), (65, 80), (145, 64)])
 def test_token_counts(tokens: int, dim: int, dtype: torch.dtype) -> None:
     # Of one token nothing but the log-sum-exp has a gradient in q: one element, which eager rounds once less.
     check(make(tokens, tokens, dim, dtype), lse=tokens > 1)
@@ -137,7 +137,7 @@ def test_257_tokens_and_several_heads_and_images() -> None:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 197), (65, 17), (5, 300), (300, 5), (129, 193)])
 def test_queries_and_keys_differ(queries: int, keys: int, dtype: torch.dtype) -> None:
-    check(make(queries, keys, 48, dtype))
+    check(make(queries, keys, 40, dtype))
 
 
 @pytest.mark.parametrize("architecture", [80, 86])
@@ -147,7 +147,7 @@ def test_every_count_of_keys(architecture: int) -> None:
         check_forward([(3, keys, 64) for keys in range(1, 216)], torch.float16, -0.3)
 
 
-@pytest.mark.parametrize("dim", [64, 96])
+@pytest.mark.parametrize("dim", [64, 80])
 def test_every_count_of_rows_in_a_block(dim: int) -> None:
     """What does not fill a block, of keys in the query gradient and of queries in the other."""
     for rest in range(1, 66, 3):
@@ -186,7 +186,7 @@ def test_large_scores_neither_overflow_nor_reach_absent_keys(keys: int) -> None:
 
 def test_strides_are_free() -> None:
     """(B, H, T, d) in memory for q, (T, B, H, d) for k, every third row for v; a dout with gaps."""
-    batch, tokens, heads, dim = 2, 70, 2, 56
+    batch, tokens, heads, dim = 2, 70, 2, 40
     q = torch.randn(batch, heads, tokens, dim).half().transpose(1, 2)
     k = torch.randn(tokens, batch, heads, dim).half().transpose(0, 1)
     v = torch.randn(batch, tokens * 3, heads, dim).half()[:, ::3]

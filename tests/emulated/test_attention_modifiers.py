@@ -16,6 +16,7 @@ from fastvit import ops, reference
 from fastvit.cuda import extension
 from fastvit.cuda.attention import attention_backward, attention_forward
 from fastvit.ops.attention_modifiers import Modifiers
+from head_dims import HEAD_DIMS
 from numerics import assert_as_right_as_eager, assert_same_bits_twice, check_op, leaves_of
 
 HALF = (torch.float16, torch.bfloat16)
@@ -103,7 +104,7 @@ def test_bias_of_every_broadcast_shape(full: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("dim", range(32, 129, 8))
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_bias_of_every_head_dim(dim: int, dtype: torch.dtype) -> None:
     args = make(19, 91, dim, dtype, batch=1)
     check(args | {"bias": torch.randn(1, 2, 19, 91, dtype=dtype).requires_grad_()})

@@ -12,6 +12,7 @@ from torch import Tensor
 import fastvit
 from fastvit import analysis, reference
 from fastvit.cuda.attention_rows import attention_distance, attention_rows
+from head_dims import HEAD_DIMS
 from numerics import assert_as_right_as_eager
 
 HALF = (torch.float16, torch.bfloat16)
@@ -42,7 +43,7 @@ def check_distance(q: Tensor, k: Tensor, lse: Tensor, grid: tuple[int, int], pat
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("dim", range(32, 129, 8))
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_head_dims(dim: int, dtype: torch.dtype) -> None:
     q, k, lse = make(13, 13, dim, dtype)
     check_rows(q, k, lse, [0, 12, 3])

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvit import reference
 from fastvit.cuda import extension
 from fastvit.cuda.attention import attention_forward
+from head_dims import HEAD_DIMS
 from numerics import assert_as_right_as_eager
 
 HALF = (torch.float16, torch.bfloat16)
@@ -43,7 +44,7 @@ def make(
     return tuple(torch.randn(batch, t, heads, dim, dtype=dtype) for t in (queries, keys, keys))
 
 
-@pytest.mark.parametrize("dim", range(32, 129, 8))
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_every_head_dim(dim: int) -> None:
     """Two tiles of rows, the second of which is short, and keys that are no multiple of anything."""
     check(*make(67, 75, dim, heads=2))
