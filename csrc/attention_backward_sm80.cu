@@ -221,6 +221,12 @@ __device__ __forceinline__ float* staged_table() {
   return reinterpret_cast<float*>(shared_memory() + kSharedBytes<DIM>);
 }
 
+// The warp's window of keys of distances, which lies in the table's place.
+template <class T, int DIM>
+__device__ __forceinline__ T* window() {
+  return reinterpret_cast<T*>(staged_table<DIM>()) + threadIdx.x / kLanes * kWindow * DIM;
+}
+
 template <class T, int DIM, class M>
 __global__ void __launch_bounds__(kThreads, (kQueryBlocks<DIM, M>)) query_gradient_kernel(
     const QueryProblem<T, M> problem) {
@@ -268,6 +274,12 @@ __global__ void __launch_bounds__(kThreads, (kQueryBlocks<DIM, M>)) query_gradie
     float s[1][2 * kPairs][4], dp[1][2 * kPairs][4];
     uint32_t ds[kPairs][1][4];
     walk.template scores<FULL>(s, dp, step, part, count);
+    if constexpr (M::kModified) {
+      if (around.relative()) {
+        around.template load_window<DIM>(window<T, DIM>(), walk.start(step) + part);
+        add_diagonals<T, DIM>(s[0][0], s[0][1], SharedRows<T, DIM>{walk.owned_tile(0)}, window<T, DIM>());
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       if (j >= kSure && kPair * j >= count) break;
@@ -290,6 +302,9 @@ __global__ void __launch_bounds__(kThreads, (kQueryBlocks<DIM, M>)) query_gradie
         }
       }
       pack_pair<T>(ds[j][0], dp[0][2 * j], dp[0][2 * j + 1]);
+    }
+    if constexpr (M::kModified) {
+      if (around.relative()) add_spread<T, DIM>(dq, dp[0][0], dp[0][1], window<T, DIM>());
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
@@ -352,6 +367,12 @@ __global__ void __launch_bounds__(kThreads, 2) key_value_gradient_kernel(const K
     constexpr int kSure = FULL ? kPairs : 1;
     float s[1][2 * kPairs][4], dp[1][2 * kPairs][4];
     walk.template scores<FULL>(s, dp, step, part, count);
+    if constexpr (M::kModified) {
+      if (around.relative()) {
+        around.template load_window<DIM>(window<T, DIM>(), walk.start(step) + part);
+        add_transposed_diagonals<T, DIM>(s[0][0], s[0][1], walk.tile(step, 0) + part * DIM, window<T, DIM>());
+      }
+    }
     const float* column = statistics + step % kStages * 2 * kRows + part + lane_id() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
@@ -408,7 +429,7 @@ void with_modifiers(
   with_dtype_and_dim(q, [&]<class T, int DIM>() {
     if (!modifiers.any()) return f.template operator()<T, DIM>(Plain(), kSharedBytes<DIM>);
     Modified m = modified(modifiers, q, k, scale);
-    const size_t shared = stage_table(device, kSharedBytes<DIM>, m);
+    const size_t shared = stage_table_or_windows<DIM>(device, kSharedBytes<DIM>, kWarps, m);
     f.template operator()<T, DIM>(m, shared);
   });
 }

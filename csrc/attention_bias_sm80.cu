@@ -270,14 +270,6 @@ Problem<T> problem_of(
           static_cast<int>(q.size[1]), static_cast<int>(k.size[1]), 0, gradient.as<float>()};
 }
 
-void check_gradient(const char* label, const Array& a) {
-  int64_t dense = 1;
-  for (int i = a.dims - 1; i >= 0; dense *= a.size[i--]) {
-    require(a.size[i] == 1 || a.stride[i] == dense, "attention: ", label, " is strided; accepted: contiguous");
-  }
-  require(a.dtype == DType::float32, "attention: ", label, " in ", name(a.dtype), "; accepted: float32");
-}
-
 }  // namespace
 
 void attention_bias_gradient(

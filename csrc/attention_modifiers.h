@@ -1,14 +1,16 @@
-// What attention's kernels for compute capability 8.0 take besides q, k and v: a bias, a table of relative positions, a
-// key mask, sequences packed in one row, dropout. A kernel is instantiated twice: with Plain, which is empty and costs
-// nothing, and with Modified, where each of them is there or a null pointer.
+// What attention's kernels for compute capability 8.0 take besides q, k and v: a bias, a table of relative positions,
+// keys of distances (attention_diagonals.h), a key mask, sequences packed in one row, dropout. A kernel is instantiated
+// twice: with Plain, which is empty and costs nothing, and with Modified, where each of them is there or a null pointer.
 //
-//     x = scale * q k^T + bias, or + table[place(i, j)]; -inf where the mask is 0     p = exp(x - lse)
+//     x = scale * q k^T + bias, or + table[place(i, j)], or + scale * q R[i - j + T - 1]; -inf where the mask is 0
+//     p = exp(x - lse)
 //
 // in natural units, so that a bias of any size keeps its digits. Nothing of the size of the scores is in memory: what
 // belongs to a score is found from its row and column. Of a table that is one subtraction: with y = n / w the line of
 // patch n and f(n) = n + y (w - 1), (yi - yj + h - 1) (2w - 1) + (xi - xj + w - 1) = f(i) - f(j) + f(h w - 1).
 #pragma once
 
+#include "attention_diagonals.h"
 #include "attention_tiles.h"
 #include "divisor.cuh"
 #include "vectors.cuh"
@@ -103,6 +105,9 @@ struct Modified {
   Divisor per_line;            // w
   bool staged;                 // the head's entries lie in shared memory, as float32
 
+  const void* distances;    // (2T - 1, d) in q's dtype, or null
+  int64_t distances_head;  // elements to the next head's
+
   const uint8_t* mask;  // (B, Tk), or null
   int64_t mask_image, mask_key;
 
@@ -140,7 +145,7 @@ struct Modified {
     DType table_dtype;
     int64_t table_entry;
     const uint8_t* mask;
-    int queries, keys;
+    int head, queries, keys, first;
     uint64_t seed;
     uint32_t plane;  // image * H + head
     Token rows[2];   // the lane's
@@ -148,7 +153,8 @@ struct Modified {
     __device__ __forceinline__ Warp(
         const Modified& all, int64_t image, int head, int heads, int queries, int keys, const float* staged, int first)
         : all(all), bias(all.bias), table(all.table), table_dtype(all.table_dtype), table_entry(all.table_entry),
-          mask(all.mask), queries(queries), keys(keys), seed(0), plane(static_cast<uint32_t>(image * heads + head)) {
+          mask(all.mask), head(head), queries(queries), keys(keys), first(first), seed(0),
+          plane(static_cast<uint32_t>(image * heads + head)) {
       const auto advanced = [](const void* from, int64_t elements, DType dtype) {
         return static_cast<const void*>(static_cast<const char*>(from) + elements * (dtype == DType::float32 ? 4 : 2));
       };
@@ -212,6 +218,16 @@ struct Modified {
       each([](float& x, const Token& query, const Token& key) {
         if (!query.present || !key.present) x = -INFINITY;
       });
+    }
+
+    __device__ __forceinline__ bool relative() const { return all.distances != nullptr; }
+
+    // Where `relative`: brings to the warp's window (kWindow, DIM) the keys of distances of its rows and 16 columns.
+    template <int DIM, class T>
+    __device__ __forceinline__ void load_window(T* window, int column) const {
+      const T* matrix = static_cast<const T*>(all.distances) + head * all.distances_head;
+      const int centre = TRANSPOSED ? column - first : first - column;
+      load_rows<kWindow, DIM>(window, matrix, DIM, centre + keys - 1 - kPair, 2 * keys - 1);
     }
 
     // The table's entry of a query and a key.
@@ -287,6 +303,17 @@ inline Modified modified(const AttentionModifiers& m, const Array& q, const Arra
     to.entries = static_cast<int>(a.size[0]), to.width = static_cast<int>(w), to.per_line = Divisor(w);
     to.centre = static_cast<int>(entries / 2);
   }
+  if (m.distances) {
+    const Array& a = m.distances;
+    require(queries == keys && a.dims == 3 && a.size[0] == heads && a.size[1] == 2 * keys - 1 && a.size[2] == q.size[3] &&
+                a.dtype == q.dtype,
+            "attention: distances; accepted: (", heads, ", ", 2 * keys - 1, ", ", q.size[3], ") ", name(q.dtype),
+            " for as many queries as keys");
+    require(a.stride[2] == 1 && a.stride[1] == a.size[2] && a.stride[0] % 8 == 0 &&
+                reinterpret_cast<uintptr_t>(a.data) % 16 == 0,
+            "attention: distances; accepted: each head's contiguous, at a multiple of 16 bytes");
+    to.distances = a.data, to.distances_head = a.stride[0];
+  }
   if (m.key_mask) {
     const Array& a = m.key_mask;
     require(a.dims == 2 && a.size[0] == batch && a.size[1] == keys && a.dtype == DType::uint8,
@@ -298,7 +325,8 @@ inline Modified modified(const AttentionModifiers& m, const Array& q, const Arra
                 m.cu_q.size[0] == m.cu_k.size[0] && m.cu_q.size[0] > 0 && m.cu_q.stride[0] == 1 && m.cu_k.stride[0] == 1,
             "attention: cu_q and cu_k; accepted: (n + 1,) int32, contiguous, both");
     require(batch == 1, "attention: packed sequences in ", batch, " rows; accepted: 1");
-    require(!m.bias && !m.table && !m.key_mask, "attention: packed sequences; accepted: no bias, table or key_mask");
+    require(!m.bias && !m.table && !m.distances && !m.key_mask,
+            "attention: packed sequences; accepted: no bias, table, distances or key_mask");
     to.packed_queries = {m.cu_q.as<const int>(), static_cast<int>(queries)};
     to.packed_keys = {m.cu_k.as<const int>(), static_cast<int>(keys)};
   }
@@ -312,12 +340,28 @@ inline Modified modified(const AttentionModifiers& m, const Array& q, const Arra
   return to;
 }
 
-// The bytes of shared memory that a kernel with `bytes` of its own is launched with: behind them lies a head's part of
-// the table, as long as two blocks still share a multiprocessor (each takes 1 KB for itself). Else it is read as it is.
+// What the gradient of something learned is written to.
+inline void check_gradient(const char* label, const Array& a) {
+  int64_t dense = 1;
+  for (int i = a.dims - 1; i >= 0; dense *= a.size[i--]) {
+    require(a.size[i] == 1 || a.stride[i] == dense, "attention: ", label, " is strided; accepted: contiguous");
+  }
+  require(a.dtype == DType::float32, "attention: ", label, " in ", name(a.dtype), "; accepted: float32");
+}
+
+// The bytes of shared memory that a kernel with `bytes` of its own is launched with. Behind them lies a head's part of
+// the table, as long as two blocks still share a multiprocessor (each takes 1 KB for itself), or else it is read as it is.
 inline size_t stage_table(const Device& device, size_t bytes, Modified& modified) {
   const size_t all = bytes + modified.entries * sizeof(float);
   modified.staged = modified.table && 2 * (all + 1024) <= static_cast<size_t>(device.shared_bytes) + 1024;
   return modified.staged ? all : bytes;
+}
+
+// The same for a kernel that goes through scores by `warps` warps: where there are keys of distances, behind lie windows.
+template <int DIM>
+size_t stage_table_or_windows(const Device& device, size_t bytes, int warps, Modified& modified) {
+  if (modified.distances) return bytes + warps * kWindow * DIM * sizeof(uint16_t);
+  return stage_table(device, bytes, modified);
 }
 
 }  // namespace fastvit::sm80

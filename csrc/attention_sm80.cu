@@ -280,6 +280,7 @@ __global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Modi
     }
   };
   if constexpr (Modifiers::kModified) {
+    T* window = reinterpret_cast<T*>(table) + warp * kWindow * DIM;
     State<DIM, M> state(kNoScore);
     const typename Modifiers::template Warp<false> around(
         modifiers, place.image, place.head, gridDim.y, queries.count, keys.count, table, first);
@@ -291,6 +292,14 @@ __global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Modi
       const T* stage = stages + step % kOnlineStages * kStage;
       const int start = (step == 0 ? full : step - 1) * kOnlineKeys, count = step == 0 ? rest : kOnlineKeys;
       products<T, DIM, 1>(s, rows, stage, (count + 7) / 8);
+      if (around.relative()) {
+#pragma unroll
+        for (int j = 0; j < kOnlinePairs; ++j) {
+          if (kPair * j >= count) break;
+          around.template load_window<DIM>(window, start + kPair * j);
+          add_diagonals<T, DIM>(s[0][2 * j], s[0][2 * j + 1], rows, window);
+        }
+      }
 #pragma unroll
       for (int j = 0; j < 2 * kOnlinePairs; ++j) around.scores(s[0][j], start + 8 * j);
       find_highest<false, kOnlinePairs>(state, s, kOnlineKeys, problem.scale_log2);
@@ -376,7 +385,7 @@ void attention_forward(
     if (modifiers.any()) {
       const Extent all = extent(modifiers, q, k);
       Modified m = modified(modifiers, q, k, scale);
-      const size_t shared = stage_table(device, kOnlineBytes<DIM>, m);
+      const size_t shared = stage_table_or_windows<DIM>(device, kOnlineBytes<DIM>, kOnlineWarps, m);
       return online<T, DIM>(device, problem(m, kLog2e, 0), all.images, q.size[2], all.queries, shared);
     }
     const float scale_log2 = std::fmax(static_cast<float>(std::fabs(scale)) * kLog2e, 1e-37f);

@@ -21,6 +21,9 @@ void attention_bias_gradient(
 void attention_table_gradient(
     const Device&, const AttentionModifiers&, const Array& dout, const Array& q, const Array& k, const Array& v,
     const Array& lse, const Array& delta, double scale, const Array& dtable);
+void attention_distances_gradient(
+    const Device&, const AttentionModifiers&, const Array& dout, const Array& q, const Array& k, const Array& v,
+    const Array& lse, const Array& delta, double scale, const Array& ddistances);
 void linear_forward(
     const Device&, const Array& x, const Array& weight, const Array& bias, const std::string& activation,
     const Array& residual, const Array& gamma, const Array& row_scale, const Array& out, const Array& preact);
@@ -99,6 +102,12 @@ void attention_table_gradient(
     const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
     const Array& v, const Array& lse, const Array& delta, double scale, const Array& dtable) {
   sm80::attention_table_gradient(device, modifiers, dout, q, k, v, lse, delta, scale, dtable);
+}
+
+void attention_distances_gradient(
+    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
+    const Array& v, const Array& lse, const Array& delta, double scale, const Array& ddistances) {
+  sm80::attention_distances_gradient(device, modifiers, dout, q, k, v, lse, delta, scale, ddistances);
 }
 
 void linear_forward(

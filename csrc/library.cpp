@@ -83,7 +83,7 @@ struct Scope {
     host::allocation(a.data, (last + 1) * bytes(a.dtype));
   }
   static void allow(const AttentionModifiers& m) {
-    for (const Array* a : {&m.bias, &m.table, &m.key_mask, &m.cu_q, &m.cu_k, &m.seed}) allow(*a);
+    for (const Array* a : {&m.bias, &m.table, &m.distances, &m.key_mask, &m.cu_q, &m.cu_k, &m.seed}) allow(*a);
   }
   template <class T> static void allow(const T&) {}
 };
@@ -182,17 +182,17 @@ struct Op<launcher, R (*)(const Device&, const AttentionModifiers&, P...)> {
   using MaybeTensor = std::optional<Tensor>;
 
   static R call(
-      const Tensor on, MaybeTensor bias, MaybeTensor table, MaybeTensor key_mask, MaybeTensor cu_q, MaybeTensor cu_k,
-      MaybeTensor seed, int64_t window_height, int64_t window_width, int64_t max_q, int64_t max_k, double dropout_p,
+      const Tensor on, MaybeTensor bias, MaybeTensor table, MaybeTensor distances, MaybeTensor key_mask,
+      MaybeTensor cu_q, MaybeTensor cu_k, MaybeTensor seed, int64_t window_height, int64_t window_width, int64_t max_q, int64_t max_k, double dropout_p,
       typename Parameter<P>::Boxed... boxed) {
     const AttentionModifiers modifiers{
-        array(bias), array(table), array(key_mask), array(cu_q), array(cu_k), array(seed), window_height, window_width,
-        max_q, max_k, dropout_p};
+        array(bias), array(table), array(distances), array(key_mask), array(cu_q), array(cu_k), array(seed),
+        window_height, window_width, max_q, max_k, dropout_p};
     return run<launcher>(on, modifiers, Parameter<P>::unbox(boxed)...);
   }
   static std::string schema(const char* name) {
     using A = const Array&;
-    return schema_of<A, A, A, A, A, A, int64_t, int64_t, int64_t, int64_t, double, P...>(name, schema_name<R>);
+    return schema_of<A, A, A, A, A, A, A, int64_t, int64_t, int64_t, int64_t, double, P...>(name, schema_name<R>);
   }
 };
 
@@ -219,6 +219,7 @@ struct Op<launcher, R (*)(const Device&, const AttentionModifiers&, P...)> {
   _(attention_key_value_gradient)    \
   _(attention_bias_gradient)         \
   _(attention_table_gradient)        \
+  _(attention_distances_gradient)    \
   _(attention_rows)                  \
   _(attention_distance)              \
   _(attention_distance_blocks)       \

@@ -258,7 +258,7 @@ CASES = [
 ]
 
 
-# Cases that the CUDA kernels refuse, and of what: widths that 8 does not divide, head dims below 32, keys of distances.
+# Cases that the CUDA kernels refuse, and of what: widths that 8 does not divide, head dims below 32.
 _REFUSED_BY_CUDA = {
     "patch_embed-square": r"\(20, 3, 4, 4\)",
     "patch_embed-oblong": r"\(17, 5, 4, 6\)",
@@ -266,7 +266,6 @@ _REFUSED_BY_CUDA = {
     "patch_embed-uint8-nhwc": r"\(12, 3, 4, 4\)",
     "attention-lse": "head dim 16",
     "attention_qkvpacked-scale": "head dim 24",
-    "attention_qkvpacked-distances": "rel_pos_keys",
 }
 FLOAT32_REFUSED = "float32 is not supported; accepted: float16, bfloat16"
 
@@ -276,8 +275,7 @@ def refused_by_cuda(case: Case, dtype: torch.dtype) -> str | None:
     if dtype == torch.float32 and case.op != "layer_norm":
         return FLOAT32_REFUSED
     said = _REFUSED_BY_CUDA.get(str(case))
-    accepted = "it runs on the reference" if said == "rel_pos_keys" else "accepted: .*multiples of 8"
-    return said and f"{said} is not supported; {accepted}"
+    return said and f"{said} is not supported; accepted: .*multiples of 8"
 
 
 def with_shared_residual(op: Callable[..., Any]) -> Callable[..., Any]:

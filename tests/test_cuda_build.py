@@ -29,6 +29,7 @@ PRODUCTS = {
     "attention_backward_sm80": AMPERE,
     "attention_rows": AMPERE,
     "attention_bias_sm80": AMPERE,
+    "attention_distances_sm80": AMPERE,
     "attention_sm80": AMPERE,
     "attention_sm90": HOPPER,
     "linear_sm80": AMPERE,

@@ -142,6 +142,7 @@ void finish_weight_gradient(
 struct AttentionModifiers {
   Array bias;      // (B, H, Tq, Tk) any, any strides (0 where it is broadcast), or none
   Array table;     // ((2h - 1) (2w - 1) [+ 3], H) any, any strides, or none: BEiT's, of a window of h x w patches
+  Array distances; // (H, 2T - 1, d) in q's dtype, each head's contiguous, or none: + scale q_i . distances[i - j + T - 1]
   Array key_mask;  // (B, Tk) uint8, any strides, or none: 0 for keys that are not there
   Array cu_q;      // (n + 1,) int32, or none: the starts of n sequences that lie packed in the one row of q; B is 1 then,
   Array cu_k;      //   and vectors are (1, H, Tq). Kernels take them as within the tensors, whatever they say.
@@ -150,7 +151,7 @@ struct AttentionModifiers {
   int64_t max_q = 0, max_k = 0;                 // the longest sequence of q, and of k
   double dropout_p = 0;  // weight (i, j) stays if Philox4x32-10 of (j, i, image * H + head, 0) reaches p * 2^32
 
-  bool any() const { return bias || table || key_mask || cu_q || cu_k || dropout_p != 0; }
+  bool any() const { return bias || table || distances || key_mask || cu_q || cu_k || dropout_p != 0; }
 };
 
 // out = softmax(x) v for every head, weights dropped out after the softmax; lse the natural logarithm of its denominator.
@@ -219,6 +220,19 @@ void attention_table_gradient(
     const Array& delta,
     double scale,
     const Array& dtable);  // (R, H) float32, contiguous
+
+// The gradient of the keys of distances, summed over the heads where there is one for all.
+void attention_distances_gradient(
+    const Device& device,
+    const AttentionModifiers& modifiers,
+    const Array& dout,
+    const Array& q,
+    const Array& k,
+    const Array& v,
+    const Array& lse,
+    const Array& delta,
+    double scale,
+    const Array& ddistances);  // (H or 1, 2T - 1, d) float32, contiguous
 
 // out[b, h, r] = exp(scale q[b, rows[r], h] k^T + bias - lse): rows of attention's weights. A row with lse = -inf is 0.
 void attention_rows(

@@ -13,13 +13,29 @@ from fastvit.cuda.extension import aligned
 from fastvit.ops.attention_modifiers import UNMODIFIED, Modifiers
 
 
-def _in_order(given: Modifiers) -> tuple[Any, ...]:
-    """``AttentionModifiers`` of csrc/include/ops.h. Of float64, a copy in float32 is read."""
+def _in_order(given: Modifiers, dtype: torch.dtype) -> tuple[Any, ...]:
+    """``AttentionModifiers`` of csrc/include/ops.h, for a q of ``dtype``. Of float64, a copy in float32 is read."""
     bias, table = (None if t is None else t.float() if t.dtype == torch.float64 else t for t in given[:2])
+    distances = given.rel_pos_keys
+    if distances is not None:
+        shared = distances.stride(0) == 0
+        distances = aligned((distances[:1] if shared else distances).to(dtype).contiguous()).expand_as(distances)
     mask = None if given.key_mask is None else given.key_mask.view(torch.uint8)
     seed = None if given.seed is None else given.seed.reshape(1)
     window = given.window or (0, 0)
-    return bias, table, mask, given.cu_q, given.cu_k, seed, *window, given.max_q, given.max_k, given.dropout_p
+    return (
+        bias,
+        table,
+        distances,
+        mask,
+        given.cu_q,
+        given.cu_k,
+        seed,
+        *window,
+        given.max_q,
+        given.max_k,
+        given.dropout_p,
+    )
 
 
 def attention_forward(
@@ -35,7 +51,7 @@ def attention_forward(
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    given = _in_order(modifiers)
+    given = _in_order(modifiers, q.dtype)
     extension.library.attention_forward(q, *given, aligned(q), aligned(k), aligned(v), float(scale), out, lse)
     return out, lse
 
@@ -64,9 +80,13 @@ def attention_backward(
     dout, q, k, v, out = map(aligned, (dout, q, k, v, out))
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     dlse = None if dlse is None else dlse.contiguous()
-    given, scale = _in_order(modifiers), float(scale)
+    given, scale = _in_order(modifiers, q.dtype), float(scale)
     extension.library.attention_query_gradient(q, *given, dout, dlse, q, k, v, out, lse, scale, dq, delta)
     extension.library.attention_key_value_gradient(q, *given, dout, q, k, v, lse, delta, scale, dk, dv)
     if dlearned is not None:
-        kernel = "attention_table_gradient" if modifiers.bias is None else "attention_bias_gradient"
+        kernel = "attention_bias_gradient"
+        if modifiers.rel_pos_table is not None:
+            kernel = "attention_table_gradient"
+        elif modifiers.rel_pos_keys is not None:
+            kernel, dlearned = "attention_distances_gradient", dlearned.view(-1, *dlearned.shape[-2:])
         getattr(extension.library, kernel)(q, *given, dout, q, k, v, lse, delta, scale, dlearned)

@@ -49,7 +49,7 @@ def attention(
             for the class token's query with any key, any query with its key, and both its own. It has a gradient.
         rel_pos_keys: (2T-1, d) or (H, 2T-1, d) floating, with Tq = Tk = T: keys of the distances (the ViT paper's
             appendix D.3): scale * q_i . rel_pos_keys[i - j + T - 1] is added to score (i, j). It has a gradient. The
-            kernels round it to q's dtype; cuda has none for it. Bias, table and these exclude each other.
+            kernels round it to q's dtype. Bias, table and these exclude each other.
         key_mask: (B, Tk) bool, True = kept: the others are no keys at all.
         rope: (cos, sin): q and k are turned first, as :func:`fastvit.ops.rope.rotate` says; Tq = Tk.
         cu_seqlens: (n + 1,) int32: B = 1, and the n sequences that start there, the last of which ends at T, attend
@@ -89,7 +89,7 @@ def attention(
         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
     wanted = needs_grad(q, k, v, given.learned)
-    chosen = backends.choose("attention", q, needs_grad=wanted, modifiers=given.names())
+    chosen = backends.choose("attention", q, needs_grad=wanted)
     if chosen not in backends.KERNELS:
         with _differentiable_twice("attention", wanted):
             return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **given.for_reference())
@@ -139,7 +139,7 @@ def attention_qkvpacked(
     batch, tokens, _, heads, _ = qkv.shape
     given = attention_modifiers.check("attention_qkvpacked", qkv, (batch, heads, tokens, tokens), **options)
     wanted = needs_grad(qkv, given.learned)
-    chosen = backends.choose("attention_qkvpacked", qkv, needs_grad=wanted, modifiers=given.names())
+    chosen = backends.choose("attention_qkvpacked", qkv, needs_grad=wanted)
     if chosen not in backends.KERNELS:
         with _differentiable_twice("attention_qkvpacked", wanted):
             return reference.attention_qkvpacked(qkv, scale=scale, return_lse=return_lse, **given.for_reference())

@@ -37,18 +37,6 @@ class Modifiers(NamedTuple):
         """The one that has a gradient; there is at most one."""
         return next((t for t in (self.bias, self.rel_pos_table, self.rel_pos_keys) if t is not None), None)
 
-    def names(self) -> tuple[str, ...]:
-        """Those that are used, as the public arguments are called."""
-        given = {
-            "bias": self.bias,
-            "rel_pos_table": self.rel_pos_table,
-            "rel_pos_keys": self.rel_pos_keys,
-            "key_mask": self.key_mask,
-            "cu_seqlens": self.cu_q,
-            "dropout_p": self.seed,
-        }
-        return tuple(name for name, t in given.items() if t is not None)
-
     def for_reference(self) -> dict[str, Any]:
         """Keywords of :func:`fastvit.reference.attention`."""
         given = self._asdict()

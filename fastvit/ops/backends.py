@@ -183,7 +183,7 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor], modifiers: Iterable[str] = ()) -> str | None:
+def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor]) -> str | None:
     if extension.MISSING:
         return extension.MISSING
     if x.device.type not in ("cuda", "meta", "cpu" if extension.EMULATED else "cuda"):
@@ -209,8 +209,6 @@ def _refuse_cuda(op: str, x: Tensor, weights: Iterable[Tensor], modifiers: Itera
         return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8 from 32 to {MAX_HEAD_DIM}"
     if op == "rotate" and x.shape[-1] % 8:
         return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8"
-    if "rel_pos_keys" in modifiers:
-        return "rel_pos_keys is not supported; it runs on the reference"
     for weight in weights:
         widths = weight.shape if weight.ndim == 2 else weight.shape[:1]  # of patches any
         if any(width % 8 for width in widths):
@@ -230,12 +228,8 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def choose(
-    op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] = (), modifiers: tuple[str, ...] = ()
-) -> str:
+def choose(op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] = ()) -> str:
     """The backend that runs ``op`` on ``x``, with ``weights`` those of its matrix products: not "auto".
-
-    ``modifiers`` names what attention is asked for beyond q, k and v.
 
     Called once per op, in forward; backward and checkpoint recomputation follow what was chosen.
 
@@ -252,14 +246,14 @@ def choose(
             reason = _refuse_triton(op, x)
             if reason is None:
                 return "triton"
-            other = _refuse_cuda(op, x, weights, modifiers)
+            other = _refuse_cuda(op, x, weights)
             if other is None:
                 return "cuda"
             note_fallback(f"ops.{op} runs on the reference: triton: {reason}; cuda: {other}")
             return "reference"
         return "onednn" if op in ONEDNN_OPS and _refuse_onednn(x, needs_grad) is None else "reference"
     if asked == "cuda":
-        reason = _refuse_cuda(op, x, weights, modifiers)
+        reason = _refuse_cuda(op, x, weights)
     else:
         reason = _refuse_triton(op, x) if asked == "triton" else _refuse_onednn(x, needs_grad)
     if reason is not None:

@@ -379,6 +379,8 @@ def test_what_the_launchers_do_not_take_is_refused() -> None:
     refused("4 queries and 4 keys for a window of 2x2; accepted: 5", rel_pos_table=torch.zeros(12, 2), window=[2, 2])
     refused(r"key_mask; accepted: \(1, 4\) bytes", key_mask=torch.ones(1, 3).bool())
     refused(r"cu_q and cu_k; accepted: \(n \+ 1,\) int32", cu_q=cu, cu_k=cu.long(), max_q=4, max_k=4)
-    refused("no bias, table or key_mask", cu_q=cu, cu_k=cu, max_q=4, max_k=4, key_mask=torch.ones(1, 4).bool())
+    refused(
+        "no bias, table, distances or key_mask", cu_q=cu, cu_k=cu, max_q=4, max_k=4, key_mask=torch.ones(1, 4).bool()
+    )
     refused("dropout_p is 1; accepted: 0 <= p < 1", dropout_p=1.0, seed=SEED)
     refused(r"seed; accepted: \(1,\) int64", dropout_p=0.5)
