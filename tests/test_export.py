@@ -1,11 +1,13 @@
-"""torch.export and torch.compile of whole models: they see plain ATen ops, at any batch."""
+"""torch.export, ONNX and torch.compile of whole models: they see plain ATen ops, at any batch."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,6 +35,37 @@ def test_exports_with_a_dynamic_batch(name: str, strict: bool) -> None:
     for size in (1, 5):
         images = torch.randn(size, 3, 32, 32)
         torch.testing.assert_close(program.module()(images), model(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_onnx_with_a_dynamic_batch_and_size(name: str, tmp_path: Path) -> None:
+    model = fastvit.ViT(**SIZES, **OPTIONS[name], dynamic_img_size=True).eval()
+    rows, columns = (8 * torch.export.Dim(side, min=2, max=64) for side in ("rows", "columns"))
+    shapes = {0: torch.export.Dim("batch"), 2: rows, 3: columns}
+    program = torch.onnx.export(
+        model, (torch.randn(2, 3, 32, 40),), dynamic_shapes=(shapes,), opset_version=18, dynamo=True, verbose=False
+    )
+    assert program is not None
+    assert {node.domain for node in program.model_proto.graph.node} == {""}  # ONNX's own operators alone
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for shape in ((1, 3, 32, 32), (5, 3, 48, 64)):
+        images = torch.randn(shape)
+        (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), model(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow  # g++ compiles the model: a minute
+def test_compiles_ahead_of_time(tmp_path: Path) -> None:
+    model = fastvit.ViT(**SIZES).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        run = torch._inductor.aoti_load_package(package)
+        for size in (1, 5):
+            images = torch.randn(size, 3, 32, 32)
+            torch.testing.assert_close(run(images), model(images), atol=1e-5, rtol=1e-5)
 
 
 def test_symbolic_trace_keeps_the_ops_when_there_is_no_mask() -> None:
