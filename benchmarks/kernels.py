@@ -22,6 +22,7 @@ from benchmarks.subjects import largest_error, starter
 from benchmarks.suites import Bar, Options, Suite
 from benchmarks.workers import Worker
 from fastvit import env, reference, static
+from fastvit.graphs import capture
 
 DIRECTIONS = {"inference": "forward", "training": "backward"}  # by mode
 CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # of Linux: "32768K"
@@ -116,7 +117,7 @@ class Kernel:
         if self.device.type == "cuda" and self.backward:
             timed = "events"
         elif self.device.type == "cuda":
-            self.run, self.calls, timed = measure.graphed(lap), len(self.sets), "cuda graph"
+            self.run, self.calls, timed = capture(lap), len(self.sets), "cuda graph"
         once = measure.seconds(self.run, self.device, measure.WARM_UP)
         self.repeats = max(1, round(measure.SLICE / once))
         return {"timed": timed, "sets": len(self.sets), "error_ratio": worst}

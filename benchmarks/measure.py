@@ -5,13 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-T = TypeVar("T")
 SLICE = 0.1  # seconds: one timing repeats the call until it lasts about this long
 WARM_UP = 3
 
@@ -30,25 +29,6 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -
     for _ in range(repeats):
         run()
     return (time.perf_counter() - begun) / repeats
-
-
-def graphed(run: Callable[[], T]) -> Callable[[], T]:
-    """``run`` captured in a CUDA graph, to be replayed; its result is the same memory every time."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-
-    def replay() -> T:
-        graph.replay()
-        return result
-
-    return replay
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:

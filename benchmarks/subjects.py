@@ -14,6 +14,7 @@ from benchmarks import contenders, images, measure, networks
 from benchmarks.cells import Cell, CellFailed
 from benchmarks.suites import Options
 from benchmarks.workers import Worker
+from fastvit.graphs import capture
 
 CHECKED = 8  # images whose logits, and in training the gradients of whose loss, are checked
 DISTINCT = 32  # different images in a batch, which repeats them: more would take long to make and change no timing
@@ -71,7 +72,7 @@ class ModelSubject:
                 logits: Tensor = model(batch)
             return logits
 
-        logits = (measure.graphed(forward) if self.contender.way.graph else forward)()[:CHECKED]
+        logits = (capture(forward) if self.contender.way.graph else forward)()[:CHECKED]
         found = [logits]
         if self.training:
             model.zero_grad(set_to_none=True)
@@ -133,7 +134,7 @@ class ModelSubject:
             optimizer.step()
 
         if self.contender.way.graph:
-            return measure.graphed(infer)
+            return capture(infer)
         return step if self.training else infer
 
     def first_calls(self, batch: int) -> int:

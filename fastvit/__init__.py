@@ -3,6 +3,7 @@
 from fastvit import ops, resnet
 from fastvit.acceleration import accelerate
 from fastvit.checkpoints import load_checkpoint
+from fastvit.graphs import graphed
 from fastvit.models import ViT, create_model, from_checkpoint, list_models
 from fastvit.ops.backends import BackendUnavailable, backend
 from fastvit.packing import PackedImages, pack
@@ -17,6 +18,7 @@ __all__ = [
     "backend",
     "create_model",
     "from_checkpoint",
+    "graphed",
     "list_models",
     "load_checkpoint",
     "ops",

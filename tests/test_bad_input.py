@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastvit
 from fastvit.checkpoints import load_checkpoint
 from fastvit.layers import Attention, PatchEmbed
 from fastvit.models import ViT, create_model
@@ -128,6 +129,16 @@ def test_methods() -> None:
     assert (model.num_classes, model.global_pool, len(model.blocks)) == (5, "token", 2)
     assert (model.patch_embed.img_size, model.patch_embed.patch_size) == ((32, 32), (8, 8))
     assert model(image(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_graphed() -> None:
+    model, shapes = ViT(**SMALL), [(1, 3, 32, 32)]
+    with pytest.raises(ValueError, match="the model is in training; accepted: evaluation"):
+        fastvit.graphed(model, shapes)
+    with pytest.raises(ValueError, match="the model is on cpu; accepted: a CUDA device"):
+        fastvit.graphed(model.eval(), shapes)
+    with pytest.raises(ValueError, match=r"no shapes to capture; accepted: \(B, C, H, W\)"):
+        fastvit.graphed(model, [])
 
 
 def test_names() -> None:

@@ -224,15 +224,15 @@ def test_model_in_a_cuda_graph() -> None:
     ours, _ = _models()
     ours.eval().bfloat16()
     images = torch.randn(4, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    run = fastvit.graphed(ours, [(4, 3, 224, 224), (1, 3, 224, 224)])
     with torch.no_grad():
         for _ in range(2):
-            expected = ours(images)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = ours(images)
-        captured.zero_()
-        graph.replay()
-    assert torch.equal(captured, expected)
+            results = [(run(x), ours(x)) for x in (images, images[:1], images.neg())]
+            for replayed, eager in results:  # the caller's own: no later replay wrote over them
+                assert torch.equal(replayed, eager)
+            next(ours.parameters()).mul_(1.5)  # in place: the graphs read the model's own weights
+    with pytest.raises(ValueError, match=r"images \(2, 3, 224, 224\) in torch.bfloat16; captured: \[\(4, 3, "):
+        run(images[:2])
 
 
 def test_uint8_images_equal_normalised_ones(taken: Taken) -> None:
