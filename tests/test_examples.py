@@ -1,0 +1,49 @@
+"""Every script of examples/ runs as its first line says, in a few steps, and learns something where it trains."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# Script: its argument (epochs, or steps), and what its last line says more than.
+TRAINING = {
+    "train.py": ("12", 55),
+    "with_accelerate.py": ("4", 20),
+    "with_lightning.py": ("4", 20),
+    "with_timm.py": ("4", 20),
+    "with_transformers.py": ("4", 20),
+}
+
+
+def run(script: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, *arguments],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, cwd=EXAMPLES.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_all_are_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*TRAINING, "from_timm.py", "digits.py"}
+
+
+def test_from_timm() -> None:
+    found = re.fullmatch(r"vit_tiny_patch16_224: logits of timm and fastvit differ by at most (\S+)",
+                         run("from_timm.py", "vit_tiny_patch16_224"))  # fmt: skip
+    assert found is not None
+    assert float(found[1]) < 1e-4
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_training(script: str) -> None:
+    argument, chance = TRAINING[script]
+    found = re.fullmatch(r"(?:test accuracy|accuracy on new crops): ([\d.]+)%", run(script, argument))
+    assert found is not None
+    assert float(found[1]) > chance
