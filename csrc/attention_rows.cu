@@ -81,7 +81,7 @@ struct RowsProblem : Scores<T> {
 };
 
 template <class T, int DIM>
-__global__ void __launch_bounds__(kThreads) attention_rows_kernel(const RowsProblem<T> problem) {
+__global__ void __launch_bounds__(kThreads, 4) attention_rows_kernel(const RowsProblem<T> problem) {
   const Place place(problem.first_image, kRows);
   const auto row_of = [&](int i) -> int64_t {
     if (place.first + i >= problem.count) return -1;

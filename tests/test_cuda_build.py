@@ -282,6 +282,16 @@ def test_architecture_lists() -> None:
     ]
 
 
+def test_head_dims(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTVIT_HEAD_DIMS", "32 64 128")
+    assert build.head_dims() == f"-DFASTVIT_HEAD_DIMS={1 | 1 << 4 | 1 << 12:#x}"
+    monkeypatch.delenv("FASTVIT_HEAD_DIMS")
+    assert build.head_dims() == "-DFASTVIT_HEAD_DIMS=0x1fff"
+    monkeypatch.setenv("FASTVIT_HEAD_DIMS", "64 63")
+    with pytest.raises(ValueError, match="FASTVIT_HEAD_DIMS: '63'; accepted: 32, 40, .*128"):
+        build.head_dims()
+
+
 def test_a_compiler_behind_a_script_is_found_where_it_is(
     toolkit: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
