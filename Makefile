@@ -51,8 +51,8 @@ test: $(STAMP) ## lint, types and every test that takes seconds; GPU tests too w
 test-all: $(STAMP) ## the same and the tests that take minutes
 	$(call run-tests,-m "")
 
-test-peers: $(STAMP) ## timm's own model tests on our models
-	$(PY) tests/check_timm.py
+test-peers: $(STAMP) ## timm's and transformers' own model tests on our models
+	$(PY) tests/check_peers.py
 
 test-oldest: $(STAMP) ## the CUDA extension imported under the oldest PyTorch supported (downloads it: 3 GB)
 	$(PY) tests/check_oldest.py

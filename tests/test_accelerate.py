@@ -195,12 +195,43 @@ def test_what_is_watched_or_changed_runs_as_it_is(change: Callable[[Any], str], 
     torch.testing.assert_close(model(IMAGES), other(IMAGES), atol=2e-5, rtol=1e-4)
 
 
-def test_a_hook_sees_what_it_saw_before() -> None:
-    model, seen = build("timm ViT").eval(), []
-    model.blocks[1].norm2.register_forward_hook(lambda module, args, out: seen.append(out))
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("timm ViT", "blocks.1.norm2"),
+        ("torchvision", "encoder.layers.encoder_layer_1.self_attention"),
+        ("torchvision", "encoder.layers.encoder_layer_1.mlp"),
+        ("torchvision", "encoder.layers.encoder_layer_1.mlp.0"),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_a_hook_sees_what_it_saw_before(name: str, module: str, late: bool) -> None:
+    model, seen = build(name).eval(), []
+
+    def hook(module: nn.Module, args: Any, out: Any) -> None:
+        seen.append(out if isinstance(out, Tensor) else out[0])
+
+    watched = model.get_submodule(module)
+    handle = watched.register_forward_hook(hook)
     model(IMAGES)
-    fastvit.accelerate(model)(IMAGES)
+    if late:
+        handle.remove()
+        fastvit.accelerate(model)
+        watched.register_forward_hook(hook)
+    else:
+        fastvit.accelerate(model)
+    model(IMAGES)
+    assert len(seen) == 2
     torch.testing.assert_close(seen[0], seen[1], atol=2e-5, rtol=1e-4)
+
+
+def test_dropout_after_torchvisions_attention() -> None:
+    """With everything dropped, training has one result."""
+    model = build("torchvision").train()
+    for layer in model.encoder.layers:
+        layer.dropout = nn.Dropout(1.0)
+    expected = model(IMAGES)
+    torch.testing.assert_close(fastvit.accelerate(model)(IMAGES), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_what_the_fused_class_lacks_is_named() -> None:
@@ -274,9 +305,12 @@ def test_masks_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     model = transformers.CLIPTextModel(config).eval()
     tokens, mask = torch.randint(0, 50, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[1, 5:] = 0
-    expected = model(tokens, attention_mask=mask).last_hidden_state
-    model.set_attn_implementation(register())
-    torch.testing.assert_close(model(tokens, attention_mask=mask).last_hidden_state, expected, atol=2e-5, rtol=1e-4)
+    runs = {}
+    for implementation in ("sdpa", register()):
+        model.set_attn_implementation(implementation)
+        runs[implementation] = [model(tokens, attention_mask=m).last_hidden_state for m in (mask, None)]
+    for ours, theirs in zip(*runs.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
     q, k, v = torch.randn(3, 2, 2, 9, 32).unbind(0)
     masks = {"keys": mask.bool()[:, None, None], "pairs": torch.rand(2, 1, 9, 9) < 0.8, "bias": torch.randn(1, 2, 9, 9)}

@@ -136,14 +136,34 @@ def test_what_is_done_is_not_done_again(
 
 
 def test_two_processes_share_the_images(folder: Path, weights: Path, tmp_path: Path) -> None:
-    code = "import fastvit.embed as e, sys; from fastvit.cli import main; e.SHARD = 3; sys.exit(main(sys.argv[1:]))"
-    (tmp_path / "run.py").write_text(code)
+    """Each decodes its own, and the first waits for the second, which is late."""
+    (tmp_path / "run.py").write_text(
+        """
+import sys, time
+import fastvit.embed as e
+from fastvit.cli import main
+
+e.SHARD, run, decode = 3, e.Job.run, e.Job._decode
+decoded = []
+
+def late(job):
+    time.sleep(3 * job.rank)
+    run(job)
+    with open(job.out / f"decoded-{job.rank}", "w") as file:
+        file.write(" ".join(map(str, sorted(decoded))))
+
+e.Job.run = late
+e.Job._decode = lambda job, i: decoded.append(i) or decode(job, i)
+sys.exit(main(sys.argv[1:]))
+"""
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [tmp_path / "run.py", "embed", folder, "--weights", weights, "--out", tmp_path / "out"]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("9 images, 1 unreadable") == 1
     check(tmp_path / "out", expected(folder, weights))
+    assert [(tmp_path / "out" / f"decoded-{rank}").read_text() for rank in (0, 1)] == ["0 1 2 6 7 8", "3 4 5 9"]
     assert len(list((tmp_path / "out").glob("shard-*.npz"))) == 4 and not list((tmp_path / "out").glob("*.part*"))
 
 
