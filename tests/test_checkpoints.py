@@ -23,6 +23,8 @@ from torch import Tensor, nn
 import fastvit
 from fastvit.checkpoints import convert, layouts, load_checkpoint, read_checkpoint
 from fastvit.checkpoints.files import write
+from fastvit.models import families
+from fastvit.models.architecture import architecture
 
 SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 7}
 HF_SIZES = {
@@ -51,6 +53,12 @@ def huggingfaces(
     return made, lambda: output(made(pixel_values=IMAGES))
 
 
+def named(name: str, **options: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """timm's model of that name, with its own choices but for the sizes."""
+    model = randomise(timm.create_model(name, **SIZES | options))
+    return model, lambda: model(IMAGES)
+
+
 def torchvisions() -> tuple[nn.Module, Callable[[], Tensor]]:
     model = randomise(torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 128, num_classes=7))
     return model, lambda: model(IMAGES)
@@ -73,6 +81,9 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {
     "timm, map": lambda: timms(global_pool="map", class_token=False),
     "timm, CLIP": lambda: timms(pre_norm=True),
     "timm, gated": lambda: timms(**GATED),
+    "timm, DINOv3": lambda: named("vit_small_patch16_dinov3"),
+    "timm, DINOv3 with biases": lambda: named("vit_base_patch16_dinov3_qkvb"),
+    "timm, DINOv3 plus": lambda: named("vit_small_plus_patch16_dinov3_qkvb"),
     "torchvision": torchvisions,
     "huggingface": lambda: huggingfaces(
         transformers.ViTConfig, transformers.ViTForImageClassification, _classes, intermediate_size=128, num_labels=7
@@ -83,6 +94,13 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {
     ),
     "dinov2, registers": lambda: huggingfaces(
         transformers.Dinov2WithRegistersConfig, transformers.Dinov2WithRegistersModel, _pooled
+    ),
+    "dinov3": lambda: huggingfaces(
+        transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, _pooled, intermediate_size=128, num_register_tokens=4
+    ),
+    "dinov3, gated": lambda: huggingfaces(
+        transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, _pooled, intermediate_size=128,
+        num_register_tokens=2, use_gated_mlp=True, hidden_act="silu",
     ),
     "clip": lambda: huggingfaces(
         transformers.CLIPVisionConfig, transformers.CLIPVisionModelWithProjection, lambda out: out.image_embeds,
@@ -193,6 +211,49 @@ def test_dinov2s_own_names() -> None:
         torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
 
 
+def test_dinov3s_own_names() -> None:
+    """timm's own conversion of them is the judge of what they are."""
+    model, run = named("vit_small_plus_patch16_dinov3_qkvb")
+    state: dict[str, Tensor] = {"mask_token": torch.ones(1, 64), "rope_embed.periods": torch.ones(8)}
+    names = {"reg_token": "storage_tokens", "gamma_": "ls", "fc1_g": "w1", "fc1_x": "w2", "mlp.fc2": "mlp.w3"}
+    for key, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        state[re.sub(r"(ls\d)$", r"\1.gamma", key)] = value
+    for i in range(2):
+        q, v = (state.pop(f"blocks.{i}.attn.{one}_bias") for one in "qv")
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.full_like(q, 7.0), v])
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.ones(3 * 64)
+    back = timm.models.eva.checkpoint_filter_fn(dict(state), model)
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
+    ours = fastvit.from_checkpoint({"teacher": state}, num_heads=2, global_pool="avg").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+def test_dinov3s_configuration_tells_its_periods(tmp_path: Path) -> None:
+    config = {"intermediate_size": 128, "num_register_tokens": 4, "rope_theta": 20.0, "num_attention_heads": 4}
+    theirs, run = huggingfaces(transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, _pooled, **config)
+    ours = fastvit.from_checkpoint(save(theirs, tmp_path)).eval()
+    assert ours.rope == 20.0
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+    changed = json.loads((tmp_path / "config.json").read_text()) | {"use_gated_mlp": True}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="hidden_act is 'gelu' in a gated MLP; accepted: silu"):
+        fastvit.from_checkpoint(tmp_path)
+
+
+def test_dinov3s_heads_are_those_of_its_width() -> None:
+    with torch.device("meta"):
+        for name in ("vit_small_plus_patch16_dinov3", "vit_huge_plus_patch16_dinov3_qkvb", "vit_7b_patch16_dinov3"):
+            theirs = timm.create_model(name, depth=1)
+            found = read_checkpoint(theirs.state_dict())
+            heads = dict.fromkeys((384, 1280, 4096), 1) | families.DINOV3_HEADS
+            assert architecture(found.state, found.options, name, heads)["num_heads"] == theirs.blocks[0].attn.num_heads
+
+
 def test_a_masked_autoencoders_decoder_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     model, run = timms(num_classes=0)
     extra = dict.fromkeys(("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.bias"), torch.ones(3))
@@ -216,6 +277,39 @@ def test_a_round_trip_changes_nothing(layout: str, suffix: str, tmp_path: Path) 
     returned = load_file(back)
     assert returned.keys() == model.state_dict().keys()
     assert all(torch.equal(returned[key], value) for key, value in model.state_dict().items())
+
+
+KINDS = {
+    "DINOv3": "vit_small_patch16_dinov3",
+    "DINOv3 with biases": "vit_small_patch16_dinov3_qkvb",
+    "DINOv3 plus": "vit_small_plus_patch16_dinov3_qkvb",
+}
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "huggingface-5"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_go_round_too(kind: str, layout: str, tmp_path: Path) -> None:
+    """From timm's names to those that a library has for this kind of model, and back to timm's."""
+    model, _ = named(KINDS[kind], num_classes=7 if "DINO" not in kind else 0)
+    convert(model.state_dict(), tmp_path / "same.safetensors", "timm")
+    convert(model.state_dict(), tmp_path / "there.safetensors", layout)
+    convert(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "timm")
+    assert not set(load_file(tmp_path / "there.safetensors")) & set(model.state_dict()) - {"norm.weight", "norm.bias"}
+    for file in ("same", "back"):
+        returned = load_file(tmp_path / f"{file}.safetensors")
+        assert returned.keys() == model.state_dict().keys()
+        assert all(torch.equal(returned[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dinov3", "dinov3, gated"])
+def test_what_hugging_face_has_is_what_it_gets(name: str, tmp_path: Path) -> None:
+    """By way of timm's names, in its own of today: all but the mask token, which no classifier has."""
+    theirs, _ = MODELS[name]()
+    convert(theirs.state_dict(), tmp_path / "timm.safetensors", "timm")
+    convert(tmp_path / "timm.safetensors", tmp_path / "back.safetensors", "huggingface-5")
+    returned, state = load_file(tmp_path / "back.safetensors"), theirs.state_dict()
+    assert {key for key in state if "mask_token" not in key} == returned.keys()
+    assert all(torch.equal(state[key], value) for key, value in returned.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"global_pool": "map"}], ids=["token", "map"])
@@ -372,10 +466,10 @@ def test_wrong_files_are_named_and_nothing_is_half_loaded(tmp_path: Path) -> Non
         "foreign": (state | {"blocks.0.attn.rope": torch.ones(3)}, "has blocks.0.attn.rope, which no ViT has"),
         "misshapen": (state | {"norm.bias": torch.ones(65)}, r"norm.bias: the file has \(65,\), the model \(64,\)"),
         "no key of three": (_without(hf, "vit.layers.1.attention.k_proj.weight"), "goes with .*k_proj.weight, which"),
-        "another network": (timm.create_model("resnet18").state_dict(), "no layout that is known; accepted: dinov2"),
+        "another network": (timm.create_model("resnet18").state_dict(), "no layout that is known; accepted: dinov3, t"),
         "quantised": (state | {"head.weight": state["head.weight"].char()}, "weights of integers.*head.weight"),
         "BEiT": (state | {"blocks.0.attn.relative_position_bias_table": torch.ones(3)}, "it is a BEiT"),
-        "DINOv3": (state | {"storage_tokens": torch.ones(3)}, "it is a DINOv3"),
+        "EVA": (state | {"blocks.0.gamma_1": torch.ones(64)}, "gamma_1 and pos_embed, as EVA and the Perception Enc"),
         "distilled": (state | {"dist_token": torch.ones(3)}, "it is a distilled DeiT"),
         "no tensors": ({"model": {"epoch": 3}}, "has no tensors; its keys are"),
     }  # fmt: skip

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.checkpoints import files
-from fastvit.checkpoints.layouts import LAYOUTS, State, recognise, unwrapped
+from fastvit.checkpoints.layouts import named, recognise, unwrapped
 from fastvit.checkpoints.npz import from_npz, to_npz
 from fastvit.checkpoints.resample import adapt_channels, resample_patch_embed, resample_pos_embed
+from fastvit.checkpoints.rules import State
 from fastvit.ops import onednn
 
 log = logging.getLogger("fastvit")
@@ -241,4 +242,4 @@ def convert(source: Source, path: str | os.PathLike[str], layout: str = "timm", 
             )
         files.write(path, to_npz(checkpoint.state, heads))
     else:
-        files.write(path, next(one for one in LAYOUTS if one.name == layout).from_ours(checkpoint.state))
+        files.write(path, named(layout, checkpoint.state).from_ours(checkpoint.state))

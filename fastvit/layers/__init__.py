@@ -1,13 +1,14 @@
 """The layers of a Vision Transformer, with timm's arguments and state_dict keys, on :mod:`fastvit.ops`."""
 
 from fastvit.layers.attention import Attention, AttentionPoolLatent, AttentionPoolPrr
-from fastvit.layers.beit import BeitAttention, BeitBlock
-from fastvit.layers.block import Block
+from fastvit.layers.beit import BeitAttention, RelativePositionBias, Windowed
+from fastvit.layers.block import BeitBlock, Block
 from fastvit.layers.fuse import GELUTanh, QuickGELU, remember_forward
 from fastvit.layers.misc import DropPath, LayerScale, PatchDropout
 from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
 from fastvit.layers.patch_embed import PatchEmbed
+from fastvit.layers.positions import Positions
 
 remember_forward(Attention, BeitAttention, BeitBlock, Block, Mlp, PatchEmbed, SwiGLU)
 
@@ -25,6 +26,9 @@ __all__ = [
     "Mlp",
     "PatchDropout",
     "PatchEmbed",
+    "Positions",
     "QuickGELU",
+    "RelativePositionBias",
     "SwiGLU",
+    "Windowed",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fastvit.checkpoints.layouts import blocks
-from fastvit.layers import LayerNorm, SwiGLU
+from fastvit.layers import BeitBlock, LayerNorm, SwiGLU
 
 log = logging.getLogger("fastvit")
 
@@ -50,12 +50,12 @@ def architecture(
         "depth": len(numbers),
         # half a feature keeps rounding from landing below
         "mlp_ratio": hidden / width if hidden % width == 0 else (hidden + 0.5) / width,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state or "blocks.0.attn.q_bias" in state,
         "proj_bias": "blocks.0.attn.proj.bias" in state,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "scale_attn_norm": "blocks.0.attn.norm.weight" in state,
         "scale_mlp_norm": "blocks.0.mlp.norm.weight" in state,
-        "init_values": 1e-5 if "blocks.0.ls1.gamma" in state else None,
+        "init_values": 1e-5 if "blocks.0.ls1.gamma" in state or "blocks.0.gamma_1" in state else None,
         "class_token": "cls_token" in state,
         "reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0,
         "pre_norm": "norm_pre.weight" in state,
@@ -65,6 +65,8 @@ def architecture(
         "global_pool": _pool(state),
         "pos_embed": "learn" if "pos_embed" in state else "none",
     }
+    if any(f"blocks.0.{name}" in state for name in ("gamma_1", "attn.q_bias")):
+        found["block_fn"] = BeitBlock
     if hidden == 2 * fc2.shape[1]:
         found["mlp_layer"] = SwiGLU
         options.pop("act_layer", None)

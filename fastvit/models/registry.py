@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvit.checkpoints.load import Checkpoint, Source, fit, load_checkpoint, read_checkpoint
+from fastvit.models import families
 from fastvit.models.architecture import architecture
 from fastvit.models.resnet import ResNetV2
 from fastvit.models.vit import ViT
@@ -63,6 +64,8 @@ def _parse(name: str) -> tuple[type[ViT] | type[ResNetV2], dict[str, Any]]:
     if name in _RESNET_SIZES:
         depth, width = _RESNET_SIZES[name].split("x")
         return ResNetV2, {"layers": RESNET_LAYERS[depth], "width_factor": int(width)}
+    if (of_family := families.arguments(name)) is not None:
+        return ViT, of_family
     timm, paper = _TIMM.fullmatch(name), _PAPER.fullmatch(name)
     match = timm or paper
     size = timm["size"] if timm else _BY_PAPER.get(paper["size"], "") if paper else ""
@@ -92,6 +95,7 @@ def list_models(filter: str = "") -> list[str]:
         filter: a part of the name, or a pattern with * and ?: "vit_*" are the Vision Transformers.
     """
     names = [f"vit_{size}_patch{patch}_224" for size in VARIANTS for patch in PATCHES]
+    names += families.FAMILIES
     names += [f"resnetv2_{size}_bit" for size in RESNETS]
     pattern = filter if any(c in filter for c in "*?[") else f"*{filter}*"
     return fnmatch.filter(names, pattern)
@@ -105,6 +109,7 @@ def create_model(
     Args:
         name: "vit_{tiny, small, medium, base, large, huge, so400m, giant, gigantic}_patch{8, 14, 16, 32}_{image size}"
             or "ViT-{Ti, S, M, B, L, H, So400m, g, G}/{patch}", which may end in "-384" for another image size than 224;
+            "vit_{tiny, small, small_plus, base, large, huge_plus, 7b}_patch16_dinov3", which may end in "_qkvb";
             "resnetv2_{50x1, 50x2, 50x3, 101x1, 101x3, 152x1, 152x2, 152x4, 200x3}_bit" or "R{50x1, ...}".
         pretrained: must be False: weights come from a file.
         checkpoint_path: weights to load into a ViT with :func:`fastvit.load_checkpoint`; into a ResNet, .safetensors or
@@ -160,6 +165,8 @@ def from_checkpoint(
     checkpoint = read_checkpoint(source)
     told = checkpoint.options if num_heads is None else {**checkpoint.options, "num_heads": num_heads}
     heads = {variant.width: variant.heads for variant in VARIANTS.values()}
+    if "rope" in told:
+        heads |= families.DINOV3_HEADS
     found = architecture(checkpoint.state, told, checkpoint.name, heads) | kwargs
     dtype = dtype or torch.get_default_dtype()
     if num_classes not in (None, found["num_classes"]):
