@@ -59,6 +59,11 @@ def named(name: str, **options: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
     return model, lambda: model(IMAGES)
 
 
+def timms_beit(**options: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
+    model = randomise(timm.models.beit.Beit(**SIZES | options))
+    return model, lambda: model(IMAGES)
+
+
 def torchvisions() -> tuple[nn.Module, Callable[[], Tensor]]:
     model = randomise(torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 128, num_classes=7))
     return model, lambda: model(IMAGES)
@@ -84,6 +89,9 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {
     "timm, DINOv3": lambda: named("vit_small_patch16_dinov3"),
     "timm, DINOv3 with biases": lambda: named("vit_base_patch16_dinov3_qkvb"),
     "timm, DINOv3 plus": lambda: named("vit_small_plus_patch16_dinov3_qkvb"),
+    "timm, BEiT": lambda: named("beit_base_patch16_224"),
+    "timm, BEiT, shared": lambda: timms_beit(use_shared_rel_pos_bias=True),
+    "timm, BEiT, class token": lambda: timms_beit(use_rel_pos_bias=True, global_pool="token", qkv_bias=False),
     "torchvision": torchvisions,
     "huggingface": lambda: huggingfaces(
         transformers.ViTConfig, transformers.ViTForImageClassification, _classes, intermediate_size=128, num_labels=7
@@ -101,6 +109,15 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {
     "dinov3, gated": lambda: huggingfaces(
         transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, _pooled, intermediate_size=128,
         num_register_tokens=2, use_gated_mlp=True, hidden_act="silu",
+    ),
+    "beit": lambda: huggingfaces(
+        transformers.BeitConfig, transformers.BeitForImageClassification, _classes, intermediate_size=128, num_labels=7,
+        use_relative_position_bias=True,
+    ),
+    "beit, shared": lambda: huggingfaces(
+        transformers.BeitConfig, transformers.BeitModel, _pooled, intermediate_size=128, use_mask_token=True,
+        use_shared_relative_position_bias=True, use_relative_position_bias=True, use_mean_pooling=False,
+        use_absolute_position_embeddings=True, layer_scale_init_value=0.0,
     ),
     "clip": lambda: huggingfaces(
         transformers.CLIPVisionConfig, transformers.CLIPVisionModelWithProjection, lambda out: out.image_embeds,
@@ -159,13 +176,17 @@ def test_files_of_the_hub_have_other_names_than_models_in_memory() -> None:
     pairs = {
         "huggingface": (layouts.HUGGINGFACE_5, layouts.HUGGINGFACE),
         "dinov2, gated": (layouts.DINOV2_HUGGINGFACE_5, layouts.DINOV2_HUGGINGFACE),
+        "dinov3, gated": (layouts.DINOV3_HUGGINGFACE_5, layouts.DINOV3_HUGGINGFACE),
+        "beit": (layouts.BEIT_HUGGINGFACE_5, layouts.BEIT_HUGGINGFACE),
+        "beit, shared": (layouts.BEIT_HUGGINGFACE_5, layouts.BEIT_HUGGINGFACE),
     }
     for name, (new, old) in pairs.items():
         theirs, run = MODELS[name]()
         state, _, unknown = new.to_ours(theirs.state_dict())
         assert not unknown
         written = old.from_ours(state)
-        assert "attention.attention.query.weight" in " ".join(written)
+        renamed = "layer.0.norm1.weight" if "dinov3" in name else "encoder.layer.0.attention.attention.query.weight"
+        assert renamed in {key.removeprefix("vit.").removeprefix("beit.") for key in written}
         assert layouts.recognise(list(written)) is old
         ours = fastvit.from_checkpoint(written, num_heads=2).eval()
         with torch.no_grad():
@@ -211,6 +232,55 @@ def test_dinov2s_own_names() -> None:
         torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
 
 
+def test_beits_own_file(tmp_path: Path) -> None:
+    """Microsoft's, whose index of positions is of no use, at another size: timm's own conversion is the judge."""
+    model, run = named("beit_base_patch16_224")
+    index = {f"blocks.{i}.attn.relative_position_index": torch.ones(17, 17, dtype=torch.int64) for i in range(2)}
+    torch.save({"model": model.state_dict() | index}, tmp_path / "beit.pth")
+    for size in ((32, 32), (48, 40), (24, 16)):
+        ours = fastvit.from_checkpoint(tmp_path / "beit.pth", num_heads=2, img_size=size).eval()
+        assert ours.patch_embed.img_size == size
+        theirs = timm.create_model("beit_base_patch16_224", **SIZES | {"img_size": size}).eval()
+        given = torch.load(tmp_path / "beit.pth", weights_only=True)
+        theirs.load_state_dict(timm.models.beit.checkpoint_filter_fn(given, theirs))
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x), atol=2e-5, rtol=1e-4)
+    pretrained = {
+        "lm_head.weight": torch.ones(3, 64),
+        "lm_head.bias": torch.ones(3),
+        "mask_token": torch.ones(1, 1, 64),
+    }
+    shared, run = timms_beit(use_shared_rel_pos_bias=True, num_classes=0, global_pool="token")
+    ours = fastvit.from_checkpoint({"model": shared.state_dict() | pretrained}, num_heads=2).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+def test_a_table_of_no_square(tmp_path: Path) -> None:
+    """The size comes from a configuration, or from the caller."""
+    theirs, _ = timms_beit(use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1, img_size=(32, 24))
+    state = theirs.state_dict()
+    with pytest.raises(ValueError, match="a table of 38 relative positions, .* no square window: give img_size="):
+        fastvit.from_checkpoint(state, num_heads=2)
+    save_file(state, tmp_path / "model.safetensors")
+    config = {"model_args": {"num_heads": 2, "img_size": [32, 24]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, images = fastvit.from_checkpoint(tmp_path).eval(), torch.randn(2, 3, 32, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), atol=2e-5, rtol=1e-4)
+    again = fastvit.create_model("beit_base_patch16_224", **SIZES | {"img_size": (32, 24)}).eval()
+    load_checkpoint(again, state)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), ours(images), atol=0, rtol=0)
+    with pytest.raises(ValueError, match="does not fit the model, which is as it was: a table of 38"):
+        load_checkpoint(fastvit.create_model("beit_base_patch16_224", **SIZES), state)
+    with pytest.raises(
+        RuntimeError, match="the file has 38 relative positions, the model 52. Build the model with the"
+    ):
+        fastvit.create_model("beit_base_patch16_224", **SIZES).load_state_dict(state)
+
+
 def test_dinov3s_own_names() -> None:
     """timm's own conversion of them is the judge of what they are."""
     model, run = named("vit_small_plus_patch16_dinov3_qkvb")
@@ -250,7 +320,7 @@ def test_dinov3s_heads_are_those_of_its_width() -> None:
         for name in ("vit_small_plus_patch16_dinov3", "vit_huge_plus_patch16_dinov3_qkvb", "vit_7b_patch16_dinov3"):
             theirs = timm.create_model(name, depth=1)
             found = read_checkpoint(theirs.state_dict())
-            heads = dict.fromkeys((384, 1280, 4096), 1) | families.DINOV3_HEADS
+            heads = {variant.width: variant.heads for variant, _ in families.DINOV3.values()}
             assert architecture(found.state, found.options, name, heads)["num_heads"] == theirs.blocks[0].attn.num_heads
 
 
@@ -283,6 +353,7 @@ KINDS = {
     "DINOv3": "vit_small_patch16_dinov3",
     "DINOv3 with biases": "vit_small_patch16_dinov3_qkvb",
     "DINOv3 plus": "vit_small_plus_patch16_dinov3_qkvb",
+    "BEiT": "beitv2_large_patch16_224",
 }
 
 
@@ -301,13 +372,16 @@ def test_other_kinds_go_round_too(kind: str, layout: str, tmp_path: Path) -> Non
         assert all(torch.equal(returned[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["dinov3", "dinov3, gated"])
+@pytest.mark.parametrize("name", ["dinov3", "dinov3, gated", "beit", "beit, shared"])
 def test_what_hugging_face_has_is_what_it_gets(name: str, tmp_path: Path) -> None:
     """By way of timm's names, in its own of today: all but the mask token, which no classifier has."""
     theirs, _ = MODELS[name]()
     convert(theirs.state_dict(), tmp_path / "timm.safetensors", "timm")
     convert(tmp_path / "timm.safetensors", tmp_path / "back.safetensors", "huggingface-5")
-    returned, state = load_file(tmp_path / "back.safetensors"), theirs.state_dict()
+    returned, state = (
+        {key.removeprefix("beit."): value for key, value in given.items()}  # which a bare BeitModel has not
+        for given in (load_file(tmp_path / "back.safetensors"), theirs.state_dict())
+    )
     assert {key for key in state if "mask_token" not in key} == returned.keys()
     assert all(torch.equal(state[key], value) for key, value in returned.items())
 
@@ -468,7 +542,7 @@ def test_wrong_files_are_named_and_nothing_is_half_loaded(tmp_path: Path) -> Non
         "no key of three": (_without(hf, "vit.layers.1.attention.k_proj.weight"), "goes with .*k_proj.weight, which"),
         "another network": (timm.create_model("resnet18").state_dict(), "no layout that is known; accepted: dinov3, t"),
         "quantised": (state | {"head.weight": state["head.weight"].char()}, "weights of integers.*head.weight"),
-        "BEiT": (state | {"blocks.0.attn.relative_position_bias_table": torch.ones(3)}, "it is a BEiT"),
+        "BEiT": (state | {"blocks.0.attn.relative_position_bias_table": torch.ones(3, 2)}, "has no blocks.0.attn.rel"),
         "EVA": (state | {"blocks.0.gamma_1": torch.ones(64)}, "gamma_1 and pos_embed, as EVA and the Perception Enc"),
         "distilled": (state | {"dist_token": torch.ones(3)}, "it is a distilled DeiT"),
         "no tensors": ({"model": {"epoch": 3}}, "has no tensors; its keys are"),

@@ -1,4 +1,4 @@
-"""DINOv3 in everything that a ViT can do: what other kinds of attention must not break."""
+"""DINOv3 and BEiT in everything that a ViT can do: what other kinds of attention must not break."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_siz
 FAMILIES: dict[str, dict[str, Any]] = {
     "DINOv3": {"name": "vit_small_patch16_dinov3_qkvb"},
     "DINOv3, class token": {"name": "vit_small_plus_patch16_dinov3_qkvb", "global_pool": "token"},
-    "rope in a plain ViT": {"name": "vit_small_patch16_224", "rope": 100.0, "dynamic_img_size": True},
-}
-ROTARY = list(FAMILIES)
+    "rope in a plain ViT": {"name": "vit_small_patch16_224", "rope": 100.0, "pos_embed": "none"},
+    "BEiT": {"name": "beit_base_patch16_224"},
+    "BEiT, shared table": {
+        "name": "beitv2_base_patch16_224", "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True,
+    },
+    "BEiT, both, class token": {
+        "name": "beit_large_patch16_384", "use_shared_rel_pos_bias": True, "global_pool": "token", "depth": 2,
+    },
+}  # fmt: skip
+ROTARY = [family for family in FAMILIES if "BEiT" not in family]
 
 
 def small(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> ViT:
@@ -121,21 +128,26 @@ def test_copies_pickles_and_dtypes(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiles_in_one_graph(family: str) -> None:
     torch._dynamo.reset()
-    model, x = small(family, torch.float32), images(dtype=torch.float32)
+    model, x = small(family, torch.float32, dynamic_img_size=True), images(dtype=torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    other = images(48, 24, dtype=torch.float32)
+    torch.testing.assert_close(compiled(other), model(other), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients(model, compiled(x)), gradients(model, model(x)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exports_and_traces(family: str) -> None:
-    model, x = small(family).eval(), images()
+def test_exports_and_traces(family: str, dynamic: bool) -> None:
+    model, x = small(family, dynamic_img_size=dynamic).eval(), images()
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=9)},))
     assert_same(program.module()(x[:1]), model(x[:1]))
-    traced = torch.fx.symbolic_trace(model)
-    assert_same(traced(x), model(x))
-    assert_same(gradients(model, traced(x)), gradients(model, model(x)))
+    traced = torch.fx.symbolic_trace(model, concrete_args={"attn_mask": None, "is_causal": False})
+    for size in ((32, 32), (48, 24)) if dynamic else ((32, 32),):
+        x = images(*size)
+        assert_same(traced(x, None, False), model(x))
+    assert_same(gradients(model, traced(x, None, False)), gradients(model, model(x)))
 
 
 @pytest.mark.parametrize("watch", ["attn", "attn.qkv", "attn.attn_drop", "attn.proj", "mlp", "norm1"])
@@ -166,6 +178,8 @@ def test_masks(family: str, masked: str) -> None:
         "causal": {"is_causal": True},
     }[masked]
     got = model(x, **given)
+    if masked == "causal":
+        assert_same(got, model(x, attn_mask=torch.ones(tokens, tokens, dtype=torch.bool).tril()))
     for block in model.blocks:
         block.attn.fused_attn = False
     assert_same(got, model(x, **given))
@@ -192,6 +206,22 @@ def test_weights_start_anew(family: str) -> None:
         parameter.data.fill_(torch.nan)
     model.init_weights()
     assert not [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+
+
+def test_what_biases_by_relative_position_are_not_with() -> None:
+    model = small("BEiT")
+    with pytest.raises(ValueError, match="packed images can't pass blocks: biases by relative position are for one"):
+        model([torch.randn(3, 32, 32, dtype=torch.float64)])
+    with pytest.raises(TypeError, match="block 0 has biases by relative position"):
+        analysis.attention_maps(model, images())
+    for options, message in (
+        ({"reg_tokens": 2}, "class_token must be True and reg_tokens 0, got True and 2"),
+        ({"class_token": False}, "class_token must be True and reg_tokens 0, got False and 0"),
+        ({"patch_drop_rate": 0.25}, "patch_drop_rate=0.25: .* accepted: 0"),
+        ({"block_fn": nn.TransformerEncoderLayer}, "unexpected keyword"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            small("BEiT", **options)
 
 
 def test_a_block_is_four_ops_with_gammas_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,21 @@ _GAMMAS = (
     rename("blocks.{i}.attn.q_bias", "blocks.{i}.attn.q_bias"),
     rename("blocks.{i}.attn.v_bias", "blocks.{i}.attn.v_bias"),
 )
+_TABLES = tuple(
+    rename(f"{module}.relative_position_bias_table", f"{module}.relative_position_bias_table")
+    for module in ("blocks.{i}.attn", "rel_pos_bias")
+)
+_TIMM_GATED = gated("blocks.{i}", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
+
+TIMM_BEIT = Layout(  # and BEiT's own
+    "timm",
+    "patch_embed.proj.weight",
+    (*_GAMMAS, *_TABLES, *_TIMM_GATED, *_OURS),
+    also=r"blocks\.0\.attn\.relative_position_bias_table|rel_pos_bias\.relative_position_bias_table",
+    dropped=r"mask_token|lm_head\..*|.*\.relative_position_index",
+    options=_timm,
+)
+
 _DINOV3: dict[str, Any] = {"eps": 1e-5, "rope": 100.0, "dynamic_img_size": True}
 
 
@@ -133,7 +148,7 @@ def _without_positions(state: State) -> None:
 TIMM_DINOV3 = Layout(
     "timm",
     "patch_embed.proj.weight",
-    (*_GAMMAS, *gated("blocks.{i}", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"), *_OURS),
+    (*_GAMMAS, *_TIMM_GATED, *_OURS),
     also=r"blocks\.0\.gamma_1",
     options=lambda config: {**_DINOV3, "global_pool": "avg", **_timm(config)},
     finish=_without_positions,
@@ -203,11 +218,21 @@ TORCHVISION = Layout(
 )
 
 
-def _vit_of_huggingface(name: str, layer: str, also: str, **blocks: str | tuple[str, ...]) -> Layout:
+_HUGGINGFACE_LAYER, _HUGGINGFACE_5_LAYER = "encoder.layer.{i}", "layers.{i}"
+_HUGGINGFACE_QKV = tuple(f"attention.attention.{one}" for one in ("query", "key", "value"))
+_HUGGINGFACE_5_QKV = tuple(f"attention.{one}_proj" for one in "qkv")
+
+
+def _vit_of_huggingface(
+    name: str, also: str, rules: tuple[Rule, ...] = (), tower: str = "vit.", dropped: str = r"(?!)"
+) -> Layout:
+    """ViT's names in transformers, "huggingface-5" those of today, and for its relatives ``rules`` that go first."""
+    today = name == "huggingface-5"
     return Layout(
         name,
         "embeddings.patch_embeddings.projection.weight",
         (
+            *rules,
             rename("embeddings.cls_token", "cls_token"),
             rename("embeddings.position_embeddings", "pos_embed"),
             *same(
@@ -215,32 +240,63 @@ def _vit_of_huggingface(name: str, layer: str, also: str, **blocks: str | tuple[
                 ("layernorm", "norm"),
                 ("/classifier", "head"),
             ),
-            *block(layer, norm1="layernorm_before", norm2="layernorm_after", **blocks),
+            *block(
+                _HUGGINGFACE_5_LAYER if today else _HUGGINGFACE_LAYER,
+                norm1="layernorm_before",
+                norm2="layernorm_after",
+                attn__qkv=_HUGGINGFACE_5_QKV if today else _HUGGINGFACE_QKV,
+                attn__proj="attention.o_proj" if today else "attention.output.dense",
+                mlp__fc1="mlp.fc1" if today else "intermediate.dense",
+                mlp__fc2="mlp.fc2" if today else "output.dense",
+            ),
         ),
         also=also,
-        dropped=r"embeddings\.mask_token|pooler\..*|/decoder\..*",
-        tower="vit.",
+        dropped=rf"embeddings\.mask_token|pooler\..*|/decoder\..*|{dropped}",
+        tower=tower,
         options=_huggingface(1e-12, "gelu"),
     )
 
 
-HUGGINGFACE = _vit_of_huggingface(
+HUGGINGFACE = _vit_of_huggingface("huggingface", r"encoder\.layer\.0\.attention\.attention\.query\.weight")
+HUGGINGFACE_5 = _vit_of_huggingface("huggingface-5", r"layers\.0\.attention\.q_proj\.weight")
+
+
+def _apart(layer: str, q: str, k: str, v: str) -> tuple[Rule, ...]:
+    """Rules for the queries, keys and values of a block, of which keys have no bias."""
+    return (
+        rename(tuple(f"{layer}.{one}.weight" for one in (q, k, v)), "blocks.{i}.attn.qkv.weight"),
+        rename(f"{layer}.{q}.bias", "blocks.{i}.attn.q_bias"),
+        rename(f"{layer}.{v}.bias", "blocks.{i}.attn.v_bias"),
+    )
+
+
+def _beit_of_huggingface(name: str, layer: str, qkv: tuple[str, ...], own: str, shared: str) -> Layout:
+    table = "relative_position_bias_table"
+    start = re.escape(layer.format(i=0))
+    return _vit_of_huggingface(
+        name,
+        rf"{start}\.lambda_1|{start}\.{re.escape(own)}\.{table}|{re.escape(shared)}\.{table}",
+        (
+            *_apart(layer, *qkv),
+            *(rename(f"{layer}.lambda_{k}", f"blocks.{{i}}.gamma_{k}") for k in (1, 2)),
+            rename(f"{layer}.{own}.{table}", f"blocks.{{i}}.attn.{table}"),
+            rename(f"{shared}.{table}", f"rel_pos_bias.{table}"),
+            *same(("pooler.layernorm", "fc_norm"), ("/layernorm", "norm")),  # the second is the pre-training head's
+        ),
+        tower="beit.",
+        dropped=r".*\.relative_position_index|/lm_head\..*",
+    )
+
+
+BEIT_HUGGINGFACE = _beit_of_huggingface(
     "huggingface",
-    "encoder.layer.{i}",
-    r"encoder\.layer\.0\.attention\.attention\.query\.weight",
-    attn__qkv=tuple(f"attention.attention.{one}" for one in ("query", "key", "value")),
-    attn__proj="attention.output.dense",
-    mlp__fc1="intermediate.dense",
-    mlp__fc2="output.dense",
+    _HUGGINGFACE_LAYER,
+    _HUGGINGFACE_QKV,
+    "attention.attention.relative_position_bias",
+    "encoder.relative_position_bias",
 )
-HUGGINGFACE_5 = _vit_of_huggingface(
-    "huggingface-5",
-    "layers.{i}",
-    r"layers\.0\.attention\.q_proj\.weight",
-    attn__qkv=tuple(f"attention.{one}_proj" for one in "qkv"),
-    attn__proj="attention.o_proj",
-    mlp__fc1="mlp.fc1",
-    mlp__fc2="mlp.fc2",
+BEIT_HUGGINGFACE_5 = _beit_of_huggingface(
+    "huggingface-5", _HUGGINGFACE_5_LAYER, _HUGGINGFACE_5_QKV, "relative_position_bias", "shared_position_bias"
 )
 
 
@@ -273,24 +329,15 @@ def _dinov2_of_huggingface(name: str, also: str, qkv: tuple[str, ...], proj: str
 DINOV2_HUGGINGFACE = _dinov2_of_huggingface(
     "dinov2-huggingface",
     r"encoder\.layer\.0\.layer_scale1\.lambda1",
-    tuple(f"attention.attention.{one}" for one in ("query", "key", "value")),
+    _HUGGINGFACE_QKV,
     "attention.output.dense",
 )
 DINOV2_HUGGINGFACE_5 = _dinov2_of_huggingface(
     "dinov2-huggingface-5",
     r"encoder\.layer\.0\.attention\.q_proj\.weight",
-    tuple(f"attention.{one}_proj" for one in "qkv"),
+    _HUGGINGFACE_5_QKV,
     "attention.o_proj",
 )
-
-
-def _apart(layer: str, q: str, k: str, v: str) -> tuple[Rule, ...]:
-    """Rules for the queries, keys and values of a block, of which keys have no bias."""
-    return (
-        rename(tuple(f"{layer}.{one}.weight" for one in (q, k, v)), "blocks.{i}.attn.qkv.weight"),
-        rename(f"{layer}.{q}.bias", "blocks.{i}.attn.q_bias"),
-        rename(f"{layer}.{v}.bias", "blocks.{i}.attn.v_bias"),
-    )
 
 
 def _no_registers_are_none(state: State) -> None:
@@ -312,7 +359,7 @@ def _dinov3_of_huggingface(name: str, layer: str) -> Layout:
             rename("embeddings.cls_token", "cls_token"),
             rename("embeddings.register_tokens", "reg_token"),
             *same(("embeddings.patch_embeddings", "patch_embed.proj"), ("norm", "norm")),
-            *_apart(layer, "attention.q_proj", "attention.k_proj", "attention.v_proj"),
+            *_apart(layer, *_HUGGINGFACE_5_QKV),
             *gated(layer, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
             *block(
                 layer, norm1="norm1", norm2="norm2", attn__proj="attention.o_proj", mlp__fc1="mlp.up_proj",
@@ -418,7 +465,10 @@ OPENCLIP = Layout(
 # Those that need the more are asked first.
 LAYOUTS = (
     DINOV3,
+    TIMM_BEIT,
     TIMM_DINOV3,
+    BEIT_HUGGINGFACE_5,
+    BEIT_HUGGINGFACE,
     DINOV3_HUGGINGFACE_5,
     DINOV3_HUGGINGFACE,
     DINOV2,
@@ -435,9 +485,6 @@ LAYOUTS = (
 
 # What is seen to be a transformer that a ViT is not: a tensor of it, and why it is refused.
 _REFUSED = {
-    r"(.*\.)?blocks\.0\.attn\.relative_position_bias_table|(.*\.)?rel_pos_bias\..*|.*relative_position_bias_table": (
-        "it is a BEiT, which has relative position biases"
-    ),
     r"(.*\.)?dist_token|(.*\.)?embeddings\.distillation_token": "it is a distilled DeiT, which has two classifiers",
     r"(.*\.)?(patch_embed\.backbone|conv_root|block1)\..*": "it is a hybrid, whose patches are a ResNet's features",
 }

@@ -129,6 +129,24 @@ def resample_rel_pos_table(table: Tensor, new_window: Pair, old_window: Pair) ->
     return torch.cat([grid.flatten(0, 1).to(table.dtype), rest])
 
 
+def window_of(rows: int, likely: Pair | None = None) -> Pair:
+    """The window (h, w) of patches that a table of relative positions is for: the likely one, else a square.
+
+    Args:
+        rows: of the table, three of them the class token's.
+        likely: (h, w) that is taken where it has so many.
+
+    Raises:
+        ValueError: there is no such square.
+    """
+    if likely is not None and (2 * likely[0] - 1) * (2 * likely[1] - 1) == rows - 3:
+        return likely
+    side = math.isqrt(max(rows - 3, 0))
+    if side % 2 == 0 or side * side != rows - 3:
+        raise ValueError(f"a table of {rows} relative positions, 3 of them the class token's, is of no square window")
+    return (side + 1) // 2, (side + 1) // 2
+
+
 def _stretched(new: int, old: int, like: Tensor) -> Tensor:
     """What each distance of ``old`` patches counts at each of ``new`` ones: (2 new - 1, 2 old - 1)."""
     if old == 1:

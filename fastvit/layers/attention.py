@@ -184,6 +184,9 @@ class Attention(nn.Module):
         if options is None:
             if table is not None and window is not None:
                 bias = reference.table_bias(table, window)
+                if is_causal:
+                    above = torch.ones(bias.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+                    bias, is_causal = bias.masked_fill(above, float("-inf")), False
                 attn_mask = bias if attn_mask is None else bias + as_bias(attn_mask, q.dtype)
             out: Any = self._attend(q, k, v, attn_mask, is_causal)
         else:

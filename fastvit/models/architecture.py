@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from fastvit.checkpoints.layouts import blocks
+from fastvit.checkpoints.resample import window_of
 from fastvit.layers import BeitBlock, LayerNorm, SwiGLU
 
 log = logging.getLogger("fastvit")
+
+_TABLE = "relative_position_bias_table"
 
 
 def architecture(
@@ -64,8 +67,10 @@ def architecture(
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         "global_pool": _pool(state),
         "pos_embed": "learn" if "pos_embed" in state else "none",
+        "use_rel_pos_bias": f"blocks.0.attn.{_TABLE}" in state,
+        "use_shared_rel_pos_bias": f"rel_pos_bias.{_TABLE}" in state,
     }
-    if any(f"blocks.0.{name}" in state for name in ("gamma_1", "attn.q_bias")):
+    if any(f"blocks.0.{name}" in state for name in ("gamma_1", "attn.q_bias", f"attn.{_TABLE}")):
         found["block_fn"] = BeitBlock
     if hidden == 2 * fc2.shape[1]:
         found["mlp_layer"] = SwiGLU
@@ -81,6 +86,8 @@ def architecture(
     if "pos_embed" in state:
         prefix = found["reg_tokens"] + found["class_token"]
         found |= _grid(state["pos_embed"].shape[1], prefix, (p, q), options, name)
+    elif tables := [value for key, value in state.items() if key.endswith(_TABLE)]:
+        found["img_size"] = _size(tables[0].shape[0], (p, q), options, name)
     return found | options
 
 
@@ -88,6 +95,17 @@ def _pool(state: Mapping[str, Tensor]) -> str:
     if "attn_pool.latent" in state:
         return "map"
     return "avg" if "fc_norm.weight" in state or "cls_token" not in state else "token"
+
+
+def _size(rows: int, patch: tuple[int, int], options: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """The image size that tables of relative positions are for: what is said of the image, else a square."""
+    size = options.get("img_size")
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    try:
+        h, w = window_of(rows, None if size is None else (height // patch[0], width // patch[1]))
+    except ValueError as error:
+        raise ValueError(f"{name} has {error}: give img_size=") from error
+    return h * patch[0], w * patch[1]
 
 
 def _grid(rows: int, prefix: int, patch: tuple[int, int], options: Mapping[str, Any], name: str) -> dict[str, Any]:

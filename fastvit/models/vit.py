@@ -304,12 +304,13 @@ class ViT(Intermediates, Head):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave out."""
-        return {"pos_embed", "cls_token", "reg_token", "dist_token"}
+        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return {"pos_embed", "cls_token", "reg_token", "dist_token"} | tables
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
         return {
-            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
+            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre" + ("|rel_pos_bias" if self.windowed else ""),
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
