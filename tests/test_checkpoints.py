@@ -92,6 +92,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {
     "timm, BEiT": lambda: named("beit_base_patch16_224"),
     "timm, BEiT, shared": lambda: timms_beit(use_shared_rel_pos_bias=True),
     "timm, BEiT, class token": lambda: timms_beit(use_rel_pos_bias=True, global_pool="token", qkv_bias=False),
+    "timm, distilled": lambda: named("deit_tiny_distilled_patch16_224"),
     "torchvision": torchvisions,
     "huggingface": lambda: huggingfaces(
         transformers.ViTConfig, transformers.ViTForImageClassification, _classes, intermediate_size=128, num_labels=7
@@ -118,6 +119,13 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {
         transformers.BeitConfig, transformers.BeitModel, _pooled, intermediate_size=128, use_mask_token=True,
         use_shared_relative_position_bias=True, use_relative_position_bias=True, use_mean_pooling=False,
         use_absolute_position_embeddings=True, layer_scale_init_value=0.0,
+    ),
+    "deit, distilled": lambda: huggingfaces(
+        transformers.DeiTConfig, transformers.DeiTForImageClassificationWithTeacher, _classes, intermediate_size=128,
+        num_labels=7,
+    ),
+    "deit, one classifier": lambda: huggingfaces(
+        transformers.DeiTConfig, transformers.DeiTForImageClassification, _classes, intermediate_size=128, num_labels=7
     ),
     "clip": lambda: huggingfaces(
         transformers.CLIPVisionConfig, transformers.CLIPVisionModelWithProjection, lambda out: out.image_embeds,
@@ -179,6 +187,7 @@ def test_files_of_the_hub_have_other_names_than_models_in_memory() -> None:
         "dinov3, gated": (layouts.DINOV3_HUGGINGFACE_5, layouts.DINOV3_HUGGINGFACE),
         "beit": (layouts.BEIT_HUGGINGFACE_5, layouts.BEIT_HUGGINGFACE),
         "beit, shared": (layouts.BEIT_HUGGINGFACE_5, layouts.BEIT_HUGGINGFACE),
+        "deit, distilled": (layouts.DEIT_HUGGINGFACE_5, layouts.DEIT_HUGGINGFACE),
     }
     for name, (new, old) in pairs.items():
         theirs, run = MODELS[name]()
@@ -186,7 +195,7 @@ def test_files_of_the_hub_have_other_names_than_models_in_memory() -> None:
         assert not unknown
         written = old.from_ours(state)
         renamed = "layer.0.norm1.weight" if "dinov3" in name else "encoder.layer.0.attention.attention.query.weight"
-        assert renamed in {key.removeprefix("vit.").removeprefix("beit.") for key in written}
+        assert renamed in {re.sub(r"^(vit|beit|deit)\.", "", key) for key in written}
         assert layouts.recognise(list(written)) is old
         ours = fastvit.from_checkpoint(written, num_heads=2).eval()
         with torch.no_grad():
@@ -354,6 +363,7 @@ KINDS = {
     "DINOv3 with biases": "vit_small_patch16_dinov3_qkvb",
     "DINOv3 plus": "vit_small_plus_patch16_dinov3_qkvb",
     "BEiT": "beitv2_large_patch16_224",
+    "distilled": "deit_small_distilled_patch16_224",
 }
 
 
@@ -372,7 +382,7 @@ def test_other_kinds_go_round_too(kind: str, layout: str, tmp_path: Path) -> Non
         assert all(torch.equal(returned[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["dinov3", "dinov3, gated", "beit", "beit, shared"])
+@pytest.mark.parametrize("name", ["dinov3", "dinov3, gated", "beit", "beit, shared", "deit, distilled"])
 def test_what_hugging_face_has_is_what_it_gets(name: str, tmp_path: Path) -> None:
     """By way of timm's names, in its own of today: all but the mask token, which no classifier has."""
     theirs, _ = MODELS[name]()
@@ -466,6 +476,18 @@ def test_a_head_of_other_classes() -> None:
         load_checkpoint(same, state, head="best")
 
 
+def test_both_heads_of_other_classes() -> None:
+    model, _ = named("deit_tiny_distilled_patch16_224")
+    state = model.state_dict()
+    new = fastvit.from_checkpoint(state, num_heads=2, num_classes=3)
+    assert new.head.weight.shape == new.head_dist.weight.shape == (3, 64)
+    assert torch.equal(new.dist_token, state["dist_token"])
+    with pytest.raises(ValueError, match=r"head_dist.weight: the file has \(7, 64\), the model \(3, 64\)"):
+        load_checkpoint(new, state, head="keep")
+    with pytest.raises(RuntimeError, match="head_dist.weight: the file has 7 classes, the model 3. Build the model"):
+        new.load_state_dict(state)
+
+
 def test_a_state_dict_stays_its_models_own() -> None:
     model, run = timms()
     before = run().clone()
@@ -544,7 +566,7 @@ def test_wrong_files_are_named_and_nothing_is_half_loaded(tmp_path: Path) -> Non
         "quantised": (state | {"head.weight": state["head.weight"].char()}, "weights of integers.*head.weight"),
         "BEiT": (state | {"blocks.0.attn.relative_position_bias_table": torch.ones(3, 2)}, "has no blocks.0.attn.rel"),
         "EVA": (state | {"blocks.0.gamma_1": torch.ones(64)}, "gamma_1 and pos_embed, as EVA and the Perception Enc"),
-        "distilled": (state | {"dist_token": torch.ones(3)}, "it is a distilled DeiT"),
+        "distilled": (state | {"dist_token": torch.ones(1, 1, 64)}, "the model has no dist_token"),
         "no tensors": ({"model": {"epoch": 3}}, "has no tensors; its keys are"),
     }  # fmt: skip
     for name, (given, message) in cases.items():

@@ -23,7 +23,15 @@ from fastvit.models import ViT
 
 
 def _vit(model: Any) -> dict[str, Any]:
-    return {"mean": None, "std": None, "pre_logits": nn.Identity(), "rope": None, "windowed": False}
+    return {
+        "mean": None,
+        "std": None,
+        "pre_logits": nn.Identity(),
+        "rope": None,
+        "windowed": False,
+        "dist_token": None,
+        "head_dist": None,
+    }
 
 
 def _patch_embed(embed: Any) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def _registers_after_positions(state: State) -> None:
 
 _OURS = (
     rename("cls_token", "cls_token"),
+    rename("dist_token", "dist_token"),
     rename("reg_token", "reg_token"),
     rename("pos_embed", "pos_embed"),
     *same(
@@ -83,6 +84,7 @@ _OURS = (
         ("norm", "norm"),
         ("fc_norm", "fc_norm"),
         ("head", "head"),
+        ("head_dist", "head_dist"),
         ("pre_logits.fc", "pre_logits.fc"),
     ),
     *block(
@@ -224,13 +226,19 @@ _HUGGINGFACE_5_QKV = tuple(f"attention.{one}_proj" for one in "qkv")
 
 
 def _vit_of_huggingface(
-    name: str, also: str, rules: tuple[Rule, ...] = (), tower: str = "vit.", dropped: str = r"(?!)"
+    name: str,
+    also: str,
+    rules: tuple[Rule, ...] = (),
+    tower: str = "vit.",
+    dropped: str = r"(?!)",
+    finish: Callable[[State], None] = lambda state: None,
+    mark: str = "embeddings.patch_embeddings.projection.weight",
 ) -> Layout:
     """ViT's names in transformers, "huggingface-5" those of today, and for its relatives ``rules`` that go first."""
     today = name == "huggingface-5"
     return Layout(
         name,
-        "embeddings.patch_embeddings.projection.weight",
+        mark,
         (
             *rules,
             rename("embeddings.cls_token", "cls_token"),
@@ -254,11 +262,38 @@ def _vit_of_huggingface(
         dropped=rf"embeddings\.mask_token|pooler\..*|/decoder\..*|{dropped}",
         tower=tower,
         options=_huggingface(1e-12, "gelu"),
+        finish=finish,
     )
 
 
-HUGGINGFACE = _vit_of_huggingface("huggingface", r"encoder\.layer\.0\.attention\.attention\.query\.weight")
-HUGGINGFACE_5 = _vit_of_huggingface("huggingface-5", r"layers\.0\.attention\.q_proj\.weight")
+_HUGGINGFACE_QUERY = r"encoder\.layer\.0\.attention\.attention\.query\.weight"
+_HUGGINGFACE_5_QUERY = r"layers\.0\.attention\.q_proj\.weight"
+HUGGINGFACE = _vit_of_huggingface("huggingface", _HUGGINGFACE_QUERY)
+HUGGINGFACE_5 = _vit_of_huggingface("huggingface-5", _HUGGINGFACE_5_QUERY)
+
+
+def _a_token_that_no_head_reads(state: State) -> None:
+    """One classifier beside a distillation token reads the class token, and the other token is as a register."""
+    if "head.weight" in state and "head_dist.weight" not in state:
+        state["reg_token"] = state.pop("dist_token")
+
+
+def _deit_of_huggingface(name: str, also: str) -> Layout:
+    return _vit_of_huggingface(
+        name,
+        also,
+        (
+            rename("embeddings.distillation_token", "dist_token"),
+            *same(("/cls_classifier", "head"), ("/distillation_classifier", "head_dist")),
+        ),
+        tower="deit.",
+        finish=_a_token_that_no_head_reads,
+        mark="embeddings.distillation_token",
+    )
+
+
+DEIT_HUGGINGFACE = _deit_of_huggingface("huggingface", _HUGGINGFACE_QUERY)
+DEIT_HUGGINGFACE_5 = _deit_of_huggingface("huggingface-5", _HUGGINGFACE_5_QUERY)
 
 
 def _apart(layer: str, q: str, k: str, v: str) -> tuple[Rule, ...]:
@@ -469,6 +504,8 @@ LAYOUTS = (
     TIMM_DINOV3,
     BEIT_HUGGINGFACE_5,
     BEIT_HUGGINGFACE,
+    DEIT_HUGGINGFACE_5,
+    DEIT_HUGGINGFACE,
     DINOV3_HUGGINGFACE_5,
     DINOV3_HUGGINGFACE,
     DINOV2,
@@ -485,7 +522,6 @@ LAYOUTS = (
 
 # What is seen to be a transformer that a ViT is not: a tensor of it, and why it is refused.
 _REFUSED = {
-    r"(.*\.)?dist_token|(.*\.)?embeddings\.distillation_token": "it is a distilled DeiT, which has two classifiers",
     r"(.*\.)?(patch_embed\.backbone|conv_root|block1)\..*": "it is a hybrid, whose patches are a ResNet's features",
 }
 

@@ -151,7 +151,7 @@ def fit(model: Any, checkpoint: Checkpoint, head: str = "auto") -> State:
 
 def _head(values: State, own: Mapping[str, Tensor], head: str, name: str) -> set[str]:
     """Take the classifier out of ``values`` where it is not to be loaded -> the model's names that are left alone."""
-    names = {key for key in (*values, *own) if key.startswith(("head.", "pre_logits."))}
+    names = {key for key in (*values, *own) if key.startswith(("head.", "head_dist.", "pre_logits."))}
     same = all(key in own and key in values and own[key].shape == values[key].shape for key in names)
     if head == "keep" or (head == "auto" and same):
         return set()
@@ -220,7 +220,7 @@ def mismatch_advice(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
                 f"{wanted[2]}x{wanted[3]}. Build the model with patch_size=({given[2]}, {given[3]}), load, then call "
                 "set_input_size(patch_size=...)"
             )
-        elif name.startswith("head."):
+        elif name.startswith(("head.", "head_dist.")):
             advice.append(
                 f"{name}: the file has {given[0]} classes, the model {wanted[0]}. Build the model with "
                 f"num_classes={given[0]}, load, then call reset_classifier({wanted[0]})"

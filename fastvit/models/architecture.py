@@ -60,6 +60,7 @@ def architecture(
         "scale_mlp_norm": "blocks.0.mlp.norm.weight" in state,
         "init_values": 1e-5 if "blocks.0.ls1.gamma" in state or "blocks.0.gamma_1" in state else None,
         "class_token": "cls_token" in state,
+        "distilled": "dist_token" in state,
         "reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0,
         "pre_norm": "norm_pre.weight" in state,
         "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
@@ -84,7 +85,7 @@ def architecture(
         known = "as models of that width have" if width in heads else "64 features each"
         log.info("%s: %d attention heads, %s; num_heads= says otherwise", name, options["num_heads"], known)
     if "pos_embed" in state:
-        prefix = found["reg_tokens"] + found["class_token"]
+        prefix = found["reg_tokens"] + found["class_token"] + found["distilled"]
         found |= _grid(state["pos_embed"].shape[1], prefix, (p, q), options, name)
     elif tables := [value for key, value in state.items() if key.endswith(_TABLE)]:
         found["img_size"] = _size(tables[0].shape[0], (p, q), options, name)

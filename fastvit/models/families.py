@@ -107,6 +107,8 @@ def _names() -> dict[str, dict[str, Any]]:
         init_values = 0.1 if version + size == "base" else 1e-5
         for img_size in pixels:
             found[f"beit{version}_{size}_patch16_{img_size}"] = _beit(VARIANTS[size], img_size, init_values)
+    for size in ("tiny", "small", "base"):
+        found[f"deit_{size}_distilled_patch16_224"] = {**VARIANTS[size].arguments, "patch_size": 16, "distilled": True}
     return found
 
 

@@ -79,6 +79,7 @@ def create_model(
             or "ViT-{Ti, S, M, B, L, H, So400m, g, G}/{patch}", which may end in "-384" for another image size than 224;
             "vit_{tiny, small, small_plus, base, large, huge_plus, 7b}_patch16_dinov3", which may end in "_qkvb";
             "beit_{base, large}_patch16_{image size}", "beitv2_{base, large}_patch16_{image size}";
+            "deit_{tiny, small, base}_distilled_patch16_{image size}";
             "resnetv2_{50x1, 50x2, 50x3, 101x1, 101x3, 152x1, 152x2, 152x4, 200x3}_bit" or "R{50x1, ...}".
         pretrained: must be False: weights come from a file.
         checkpoint_path: weights to load into a ViT with :func:`fastvit.load_checkpoint`; into a ResNet, .safetensors or

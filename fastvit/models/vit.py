@@ -77,6 +77,8 @@ class ViT(Intermediates, Head):
             DINOv3 has them: its base is 100; see :func:`fastvit.ops.rope.axial`), or None.
         use_rel_pos_bias, use_shared_rel_pos_bias: a table of biases by relative position in each block, and one that
             all share (BEiT); for one class token and no registers. Blocks then are BeitBlock by default.
+        distilled: a distillation token after the class token, and a classifier for each; the logits are their mean
+            (DeiT, Touvron et al., 2021). See :meth:`set_distilled_training`.
         representation_size: width of the pre-training head's hidden tanh layer (section 3.1 of the paper), or None.
         mean, std: of the pixels, in 0..1 units: with them the model takes uint8 images, (B, C, H, W) or (B, H, W, C).
             Floating images are taken as normalised already.
@@ -133,6 +135,7 @@ class ViT(Intermediates, Head):
         rope: float | None = None,
         use_rel_pos_bias: bool = False,
         use_shared_rel_pos_bias: bool = False,
+        distilled: bool = False,
         representation_size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -141,7 +144,9 @@ class ViT(Intermediates, Head):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         embed_dim, depth = positive("embed_dim", embed_dim), positive("depth", depth)
         head_dim = head_dim_of(embed_dim, positive("num_heads", num_heads))
-        check_pool(global_pool, class_token)
+        check_pool(global_pool, class_token, distilled)
+        if distilled and representation_size is not None:
+            raise ValueError(f"representation_size={representation_size}: a distilled model has no pre-training head")
         if pos_embed not in ("", "none", "learn"):
             raise ValueError(f"unknown pos_embed {pos_embed!r}; accepted: 'learn', 'none', ''")
         reg_tokens, num_classes = count("reg_tokens", reg_tokens), count("num_classes", num_classes)
@@ -158,7 +163,7 @@ class ViT(Intermediates, Head):
         self.global_pool = global_pool
         self.num_features = self.embed_dim = embed_dim
         self.head_hidden_size = representation_size or embed_dim
-        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.num_prefix_tokens = int(class_token) + int(distilled) + reg_tokens
         self.num_reg_tokens = reg_tokens
         self.has_class_token = class_token
         self.no_embed_class = no_embed_class
@@ -189,6 +194,7 @@ class ViT(Intermediates, Head):
             return nn.Parameter(torch.empty(1, count, embed_dim, **dd)) if count else None
 
         self.cls_token = tokens(int(class_token))
+        self.dist_token = tokens(int(distilled))
         self.reg_token = tokens(reg_tokens)
         self.pos_embed = tokens(rows if pos_embed == "learn" else 0)
         self.pos_drop = nn.Dropout(rate("pos_drop_rate", pos_drop_rate))
@@ -242,6 +248,8 @@ class ViT(Intermediates, Head):
             hidden = nn.Linear(embed_dim, positive("representation_size", representation_size), **dd)
             self.pre_logits = nn.Sequential(OrderedDict(fc=hidden, act=nn.Tanh()))
         self.head = self._classifier()
+        self.head_dist = self._classifier() if distilled else None
+        self.distilled_training = False
 
         self.weight_init_mode = "reset" if check_mode(weight_init) == "skip" else weight_init
         self.fix_init = fix_init
@@ -271,6 +279,8 @@ class ViT(Intermediates, Head):
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
+        if self.dist_token is not None:
+            nn.init.trunc_normal_(self.dist_token, std=0.02)
         init_vit(self, mode, num_classes=self.num_classes, reset=needs_reset)
         if self.fix_init:
             for i, block in enumerate(self.blocks):
@@ -309,8 +319,9 @@ class ViT(Intermediates, Head):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
+        more = "|rel_pos_bias" * self.windowed + "|dist_token" * (self.dist_token is not None)
         return {
-            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre" + ("|rel_pos_bias" if self.windowed else ""),
+            "stem": rf"^cls_token|reg_token|pos_embed|patch_embed|norm_pre{more}",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
@@ -347,10 +358,12 @@ class ViT(Intermediates, Head):
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
     def _prefix_tokens(self) -> Tensor | None:
-        """Class and register tokens, (1, P, D)."""
-        if self.cls_token is None or self.reg_token is None:
-            return self.reg_token if self.cls_token is None else self.cls_token
-        return torch.cat([self.cls_token, self.reg_token], dim=1)
+        """Class, distillation and register tokens, (1, P, D)."""
+        tokens: tuple[Tensor | None, ...] = (self.cls_token, self.dist_token, self.reg_token)
+        given = [token for token in tokens if token is not None]
+        if len(given) > 1:
+            return torch.cat(given, dim=1)
+        return given[0] if given else None
 
     def _positions(self, grid: tuple[int, int]) -> Tensor | None:
         """Position embeddings for a grid of patches, (1, N or P + N, D)."""
@@ -402,22 +415,23 @@ class ViT(Intermediates, Head):
         """Whether these methods are the ones below, neither overridden nor replaced."""
         return all(getattr(type(self), name) is _METHODS[name] and name not in self.__dict__ for name in methods)
 
-    def _reads_class_token_only(self) -> bool:
-        """Whether the last block may work for the class token alone, with nobody to notice but the clock.
+    def _tokens_read(self) -> int | None:
+        """How many leading tokens the last block may work for alone, with nobody to notice but the clock; None for all.
 
         Not where a hook, a replaced module or an overridden method could see the others; see ``Block.unwatched``.
         """
         if self.global_pool != "token" or self.attn_pool is not None or not len(self.blocks):
-            return False
+            return None
         if not self._unchanged("forward_features", "forward_head", "pool"):
-            return False
+            return None
         last = self.blocks[-1]
-        return (
+        unseen = (
             type(last) in (Block, BeitBlock)
             and last.unwatched()
             and fuse.intact(self.blocks, nn.Sequential)
             and fuse.intact(self.norm, LayerNorm, nn.LayerNorm, nn.Identity)
         )
+        return (1 if self.head_dist is None else 2) if unseen else None
 
     def _encode(
         self,
@@ -489,13 +503,13 @@ class ViT(Intermediates, Head):
             attn_mask, is_causal: as in F.scaled_dot_product_attention, for every block; not with packed images.
 
         Returns:
-            (B, num_classes).
+            (B, num_classes); the two heads' of a distilled model in distilled training.
 
         Raises:
             ValueError: images of another shape, size or dtype than accepted.
         """
         x = packed.images_of(self, x)
-        tokens = 1 if attn_mask is None and not is_causal and self._reads_class_token_only() else None
+        tokens = self._tokens_read() if attn_mask is None and not is_causal else None
         if tokens is None:
             y = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
         else:
