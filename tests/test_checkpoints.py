@@ -324,6 +324,14 @@ def test_dinov3s_configuration_tells_its_periods(tmp_path: Path) -> None:
         fastvit.from_checkpoint(tmp_path)
 
 
+def test_a_dinov3_is_not_loaded_into_a_model_that_turns_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = named("vit_small_patch16_dinov3")
+    with pytest.raises(ValueError, match="turned by position; build the model with rope=100.0"):
+        fastvit.from_checkpoint(model.state_dict(), num_heads=2, rope=None)
+    fastvit.from_checkpoint(model.state_dict(), num_heads=2, rope=50.0)
+    assert "rope is 100.0 there and 50.0 in the model" in caplog.text
+
+
 def test_dinov3s_heads_are_those_of_its_width() -> None:
     with torch.device("meta"):
         for name in ("vit_small_plus_patch16_dinov3", "vit_huge_plus_patch16_dinov3_qkvb", "vit_7b_patch16_dinov3"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from fastvit import analysis, ops
+from fastvit import analysis, flops, ops
 from fastvit.layers import BeitAttention, BeitBlock
 from fastvit.models import ViT
 from parity import Calls, assert_same, gradients
@@ -127,7 +127,10 @@ def test_copies_pickles_and_dtypes(family: str) -> None:
         assert_same(twin(x), model(x))
     half = copy.deepcopy(model).bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16
-    assert (half.double() - model(x)).abs().max() <= 0.1 * model(x).abs().max()
+    single, bound = copy.deepcopy(model).float(), 0.1 * model(x).abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = single(x.float())
+    assert all((out.double() - model(x)).abs().max() <= bound for out in (half, mixed))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,15 +159,16 @@ def test_exports_and_traces(family: str, dynamic: bool) -> None:
     assert_same(gradients(model, traced(x, None, False)), gradients(model, model(x)))
 
 
-@pytest.mark.parametrize("watch", ["attn", "attn.qkv", "attn.attn_drop", "attn.proj", "mlp", "norm1"])
+@pytest.mark.parametrize("watch", ["attn", "attn.qkv", "attn.attn_drop", "attn.proj", "mlp", "norm1", "blocks"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hooks_change_nothing(family: str, watch: str) -> None:
     model, x, seen = small(family), images(), []
     want = model(x)
-    for block in model.blocks:
-        block.get_submodule(watch).register_forward_hook(lambda *_: seen.append(1))
+    watched = [block.get_submodule(watch) for block in model.blocks] if watch != "blocks" else [model.blocks]
+    for module in watched:
+        module.register_forward_hook(lambda *_: seen.append(1))
     got = model(x)
-    assert len(seen) == 2
+    assert len(seen) == len(watched)
     assert_same(got, want)
     assert_same(gradients(model, got), gradients(model, want))
 
@@ -201,6 +205,12 @@ def test_analysis_turns_the_heads(family: str) -> None:
         block.attn.attn_drop.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     model.forward_features(x)
     torch.testing.assert_close(maps.double(), torch.stack(seen), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_counted_by_part(family: str) -> None:
+    found = flops.count(small(family), training=True)
+    assert sum(found.parts.values()) == found.forward and {"patch_embed", "blocks", "head"} <= set(found.parts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -144,6 +144,11 @@ def fit(model: Any, checkpoint: Checkpoint, head: str = "auto") -> State:
         wrong.append(
             f"the model has no {_listed(unexpected)}; build it with the file's options, as from_checkpoint does"
         )
+    turned, rope = checkpoint.options.get("rope"), getattr(model, "rope", None)
+    if turned is not None and rope is None:  # no tensor would tell
+        wrong.append(f"the file's queries and keys are turned by position; build the model with rope={turned}")
+    elif turned is not None and rope != turned:
+        log.warning("%s: rope is %s there and %s in the model, which keeps it", name, turned, rope)
     if wrong:
         raise ValueError(f"{name} does not fit the model, which is as it was:\n  " + "\n  ".join(wrong))
     return values

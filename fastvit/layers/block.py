@@ -265,3 +265,13 @@ class BeitBlock(Block):
         """As :class:`Block`'s; shared_rel_pos_bias (H, T, T) is timm's name for an attn_mask."""
         attn_mask = shared_rel_pos_bias if attn_mask is None else attn_mask
         return super().forward(x, attn_mask, is_causal, tokens, sequences, positions)
+
+
+class Blocks(nn.Sequential):
+    """Blocks one after the other, all of which are told the same besides."""
+
+    def forward(self, input: Tensor, **told: Any) -> Tensor:
+        """input (B, T, D) -> (B, T, D); ``told`` are arguments of every block."""
+        for block in self:
+            input = block(input, **told)
+        return input

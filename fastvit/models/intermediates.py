@@ -124,7 +124,7 @@ class Intermediates(nn.Module):
     ) -> list[int]:
         """Drop the blocks after the last of ``indices``, and the norm and the head if asked; returns the indices."""
         kept = _take(len(self.blocks), indices)
-        self.blocks = nn.Sequential(*list(self.blocks)[: max(kept) + 1])
+        self.blocks = type(self.blocks)(*list(self.blocks)[: max(kept) + 1])
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:

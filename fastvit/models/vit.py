@@ -21,6 +21,7 @@ from fastvit.layers import (
     AttentionPoolPrr,
     BeitBlock,
     Block,
+    Blocks,
     LayerNorm,
     Mlp,
     PatchDropout,
@@ -204,7 +205,7 @@ class ViT(Intermediates, Head):
         block_layer = resolve("block_fn", block_fn, {}, BeitBlock if self.windowed else Block)
         attn_layer = resolve("attn_layer", attn_layer, ATTENTIONS, getattr(block_layer, "default_attn", Attention))
         drop_paths = torch.linspace(0, rate("drop_path_rate", drop_path_rate), depth, device="cpu").tolist()
-        self.blocks = nn.Sequential(
+        self.blocks = Blocks(
             *[
                 block_layer(
                     dim=embed_dim,
@@ -428,7 +429,7 @@ class ViT(Intermediates, Head):
         unseen = (
             type(last) in (Block, BeitBlock)
             and last.unwatched()
-            and fuse.intact(self.blocks, nn.Sequential)
+            and fuse.intact(self.blocks, Blocks, nn.Sequential)
             and fuse.intact(self.norm, LayerNorm, nn.LayerNorm, nn.Identity)
         )
         return (1 if self.head_dist is None else 2) if unseen else None
@@ -443,8 +444,9 @@ class ViT(Intermediates, Head):
         """images -> normed tokens (B, T, D), or only the first ``tokens`` of each image."""
         x, told = self._tokens(x)
         unmasked = attn_mask is None and not is_causal
-        if unmasked and tokens is None and not told and not self.grad_checkpointing:
-            return self.norm(self.blocks(x))
+        whole = not told or isinstance(self.blocks, Blocks)  # a model of timm's has a plain Sequential
+        if unmasked and tokens is None and whole and not self.grad_checkpointing:
+            return self.norm(self.blocks(x, **told))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x = self._run(block, x, attn_mask, is_causal, told, tokens if i == last else None)
