@@ -7,7 +7,6 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,129 +20,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastvit
+from checkpoint_cases import (
+    GATED,
+    HF_SIZES,
+    IMAGES,
+    MODELS,
+    SIZES,
+    huggingfaces,
+    named,
+    pooled,
+    save,
+    timms,
+    timms_beit,
+)
 from fastvit.checkpoints import convert, layouts, load_checkpoint, read_checkpoint
 from fastvit.checkpoints.files import write
 from fastvit.models import families
 from fastvit.models.architecture import architecture
-
-SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 7}
-HF_SIZES = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-}  # fmt: skip
-IMAGES = torch.randn(2, 3, 32, 32)
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """No weight at a value that two of them share, so that none can be mistaken for another."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.05 * torch.randn_like(parameter) + (parameter.ndim == 1) * parameter)
-    return model.eval()
-
-
-def timms(**options: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
-    model = randomise(timm.models.vision_transformer.VisionTransformer(**SIZES | options))
-    return model, lambda: model(IMAGES)
-
-
-def huggingfaces(
-    config: Any, model: Any, output: Callable[[Any], Tensor], **options: Any
-) -> tuple[nn.Module, Callable[[], Tensor]]:
-    made = randomise(model(config(**HF_SIZES | options)))
-    return made, lambda: output(made(pixel_values=IMAGES))
-
-
-def named(name: str, **options: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """timm's model of that name, with its own choices but for the sizes."""
-    model = randomise(timm.create_model(name, **SIZES | options))
-    return model, lambda: model(IMAGES)
-
-
-def timms_beit(**options: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
-    model = randomise(timm.models.beit.Beit(**SIZES | options))
-    return model, lambda: model(IMAGES)
-
-
-def torchvisions() -> tuple[nn.Module, Callable[[], Tensor]]:
-    model = randomise(torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 128, num_classes=7))
-    return model, lambda: model(IMAGES)
-
-
-def _classes(out: Any) -> Tensor:
-    return out.logits
-
-
-def _pooled(out: Any) -> Tensor:
-    return out.pooler_output
-
-
-GATED = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 4}
-MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {
-    "timm": timms,
-    "timm, registers": lambda: timms(reg_tokens=3, no_embed_class=True, init_values=0.1),
-    "timm, average": lambda: timms(global_pool="avg", qkv_bias=False, qk_norm=True),
-    "timm, no class token": lambda: timms(class_token=False, global_pool="avg", fc_norm=False),
-    "timm, map": lambda: timms(global_pool="map", class_token=False),
-    "timm, CLIP": lambda: timms(pre_norm=True),
-    "timm, gated": lambda: timms(**GATED),
-    "timm, DINOv3": lambda: named("vit_small_patch16_dinov3"),
-    "timm, DINOv3 with biases": lambda: named("vit_base_patch16_dinov3_qkvb"),
-    "timm, DINOv3 plus": lambda: named("vit_small_plus_patch16_dinov3_qkvb"),
-    "timm, BEiT": lambda: named("beit_base_patch16_224"),
-    "timm, BEiT, shared": lambda: timms_beit(use_shared_rel_pos_bias=True),
-    "timm, BEiT, class token": lambda: timms_beit(use_rel_pos_bias=True, global_pool="token", qkv_bias=False),
-    "timm, distilled": lambda: named("deit_tiny_distilled_patch16_224"),
-    "torchvision": torchvisions,
-    "huggingface": lambda: huggingfaces(
-        transformers.ViTConfig, transformers.ViTForImageClassification, _classes, intermediate_size=128, num_labels=7
-    ),
-    "dinov2": lambda: huggingfaces(transformers.Dinov2Config, transformers.Dinov2Model, _pooled),
-    "dinov2, gated": lambda: huggingfaces(
-        transformers.Dinov2Config, transformers.Dinov2Model, _pooled, use_swiglu_ffn=True
-    ),
-    "dinov2, registers": lambda: huggingfaces(
-        transformers.Dinov2WithRegistersConfig, transformers.Dinov2WithRegistersModel, _pooled
-    ),
-    "dinov3": lambda: huggingfaces(
-        transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, _pooled, intermediate_size=128, num_register_tokens=4
-    ),
-    "dinov3, gated": lambda: huggingfaces(
-        transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, _pooled, intermediate_size=128,
-        num_register_tokens=2, use_gated_mlp=True, hidden_act="silu",
-    ),
-    "beit": lambda: huggingfaces(
-        transformers.BeitConfig, transformers.BeitForImageClassification, _classes, intermediate_size=128, num_labels=7,
-        use_relative_position_bias=True,
-    ),
-    "beit, shared": lambda: huggingfaces(
-        transformers.BeitConfig, transformers.BeitModel, _pooled, intermediate_size=128, use_mask_token=True,
-        use_shared_relative_position_bias=True, use_relative_position_bias=True, use_mean_pooling=False,
-        use_absolute_position_embeddings=True, layer_scale_init_value=0.0,
-    ),
-    "deit, distilled": lambda: huggingfaces(
-        transformers.DeiTConfig, transformers.DeiTForImageClassificationWithTeacher, _classes, intermediate_size=128,
-        num_labels=7,
-    ),
-    "deit, one classifier": lambda: huggingfaces(
-        transformers.DeiTConfig, transformers.DeiTForImageClassification, _classes, intermediate_size=128, num_labels=7
-    ),
-    "clip": lambda: huggingfaces(
-        transformers.CLIPVisionConfig, transformers.CLIPVisionModelWithProjection, lambda out: out.image_embeds,
-        intermediate_size=128, projection_dim=9,
-    ),
-    "siglip": lambda: huggingfaces(
-        transformers.SiglipVisionConfig, transformers.SiglipVisionModel, _pooled, intermediate_size=128
-    ),
-}  # fmt: skip
-
-
-def save(model: Any, folder: Path) -> Path:
-    """The model as its own library saves it: a folder with a configuration, or a file."""
-    if isinstance(model, transformers.PreTrainedModel):
-        model.save_pretrained(folder)
-        return folder
-    torch.save({"state_dict": model.state_dict(), "epoch": 3}, folder / "model.pth")
-    return folder / "model.pth"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -313,7 +206,7 @@ def test_dinov3s_own_names() -> None:
 
 def test_dinov3s_configuration_tells_its_periods(tmp_path: Path) -> None:
     config = {"intermediate_size": 128, "num_register_tokens": 4, "rope_theta": 20.0, "num_attention_heads": 4}
-    theirs, run = huggingfaces(transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, _pooled, **config)
+    theirs, run = huggingfaces(transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, pooled, **config)
     ours = fastvit.from_checkpoint(save(theirs, tmp_path)).eval()
     assert ours.rope == 20.0
     with torch.no_grad():
