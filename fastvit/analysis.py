@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.layers import Attention, Block
+from fastvit.layers import Attention, BeitAttention, BeitBlock, Block, Positions
 from fastvit.layers.attention import head_norm
 from fastvit.layers.patch_embed import image_size
 from fastvit.models import ViT
@@ -143,25 +143,30 @@ def _each_block(model: ViT, images: Tensor, look: Callable[[_Heads], _Result]) -
     """look(the heads of a block) for every block, as the images go through the model."""
     found = []
     with _evaluated(model), torch.no_grad():
-        x = model._embed(images)
+        x, told = model._tokens(images)
         for i, block in enumerate(model.blocks):
-            found.append(look(_heads(block, i, x)))
+            found.append(look(_heads(block, i, x, **told)))
             if i + 1 < len(model.blocks):
-                x = block(x)
+                x = block(x, **told)
     return found
 
 
-def _heads(block: Any, index: int, x: Tensor) -> _Heads:
+def _heads(block: Any, index: int, x: Tensor, positions: Positions | None = None) -> _Heads:
     """The queries and keys that a block makes of its input x (B, T, D), and their log-sum-exp."""
-    attn = getattr(block, "attn", None)
-    if type(block) is not Block or type(attn) is not Attention:  # another class may do anything with its norm and qkv
+    attn: Any = getattr(block, "attn", None)
+    # Another class may do anything with its norm and qkv.
+    if type(block) not in (Block, BeitBlock) or type(attn) not in (Attention, BeitAttention):
         raise TypeError(
             f"block {index} is a {type(block).__name__} with {type(attn).__name__} for its attention; "
-            "accepted: fastvit.layers.Block with fastvit.layers.Attention"
+            "accepted: fastvit.layers' Block or BeitBlock with Attention or BeitAttention"
         )
-    qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+    if attn._relative(positions)[0] is not None:
+        raise TypeError(f"block {index} has biases by relative position; accepted: attention without")
+    qkv = attn._project_in(x, block.norm1).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(2)
     q, k = head_norm(attn.q_norm, q), head_norm(attn.k_norm, k)
+    if positions is not None and positions.rope is not None:
+        q, k = ops.rotate(q, k, *positions.rope)
     _, lse = ops.attention(q, k, v, scale=attn.scale, return_lse=True)
     return _Heads(q, k, lse, attn.scale)
 

@@ -144,8 +144,9 @@ def parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="weights from one library's layout to another's",
-        description="Read weights in any layout that fastvit knows (timm, torchvision, Hugging Face, DINOv2, CLIP, "
-        "SigLIP, OpenCLIP, MAE, Google's .npz) and write them in another. Values stay what they are, bit for bit.",
+        description="Read weights in any layout that fastvit knows (timm, torchvision, Hugging Face, DINOv2, DINOv3, "
+        "BEiT, CLIP, SigLIP, OpenCLIP, MAE, Google's .npz) and write them in another. Values stay what they are, bit "
+        "for bit.",
     )
     convert.add_argument("source", metavar="SOURCE", help="a file, a folder of Hugging Face, or hf-hub:org/name")
     convert.add_argument("target", metavar="TARGET", help=".safetensors, .pth, or .npz for the layout npz")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 import fastvit
+from fastvit.models import families
 
 __all__ = ["register"]  # timm adds the names of the models, as it does in its own modules
 
@@ -17,7 +18,7 @@ default_cfgs: dict[str, dict[str, Any]] = {}  # timm's register_model reads it h
 
 
 def register() -> list[str]:
-    """Register every ViT of :func:`fastvit.list_models` in timm's registry.
+    """Register every ViT of :func:`fastvit.list_models` in timm's registry, DINOv3, BEiT and DeiT among them.
 
     ``vit_base_patch16_224`` becomes ``timm.create_model("vit_base_patch16_224_fastvit")``. (It is a
     suffix since timm and its tools know a Vision Transformer by ``vit_*``, and ``fastvit_*`` there is
@@ -32,7 +33,7 @@ def register() -> list[str]:
     from timm.models import is_model, register_model
 
     names = []
-    for name in fastvit.list_models("vit_*"):
+    for name in (name for name in fastvit.list_models() if not name.startswith("resnetv2_")):
         if not is_model(name + SUFFIX):
             default_cfgs[name + SUFFIX] = _default_cfg(name)
             globals()[name + SUFFIX] = register_model(_entrypoint(name))
@@ -41,18 +42,19 @@ def register() -> list[str]:
 
 
 def _default_cfg(name: str) -> dict[str, Any]:
-    size = re.search(r"_(\d+)$", name)
-    pixels = int(size[1]) if size else 224
+    size, options = re.search(r"_(\d+)$", name), families.arguments(name) or {}
+    pixels = options.get("img_size", int(size[1]) if size else 224)
+    imagenet = name.startswith(("beitv2_", "deit_")) or "dinov3" in name
     return {
-        "num_classes": 1000,
+        "num_classes": options.get("num_classes", 1000),
         "input_size": (3, pixels, pixels),
         "fixed_input_size": True,
         "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
+        "crop_pct": 1.0 if "dinov3" in name else 0.9,
+        "mean": (0.485, 0.456, 0.406) if imagenet else (0.5, 0.5, 0.5),
+        "std": (0.229, 0.224, 0.225) if imagenet else (0.5, 0.5, 0.5),
         "first_conv": "patch_embed.proj",
-        "classifier": "head",
+        "classifier": ("head", "head_dist") if options.get("distilled") else "head",
         "license": "apache-2.0",
     }
 

@@ -7,7 +7,6 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,86 +20,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastvit
+from checkpoint_cases import (
+    GATED,
+    HF_SIZES,
+    IMAGES,
+    MODELS,
+    SIZES,
+    huggingfaces,
+    named,
+    pooled,
+    save,
+    timms,
+    timms_beit,
+)
 from fastvit.checkpoints import convert, layouts, load_checkpoint, read_checkpoint
 from fastvit.checkpoints.files import write
-
-SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 7}
-HF_SIZES = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
-}  # fmt: skip
-IMAGES = torch.randn(2, 3, 32, 32)
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """No weight at a value that two of them share, so that none can be mistaken for another."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.05 * torch.randn_like(parameter) + (parameter.ndim == 1) * parameter)
-    return model.eval()
-
-
-def timms(**options: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
-    model = randomise(timm.models.vision_transformer.VisionTransformer(**SIZES | options))
-    return model, lambda: model(IMAGES)
-
-
-def huggingfaces(
-    config: Any, model: Any, output: Callable[[Any], Tensor], **options: Any
-) -> tuple[nn.Module, Callable[[], Tensor]]:
-    made = randomise(model(config(**HF_SIZES | options)))
-    return made, lambda: output(made(pixel_values=IMAGES))
-
-
-def torchvisions() -> tuple[nn.Module, Callable[[], Tensor]]:
-    model = randomise(torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 128, num_classes=7))
-    return model, lambda: model(IMAGES)
-
-
-def _classes(out: Any) -> Tensor:
-    return out.logits
-
-
-def _pooled(out: Any) -> Tensor:
-    return out.pooler_output
-
-
-GATED = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 4}
-MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]] = {
-    "timm": timms,
-    "timm, registers": lambda: timms(reg_tokens=3, no_embed_class=True, init_values=0.1),
-    "timm, average": lambda: timms(global_pool="avg", qkv_bias=False, qk_norm=True),
-    "timm, no class token": lambda: timms(class_token=False, global_pool="avg", fc_norm=False),
-    "timm, map": lambda: timms(global_pool="map", class_token=False),
-    "timm, CLIP": lambda: timms(pre_norm=True),
-    "timm, gated": lambda: timms(**GATED),
-    "torchvision": torchvisions,
-    "huggingface": lambda: huggingfaces(
-        transformers.ViTConfig, transformers.ViTForImageClassification, _classes, intermediate_size=128, num_labels=7
-    ),
-    "dinov2": lambda: huggingfaces(transformers.Dinov2Config, transformers.Dinov2Model, _pooled),
-    "dinov2, gated": lambda: huggingfaces(
-        transformers.Dinov2Config, transformers.Dinov2Model, _pooled, use_swiglu_ffn=True
-    ),
-    "dinov2, registers": lambda: huggingfaces(
-        transformers.Dinov2WithRegistersConfig, transformers.Dinov2WithRegistersModel, _pooled
-    ),
-    "clip": lambda: huggingfaces(
-        transformers.CLIPVisionConfig, transformers.CLIPVisionModelWithProjection, lambda out: out.image_embeds,
-        intermediate_size=128, projection_dim=9,
-    ),
-    "siglip": lambda: huggingfaces(
-        transformers.SiglipVisionConfig, transformers.SiglipVisionModel, _pooled, intermediate_size=128
-    ),
-}  # fmt: skip
-
-
-def save(model: Any, folder: Path) -> Path:
-    """The model as its own library saves it: a folder with a configuration, or a file."""
-    if isinstance(model, transformers.PreTrainedModel):
-        model.save_pretrained(folder)
-        return folder
-    torch.save({"state_dict": model.state_dict(), "epoch": 3}, folder / "model.pth")
-    return folder / "model.pth"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -141,13 +75,18 @@ def test_files_of_the_hub_have_other_names_than_models_in_memory() -> None:
     pairs = {
         "huggingface": (layouts.HUGGINGFACE_5, layouts.HUGGINGFACE),
         "dinov2, gated": (layouts.DINOV2_HUGGINGFACE_5, layouts.DINOV2_HUGGINGFACE),
+        "dinov3, gated": (layouts.DINOV3_HUGGINGFACE_5, layouts.DINOV3_HUGGINGFACE),
+        "beit": (layouts.BEIT_HUGGINGFACE_5, layouts.BEIT_HUGGINGFACE),
+        "beit, shared": (layouts.BEIT_HUGGINGFACE_5, layouts.BEIT_HUGGINGFACE),
+        "deit, distilled": (layouts.DEIT_HUGGINGFACE_5, layouts.DEIT_HUGGINGFACE),
     }
     for name, (new, old) in pairs.items():
         theirs, run = MODELS[name]()
         state, _, unknown = new.to_ours(theirs.state_dict())
         assert not unknown
         written = old.from_ours(state)
-        assert "attention.attention.query.weight" in " ".join(written)
+        renamed = "layer.0.norm1.weight" if "dinov3" in name else "encoder.layer.0.attention.attention.query.weight"
+        assert renamed in {re.sub(r"^(vit|beit|deit)\.", "", key) for key in written}
         assert layouts.recognise(list(written)) is old
         ours = fastvit.from_checkpoint(written, num_heads=2).eval()
         with torch.no_grad():
@@ -193,6 +132,105 @@ def test_dinov2s_own_names() -> None:
         torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
 
 
+def test_beits_own_file(tmp_path: Path) -> None:
+    """Microsoft's, whose index of positions is of no use, at another size: timm's own conversion is the judge."""
+    model, run = named("beit_base_patch16_224")
+    index = {f"blocks.{i}.attn.relative_position_index": torch.ones(17, 17, dtype=torch.int64) for i in range(2)}
+    torch.save({"model": model.state_dict() | index}, tmp_path / "beit.pth")
+    for size in ((32, 32), (48, 40), (24, 16)):
+        ours = fastvit.from_checkpoint(tmp_path / "beit.pth", num_heads=2, img_size=size).eval()
+        assert ours.patch_embed.img_size == size
+        theirs = timm.create_model("beit_base_patch16_224", **SIZES | {"img_size": size}).eval()
+        given = torch.load(tmp_path / "beit.pth", weights_only=True)
+        theirs.load_state_dict(timm.models.beit.checkpoint_filter_fn(given, theirs))
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x), atol=2e-5, rtol=1e-4)
+    pretrained = {
+        "lm_head.weight": torch.ones(3, 64),
+        "lm_head.bias": torch.ones(3),
+        "mask_token": torch.ones(1, 1, 64),
+    }
+    shared, run = timms_beit(use_shared_rel_pos_bias=True, num_classes=0, global_pool="token")
+    ours = fastvit.from_checkpoint({"model": shared.state_dict() | pretrained}, num_heads=2).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+def test_a_table_of_no_square(tmp_path: Path) -> None:
+    """The size comes from a configuration, or from the caller."""
+    theirs, _ = timms_beit(use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1, img_size=(32, 24))
+    state = theirs.state_dict()
+    with pytest.raises(ValueError, match="a table of 38 relative positions, .* no square window: give img_size="):
+        fastvit.from_checkpoint(state, num_heads=2)
+    save_file(state, tmp_path / "model.safetensors")
+    config = {"model_args": {"num_heads": 2, "img_size": [32, 24]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, images = fastvit.from_checkpoint(tmp_path).eval(), torch.randn(2, 3, 32, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), atol=2e-5, rtol=1e-4)
+    again = fastvit.create_model("beit_base_patch16_224", **SIZES | {"img_size": (32, 24)}).eval()
+    load_checkpoint(again, state)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), ours(images), atol=0, rtol=0)
+    with pytest.raises(ValueError, match="does not fit the model, which is as it was: a table of 38"):
+        load_checkpoint(fastvit.create_model("beit_base_patch16_224", **SIZES), state)
+    with pytest.raises(
+        RuntimeError, match="the file has 38 relative positions, the model 52. Build the model with the"
+    ):
+        fastvit.create_model("beit_base_patch16_224", **SIZES).load_state_dict(state)
+
+
+def test_dinov3s_own_names() -> None:
+    """timm's own conversion of them is the judge of what they are."""
+    model, run = named("vit_small_plus_patch16_dinov3_qkvb")
+    state: dict[str, Tensor] = {"mask_token": torch.ones(1, 64), "rope_embed.periods": torch.ones(8)}
+    names = {"reg_token": "storage_tokens", "gamma_": "ls", "fc1_g": "w1", "fc1_x": "w2", "mlp.fc2": "mlp.w3"}
+    for key, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        state[re.sub(r"(ls\d)$", r"\1.gamma", key)] = value
+    for i in range(2):
+        q, v = (state.pop(f"blocks.{i}.attn.{one}_bias") for one in "qv")
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.full_like(q, 7.0), v])
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.ones(3 * 64)
+    back = timm.models.eva.checkpoint_filter_fn(dict(state), model)
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
+    ours = fastvit.from_checkpoint({"teacher": state}, num_heads=2, global_pool="avg").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+
+
+def test_dinov3s_configuration_tells_its_periods(tmp_path: Path) -> None:
+    config = {"intermediate_size": 128, "num_register_tokens": 4, "rope_theta": 20.0, "num_attention_heads": 4}
+    theirs, run = huggingfaces(transformers.DINOv3ViTConfig, transformers.DINOv3ViTModel, pooled, **config)
+    ours = fastvit.from_checkpoint(save(theirs, tmp_path)).eval()
+    assert ours.rope == 20.0
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IMAGES), run(), atol=2e-5, rtol=1e-4)
+    changed = json.loads((tmp_path / "config.json").read_text()) | {"use_gated_mlp": True}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="hidden_act is 'gelu' in a gated MLP; accepted: silu"):
+        fastvit.from_checkpoint(tmp_path)
+
+
+def test_a_dinov3_is_not_loaded_into_a_model_that_turns_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = named("vit_small_patch16_dinov3")
+    with pytest.raises(ValueError, match="turned by position; build the model with rope=100.0"):
+        fastvit.from_checkpoint(model.state_dict(), num_heads=2, rope=None)
+    fastvit.from_checkpoint(model.state_dict(), num_heads=2, rope=50.0)
+    assert "rope is 100.0 there and 50.0 in the model" in caplog.text
+
+
+def test_dinov3s_heads_are_those_of_its_width() -> None:
+    """20 for the width that ViT-H has 16 for."""
+    theirs = timm.create_model("vit_huge_plus_patch16_dinov3", depth=1)
+    assert (
+        fastvit.from_checkpoint(theirs.state_dict()).blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads == 20
+    )
+
+
 def test_a_masked_autoencoders_decoder_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     model, run = timms(num_classes=0)
     extra = dict.fromkeys(("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.bias"), torch.ones(3))
@@ -216,6 +254,44 @@ def test_a_round_trip_changes_nothing(layout: str, suffix: str, tmp_path: Path) 
     returned = load_file(back)
     assert returned.keys() == model.state_dict().keys()
     assert all(torch.equal(returned[key], value) for key, value in model.state_dict().items())
+
+
+KINDS = {
+    "DINOv3": "vit_small_patch16_dinov3",
+    "DINOv3 with biases": "vit_small_patch16_dinov3_qkvb",
+    "DINOv3 plus": "vit_small_plus_patch16_dinov3_qkvb",
+    "BEiT": "beitv2_large_patch16_224",
+    "distilled": "deit_small_distilled_patch16_224",
+}
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "huggingface-5"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_go_round_too(kind: str, layout: str, tmp_path: Path) -> None:
+    """From timm's names to those that a library has for this kind of model, and back to timm's."""
+    model, _ = named(KINDS[kind], num_classes=7 if "DINO" not in kind else 0)
+    convert(model.state_dict(), tmp_path / "same.safetensors", "timm")
+    convert(model.state_dict(), tmp_path / "there.safetensors", layout)
+    convert(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "timm")
+    assert not set(load_file(tmp_path / "there.safetensors")) & set(model.state_dict()) - {"norm.weight", "norm.bias"}
+    for file in ("same", "back"):
+        returned = load_file(tmp_path / f"{file}.safetensors")
+        assert returned.keys() == model.state_dict().keys()
+        assert all(torch.equal(returned[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dinov3", "dinov3, gated", "beit", "beit, shared", "deit, distilled"])
+def test_what_hugging_face_has_is_what_it_gets(name: str, tmp_path: Path) -> None:
+    """By way of timm's names, in its own of today: all but the mask token, which no classifier has."""
+    theirs, _ = MODELS[name]()
+    convert(theirs.state_dict(), tmp_path / "timm.safetensors", "timm")
+    convert(tmp_path / "timm.safetensors", tmp_path / "back.safetensors", "huggingface-5")
+    returned, state = (
+        {key.removeprefix("beit."): value for key, value in given.items()}  # which a bare BeitModel has not
+        for given in (load_file(tmp_path / "back.safetensors"), theirs.state_dict())
+    )
+    assert {key for key in state if "mask_token" not in key} == returned.keys()
+    assert all(torch.equal(state[key], value) for key, value in returned.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"global_pool": "map"}], ids=["token", "map"])
@@ -298,6 +374,18 @@ def test_a_head_of_other_classes() -> None:
         load_checkpoint(same, state, head="best")
 
 
+def test_both_heads_of_other_classes() -> None:
+    model, _ = named("deit_tiny_distilled_patch16_224")
+    state = model.state_dict()
+    new = fastvit.from_checkpoint(state, num_heads=2, num_classes=3)
+    assert new.head.weight.shape == new.head_dist.weight.shape == (3, 64)
+    assert torch.equal(new.dist_token, state["dist_token"])
+    with pytest.raises(ValueError, match=r"head_dist.weight: the file has \(7, 64\), the model \(3, 64\)"):
+        load_checkpoint(new, state, head="keep")
+    with pytest.raises(RuntimeError, match="head_dist.weight: the file has 7 classes, the model 3. Build the model"):
+        new.load_state_dict(state)
+
+
 def test_a_state_dict_stays_its_models_own() -> None:
     model, run = timms()
     before = run().clone()
@@ -372,11 +460,11 @@ def test_wrong_files_are_named_and_nothing_is_half_loaded(tmp_path: Path) -> Non
         "foreign": (state | {"blocks.0.attn.rope": torch.ones(3)}, "has blocks.0.attn.rope, which no ViT has"),
         "misshapen": (state | {"norm.bias": torch.ones(65)}, r"norm.bias: the file has \(65,\), the model \(64,\)"),
         "no key of three": (_without(hf, "vit.layers.1.attention.k_proj.weight"), "goes with .*k_proj.weight, which"),
-        "another network": (timm.create_model("resnet18").state_dict(), "no layout that is known; accepted: dinov2"),
+        "another network": (timm.create_model("resnet18").state_dict(), "no layout that is known; accepted: dinov3, t"),
         "quantised": (state | {"head.weight": state["head.weight"].char()}, "weights of integers.*head.weight"),
-        "BEiT": (state | {"blocks.0.attn.relative_position_bias_table": torch.ones(3)}, "it is a BEiT"),
-        "DINOv3": (state | {"storage_tokens": torch.ones(3)}, "it is a DINOv3"),
-        "distilled": (state | {"dist_token": torch.ones(3)}, "it is a distilled DeiT"),
+        "BEiT": (state | {"blocks.0.attn.relative_position_bias_table": torch.ones(3, 2)}, "has no blocks.0.attn.rel"),
+        "EVA": (state | {"blocks.0.gamma_1": torch.ones(64)}, "gamma_1 and pos_embed, as EVA and the Perception Enc"),
+        "distilled": (state | {"dist_token": torch.ones(1, 1, 64)}, "the model has no dist_token"),
         "no tensors": ({"model": {"epoch": 3}}, "has no tensors; its keys are"),
     }  # fmt: skip
     for name, (given, message) in cases.items():

@@ -5,8 +5,6 @@ In float64 the models must agree within what float32 costs the other library's o
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,56 +16,7 @@ from torch import Tensor, nn
 
 from fastvit.layers import SwiGLU
 from fastvit.models import ViT
-from numerics import assert_as_right_as_eager
-
-Tensors = dict[str, Tensor]
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Move every parameter off its start, so that zeros and ones hide nothing."""
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
-def logits_and_gradients(model: nn.Module, images: Tensor, forward: Callable[..., Tensor]) -> tuple[Tensor, Tensors]:
-    torch.manual_seed(1)  # for the drop rates
-    out = forward(model, images)
-    model.zero_grad()
-    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape))
-    missing = [name for name, p in model.named_parameters() if p.grad is None]
-    assert not missing, f"no gradient for {missing}"
-    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_parity(
-    ours: nn.Module,
-    theirs: nn.Module,
-    size: tuple[int, int],
-    translate: Callable[[Tensors], Tensors] = dict,
-    forward: Callable[..., Tensor] = lambda model, images: model(images),
-) -> None:
-    """Load their weights into ours and compare; ``translate`` gives their names (of weights, of gradients) as ours."""
-    randomise(theirs)
-    ours.load_state_dict(translate(dict(theirs.state_dict())))
-    images = torch.randn(2, ours.in_chans, *size)
-    theirs_out, theirs_grads = logits_and_gradients(theirs, images, forward)
-    with torch.no_grad():
-        torch.manual_seed(1)
-        assert (ours(images) - theirs_out).abs().max() <= 1e-4
-    exact_out, exact_grads = logits_and_gradients(copy.deepcopy(theirs).double(), images.double(), forward)
-    out, grads = logits_and_gradients(copy.deepcopy(ours).double(), images.double(), lambda m, x: m(x))
-    theirs_grads, exact_grads = translate(theirs_grads), translate(exact_grads)
-    assert set(grads) == set(exact_grads)
-    assert_as_right_as_eager(
-        [out, *grads.values()],
-        [theirs_out, *(theirs_grads[name] for name in grads)],
-        [exact_out, *(exact_grads[name] for name in grads)],
-        names=["logits", *grads],
-    )
-    # The same mathematics, not just as right. (timm resamples positions in float32 even here.)
-    assert (out - exact_out).abs().max() <= 1e-7 * exact_out.abs().max()
-
+from parity import Tensors, assert_parity, randomise
 
 TI, S, B, L = ({"embed_dim": d, "num_heads": h} for d, h in ((192, 3), (384, 6), (768, 12), (1024, 16)))
 

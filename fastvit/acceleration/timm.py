@@ -7,14 +7,31 @@ from typing import Any
 from torch import nn
 
 from fastvit.acceleration.twin import Twin
-from fastvit.layers import Attention, AttentionPoolLatent, Block, LayerNorm, Mlp, PatchEmbed, SwiGLU
-from fastvit.layers.beit import BeitAttention, BeitBlock
+from fastvit.layers import (
+    Attention,
+    AttentionPoolLatent,
+    BeitAttention,
+    BeitBlock,
+    Block,
+    LayerNorm,
+    Mlp,
+    PatchEmbed,
+    SwiGLU,
+)
 from fastvit.layers.misc import DropPath, LayerScale, PatchDropout
 from fastvit.models import ViT
 
 
 def _vit(model: Any) -> dict[str, Any]:
-    return {"mean": None, "std": None, "pre_logits": nn.Identity()}
+    return {
+        "mean": None,
+        "std": None,
+        "pre_logits": nn.Identity(),
+        "rope": None,
+        "windowed": False,
+        "dist_token": None,
+        "head_dist": None,
+    }
 
 
 def _patch_embed(embed: Any) -> dict[str, Any]:

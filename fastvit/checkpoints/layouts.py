@@ -1,170 +1,18 @@
 """Whose names the weights of a file have, and the way from theirs to timm's, which are ours, and back.
 
-A layout is a list of renamings. ``{i}`` stands for the number of a block, ``{p}`` for "weight" or "bias". Names are
-those inside the tower: whatever stands before the tower's own ("vit.", "visual.", "module.model.") is taken off first,
-and what is not in the tower (a classifier beside it, a text tower) has a "/" in front here.
+What a layout is, is in :mod:`fastvit.checkpoints.rules`; here is each that is known. Several may have one name, that of
+a library whose kinds of models have names of their own: which one it is, is seen from the tensors.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
-Config = Mapping[str, Any]
-
-
-@cache
-def _pattern(name: str) -> re.Pattern[str]:
-    text = re.escape(name).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", "(?P<p>weight|bias)")
-    return re.compile(text)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Tensors of theirs, joined along the first dimension, are tensors of ours, cut in as many thirds as ``parts`` say.
-
-    ``shape`` is how theirs differ: "token" (D,) or (1, D) for (1, 1, D), "rows" (N, D) for (1, N, D), "transposed".
-    """
-
-    theirs: tuple[str, ...]
-    ours: tuple[str, ...]
-    shape: str = ""
-    parts: tuple[int, ...] = (1, 2)
-
-    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Theirs to ours."""
-        x = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-        if self.shape == "token":
-            x = x.reshape(1, 1, -1)
-        elif self.shape == "rows":
-            x = x.reshape(1, *x.shape[-2:])
-        elif self.shape == "transposed":
-            x = x.T.contiguous()
-        if len(self.ours) == 1:
-            return [x]
-        return [part.clone() for part in x.split([len(x) // 3 * count for count in self.parts])]
-
-    def backward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Ours to theirs, in the first of the shapes that theirs may have."""
-        x = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-        if self.shape == "token":
-            x = x.flatten()
-        elif self.shape == "rows":
-            x = x[0]
-        elif self.shape == "transposed":
-            x = x.T.contiguous()
-        return [x] if len(self.theirs) == 1 else list(x.chunk(len(self.theirs)))
-
-
-def _rule(theirs: str | tuple[str, ...], ours: str | tuple[str, ...], shape: str = "") -> Rule:
-    return Rule((theirs,) if isinstance(theirs, str) else theirs, (ours,) if isinstance(ours, str) else ours, shape)
-
-
-def _same(*pairs: tuple[str | tuple[str, ...], str]) -> tuple[Rule, ...]:
-    """Rules for weights and biases: ".{p}" is added to both names."""
-    rules = []
-    for theirs, ours in pairs:
-        names = (theirs,) if isinstance(theirs, str) else theirs
-        rules.append(Rule(tuple(f"{name}.{{p}}" for name in names), (f"{ours}.{{p}}",)))
-    return tuple(rules)
-
-
-def _block(theirs: str, **names: str | tuple[str, ...]) -> tuple[Rule, ...]:
-    """Rules for what is below ``theirs`` in a block; a keyword's double underscore is a dot of our name."""
-    pairs = []
-    for ours, name in names.items():
-        each = (name,) if isinstance(name, str) else name
-        pairs.append((tuple(f"{theirs}.{one}" for one in each), f"blocks.{{i}}.{ours.replace('__', '.')}"))
-    return _same(*pairs)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way to name a Vision Transformer's weights.
-
-    Args:
-        name: as users call it.
-        mark: the tensor that every such file has; what precedes it is the tower's prefix.
-        rules: theirs to ours.
-        also: a pattern that one more name in the tower matches, where the mark alone does not tell.
-        dropped: a pattern of names that are no part of the network that classifies or embeds images.
-        tower: the prefix when such a file is written.
-        options: arguments of :class:`fastvit.ViT` that shapes don't tell, from the file's configuration.
-        finish: what is left to do to our names.
-    """
-
-    name: str
-    mark: str
-    rules: tuple[Rule, ...]
-    also: str = ""
-    dropped: str = r"(?!)"
-    tower: str = ""
-    options: Callable[[Config], dict[str, Any]] = lambda config: {}
-    finish: Callable[[State], None] = lambda state: None
-
-    def prefix(self, names: Sequence[str]) -> str | None:
-        """What precedes the tower's names; None where these are names of another layout."""
-        prefixes = [name.removesuffix(self.mark) for name in names if f".{name}".endswith(f".{self.mark}")]
-        for prefix in sorted(prefixes, key=len):
-            inside = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
-            if not self.also or any(re.fullmatch(self.also, name) for name in inside):
-                return prefix
-        return None
-
-    def to_ours(self, given: Mapping[str, Tensor]) -> tuple[State, list[str], list[str]]:
-        """(weights under our names, names of no use, names that nothing is known about)."""
-        prefix = self.prefix(list(given)) or ""
-        left = {
-            name.removeprefix(prefix) if name.startswith(prefix) else f"/{name}": value for name, value in given.items()
-        }
-        out: State = {}
-        for rule in self.rules:
-            theirs = rule.theirs if prefix else tuple(name.removeprefix("/") for name in rule.theirs)
-            for name in list(left):
-                found = _pattern(theirs[0]).fullmatch(name)
-                if found:
-                    names = [one.format(**found.groupdict()) for one in theirs]
-                    absent = [one for one in names if one not in left]
-                    if absent:
-                        raise ValueError(f"{prefix}{name} goes with {', '.join(absent)}, which is missing")
-                    values = rule.forward([left.pop(one) for one in names])
-                    out |= zip((one.format(**found.groupdict()) for one in rule.ours), values, strict=True)
-        self.finish(out)
-        useless = [name for name in left if re.fullmatch(self.dropped, name)]
-        unknown = [name for name in left if name not in useless]
-        return out, [name.removeprefix("/") for name in useless], [name.removeprefix("/") for name in unknown]
-
-    def from_ours(self, state: Mapping[str, Tensor]) -> State:
-        """Weights under our names as a file of this layout has them.
-
-        Raises:
-            ValueError: some have no name in it; they are listed.
-        """
-        left = dict(state)
-        out: State = {}
-        for rule in self.rules:
-            for name in list(left):
-                found = _pattern(rule.ours[0]).fullmatch(name)
-                if found:
-                    names = [one.format(**found.groupdict()) for one in rule.ours]
-                    if all(one in left for one in names):
-                        values = rule.backward([left.pop(one) for one in names])
-                        theirs = (one.format(**found.groupdict()) for one in rule.theirs)
-                        out |= zip(map(self._written, theirs), values, strict=True)
-        if left:
-            raise ValueError(f"the layout {self.name!r} has no names for {', '.join(sorted(left))}")
-        return out
-
-    def _written(self, name: str) -> str:
-        return name.removeprefix("/") if name.startswith("/") else self.tower + name
-
+from fastvit.checkpoints.rules import Config, Layout, Rule, State, block, gated, rename, same
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -172,6 +20,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "silu": "silu",
 }
 
 
@@ -225,18 +74,20 @@ def _registers_after_positions(state: State) -> None:
 
 
 _OURS = (
-    _rule("cls_token", "cls_token"),
-    _rule("reg_token", "reg_token"),
-    _rule("pos_embed", "pos_embed"),
-    *_same(
+    rename("cls_token", "cls_token"),
+    rename("dist_token", "dist_token"),
+    rename("reg_token", "reg_token"),
+    rename("pos_embed", "pos_embed"),
+    *same(
         ("patch_embed.proj", "patch_embed.proj"),
         ("norm_pre", "norm_pre"),
         ("norm", "norm"),
         ("fc_norm", "fc_norm"),
         ("head", "head"),
+        ("head_dist", "head_dist"),
         ("pre_logits.fc", "pre_logits.fc"),
     ),
-    *_block(
+    *block(
         "blocks.{i}",
         norm1="norm1",
         attn__qkv="attn.qkv",
@@ -249,10 +100,10 @@ _OURS = (
         mlp__norm="mlp.norm",
         mlp__fc2="mlp.fc2",
     ),
-    _rule("blocks.{i}.ls1.gamma", "blocks.{i}.ls1.gamma"),
-    _rule("blocks.{i}.ls2.gamma", "blocks.{i}.ls2.gamma"),
-    _rule("attn_pool.latent", "attn_pool.latent"),
-    *_same(*((f"attn_pool.{part}", f"attn_pool.{part}") for part in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2"))),
+    rename("blocks.{i}.ls1.gamma", "blocks.{i}.ls1.gamma"),
+    rename("blocks.{i}.ls2.gamma", "blocks.{i}.ls2.gamma"),
+    rename("attn_pool.latent", "attn_pool.latent"),
+    *same(*((f"attn_pool.{part}", f"attn_pool.{part}") for part in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2"))),
 )
 
 TIMM = Layout(
@@ -264,12 +115,77 @@ TIMM = Layout(
     options=_timm,
 )
 
+_GAMMAS = (
+    rename("blocks.{i}.gamma_1", "blocks.{i}.gamma_1"),
+    rename("blocks.{i}.gamma_2", "blocks.{i}.gamma_2"),
+    rename("blocks.{i}.attn.q_bias", "blocks.{i}.attn.q_bias"),
+    rename("blocks.{i}.attn.v_bias", "blocks.{i}.attn.v_bias"),
+)
+_TABLES = tuple(
+    rename(f"{module}.relative_position_bias_table", f"{module}.relative_position_bias_table")
+    for module in ("blocks.{i}.attn", "rel_pos_bias")
+)
+_TIMM_GATED = gated("blocks.{i}", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
+
+TIMM_BEIT = Layout(  # and BEiT's own
+    "timm",
+    "patch_embed.proj.weight",
+    (*_GAMMAS, *_TABLES, *_TIMM_GATED, *_OURS),
+    also=r"blocks\.0\.attn\.relative_position_bias_table|rel_pos_bias\.relative_position_bias_table",
+    dropped=r"mask_token|lm_head\..*|.*\.relative_position_index",
+    options=_timm,
+)
+
+_DINOV3: dict[str, Any] = {"eps": 1e-5, "rope": 100.0, "dynamic_img_size": True}
+
+
+def _without_positions(state: State) -> None:
+    if "pos_embed" in state:
+        raise ValueError(
+            "it has gamma_1 and pos_embed, as EVA and the Perception Encoder do: DINOv3's rotary embeddings are the "
+            "only ones that fastvit.ViT has"
+        )
+
+
+TIMM_DINOV3 = Layout(
+    "timm",
+    "patch_embed.proj.weight",
+    (*_GAMMAS, *_TIMM_GATED, *_OURS),
+    also=r"blocks\.0\.gamma_1",
+    options=lambda config: {**_DINOV3, "global_pool": "avg", **_timm(config)},
+    finish=_without_positions,
+)
+
+
+def _queries_and_values_have_biases(state: State) -> None:
+    """DINOv3's keys have a bias that is masked."""
+    for name in [name for name in state if name.endswith("attn.qkv.bias")]:
+        q, _, v = state.pop(name).chunk(3)
+        state[name.replace("qkv.bias", "q_bias")], state[name.replace("qkv.bias", "v_bias")] = q.clone(), v.clone()
+
+
+DINOV3 = Layout(
+    "dinov3",
+    "patch_embed.proj.weight",
+    (
+        rename("storage_tokens", "reg_token"),
+        rename("blocks.{i}.ls1.gamma", "blocks.{i}.gamma_1"),
+        rename("blocks.{i}.ls2.gamma", "blocks.{i}.gamma_2"),
+        *gated("blocks.{i}", "mlp.w1", "mlp.w2", "mlp.w3"),
+        *_OURS,
+    ),
+    also=r"storage_tokens|rope_embed\.periods",
+    dropped=r"mask_token|rope_embed\..*|blocks\.\d+\.attn\.qkv\.bias_mask|local_cls_norm\..*|/.*head.*",
+    options=lambda config: dict(_DINOV3),
+    finish=_queries_and_values_have_biases,
+)
+
 DINOV2 = Layout(
     "dinov2",
     "patch_embed.proj.weight",
     (
-        _rule("register_tokens", "reg_token"),
-        *_block("blocks.{i}", mlp__fc1="mlp.w12", mlp__fc2="mlp.w3"),
+        rename("register_tokens", "reg_token"),
+        *block("blocks.{i}", mlp__fc1="mlp.w12", mlp__fc2="mlp.w3"),
         *_OURS,
     ),
     also=r"register_tokens|blocks\.0\.mlp\.w12\.weight",
@@ -282,16 +198,16 @@ TORCHVISION = Layout(
     "torchvision",
     "conv_proj.weight",
     (
-        _rule("class_token", "cls_token"),
-        _rule("encoder.pos_embedding", "pos_embed"),
-        *_same(
+        rename("class_token", "cls_token"),
+        rename("encoder.pos_embedding", "pos_embed"),
+        *same(
             ("conv_proj", "patch_embed.proj"),
             ("encoder.ln", "norm"),
             ("heads.head", "head"),
             ("heads.pre_logits", "pre_logits.fc"),
         ),
-        _rule("encoder.layers.encoder_layer_{i}.self_attention.in_proj_{p}", "blocks.{i}.attn.qkv.{p}"),
-        *_block(
+        rename("encoder.layers.encoder_layer_{i}.self_attention.in_proj_{p}", "blocks.{i}.attn.qkv.{p}"),
+        *block(
             "encoder.layers.encoder_layer_{i}",
             norm1="ln_1",
             attn__proj="self_attention.out_proj",
@@ -299,49 +215,123 @@ TORCHVISION = Layout(
             mlp__fc1="mlp.0",
             mlp__fc2="mlp.3",
         ),
-        *_block("encoder.layers.encoder_layer_{i}", mlp__fc1="mlp.linear_1", mlp__fc2="mlp.linear_2"),
+        *block("encoder.layers.encoder_layer_{i}", mlp__fc1="mlp.linear_1", mlp__fc2="mlp.linear_2"),
     ),
 )
 
 
-def _vit_of_huggingface(name: str, layer: str, also: str, **blocks: str | tuple[str, ...]) -> Layout:
+_HUGGINGFACE_LAYER, _HUGGINGFACE_5_LAYER = "encoder.layer.{i}", "layers.{i}"
+_HUGGINGFACE_QKV = tuple(f"attention.attention.{one}" for one in ("query", "key", "value"))
+_HUGGINGFACE_5_QKV = tuple(f"attention.{one}_proj" for one in "qkv")
+
+
+def _vit_of_huggingface(
+    name: str,
+    also: str,
+    rules: tuple[Rule, ...] = (),
+    tower: str = "vit.",
+    dropped: str = r"(?!)",
+    finish: Callable[[State], None] = lambda state: None,
+    mark: str = "embeddings.patch_embeddings.projection.weight",
+) -> Layout:
+    """ViT's names in transformers, "huggingface-5" those of today, and for its relatives ``rules`` that go first."""
+    today = name == "huggingface-5"
     return Layout(
         name,
-        "embeddings.patch_embeddings.projection.weight",
+        mark,
         (
-            _rule("embeddings.cls_token", "cls_token"),
-            _rule("embeddings.position_embeddings", "pos_embed"),
-            *_same(
+            *rules,
+            rename("embeddings.cls_token", "cls_token"),
+            rename("embeddings.position_embeddings", "pos_embed"),
+            *same(
                 ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
                 ("layernorm", "norm"),
                 ("/classifier", "head"),
             ),
-            *_block(layer, norm1="layernorm_before", norm2="layernorm_after", **blocks),
+            *block(
+                _HUGGINGFACE_5_LAYER if today else _HUGGINGFACE_LAYER,
+                norm1="layernorm_before",
+                norm2="layernorm_after",
+                attn__qkv=_HUGGINGFACE_5_QKV if today else _HUGGINGFACE_QKV,
+                attn__proj="attention.o_proj" if today else "attention.output.dense",
+                mlp__fc1="mlp.fc1" if today else "intermediate.dense",
+                mlp__fc2="mlp.fc2" if today else "output.dense",
+            ),
         ),
         also=also,
-        dropped=r"embeddings\.mask_token|pooler\..*|/decoder\..*",
-        tower="vit.",
+        dropped=rf"embeddings\.mask_token|pooler\..*|/decoder\..*|{dropped}",
+        tower=tower,
         options=_huggingface(1e-12, "gelu"),
+        finish=finish,
     )
 
 
-HUGGINGFACE = _vit_of_huggingface(
+_HUGGINGFACE_QUERY = r"encoder\.layer\.0\.attention\.attention\.query\.weight"
+_HUGGINGFACE_5_QUERY = r"layers\.0\.attention\.q_proj\.weight"
+HUGGINGFACE = _vit_of_huggingface("huggingface", _HUGGINGFACE_QUERY)
+HUGGINGFACE_5 = _vit_of_huggingface("huggingface-5", _HUGGINGFACE_5_QUERY)
+
+
+def _a_token_that_no_head_reads(state: State) -> None:
+    """One classifier beside a distillation token reads the class token, and the other token is as a register."""
+    if "head.weight" in state and "head_dist.weight" not in state:
+        state["reg_token"] = state.pop("dist_token")
+
+
+def _deit_of_huggingface(name: str, also: str) -> Layout:
+    return _vit_of_huggingface(
+        name,
+        also,
+        (
+            rename("embeddings.distillation_token", "dist_token"),
+            *same(("/cls_classifier", "head"), ("/distillation_classifier", "head_dist")),
+        ),
+        tower="deit.",
+        finish=_a_token_that_no_head_reads,
+        mark="embeddings.distillation_token",
+    )
+
+
+DEIT_HUGGINGFACE = _deit_of_huggingface("huggingface", _HUGGINGFACE_QUERY)
+DEIT_HUGGINGFACE_5 = _deit_of_huggingface("huggingface-5", _HUGGINGFACE_5_QUERY)
+
+
+def _apart(layer: str, q: str, k: str, v: str) -> tuple[Rule, ...]:
+    """Rules for the queries, keys and values of a block, of which keys have no bias."""
+    return (
+        rename(tuple(f"{layer}.{one}.weight" for one in (q, k, v)), "blocks.{i}.attn.qkv.weight"),
+        rename(f"{layer}.{q}.bias", "blocks.{i}.attn.q_bias"),
+        rename(f"{layer}.{v}.bias", "blocks.{i}.attn.v_bias"),
+    )
+
+
+def _beit_of_huggingface(name: str, layer: str, qkv: tuple[str, ...], own: str, shared: str) -> Layout:
+    table = "relative_position_bias_table"
+    start = re.escape(layer.format(i=0))
+    return _vit_of_huggingface(
+        name,
+        rf"{start}\.lambda_1|{start}\.{re.escape(own)}\.{table}|{re.escape(shared)}\.{table}",
+        (
+            *_apart(layer, *qkv),
+            *(rename(f"{layer}.lambda_{k}", f"blocks.{{i}}.gamma_{k}") for k in (1, 2)),
+            rename(f"{layer}.{own}.{table}", f"blocks.{{i}}.attn.{table}"),
+            rename(f"{shared}.{table}", f"rel_pos_bias.{table}"),
+            *same(("pooler.layernorm", "fc_norm"), ("/layernorm", "norm")),  # the second is the pre-training head's
+        ),
+        tower="beit.",
+        dropped=r".*\.relative_position_index|/lm_head\..*",
+    )
+
+
+BEIT_HUGGINGFACE = _beit_of_huggingface(
     "huggingface",
-    "encoder.layer.{i}",
-    r"encoder\.layer\.0\.attention\.attention\.query\.weight",
-    attn__qkv=tuple(f"attention.attention.{one}" for one in ("query", "key", "value")),
-    attn__proj="attention.output.dense",
-    mlp__fc1="intermediate.dense",
-    mlp__fc2="output.dense",
+    _HUGGINGFACE_LAYER,
+    _HUGGINGFACE_QKV,
+    "attention.attention.relative_position_bias",
+    "encoder.relative_position_bias",
 )
-HUGGINGFACE_5 = _vit_of_huggingface(
-    "huggingface-5",
-    "layers.{i}",
-    r"layers\.0\.attention\.q_proj\.weight",
-    attn__qkv=tuple(f"attention.{one}_proj" for one in "qkv"),
-    attn__proj="attention.o_proj",
-    mlp__fc1="mlp.fc1",
-    mlp__fc2="mlp.fc2",
+BEIT_HUGGINGFACE_5 = _beit_of_huggingface(
+    "huggingface-5", _HUGGINGFACE_5_LAYER, _HUGGINGFACE_5_QKV, "relative_position_bias", "shared_position_bias"
 )
 
 
@@ -351,18 +341,18 @@ def _dinov2_of_huggingface(name: str, also: str, qkv: tuple[str, ...], proj: str
         name,
         "embeddings.patch_embeddings.projection.weight",
         (
-            _rule("embeddings.cls_token", "cls_token"),
-            _rule("embeddings.register_tokens", "reg_token"),
-            _rule("embeddings.position_embeddings", "pos_embed"),
-            *_same(("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("layernorm", "norm")),
-            *_block(
+            rename("embeddings.cls_token", "cls_token"),
+            rename("embeddings.register_tokens", "reg_token"),
+            rename("embeddings.position_embeddings", "pos_embed"),
+            *same(("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("layernorm", "norm")),
+            *block(
                 layer, norm1="norm1", norm2="norm2", attn__qkv=qkv, attn__proj=proj, mlp__fc1="mlp.fc1",
                 mlp__fc2="mlp.fc2",
             ),
-            *_block(layer, mlp__fc1=("mlp.gate_proj", "mlp.up_proj"), mlp__fc2="mlp.down_proj"),
-            *_block(layer, mlp__fc1="mlp.weights_in", mlp__fc2="mlp.weights_out"),
-            _rule(f"{layer}.layer_scale1.lambda1", "blocks.{i}.ls1.gamma"),
-            _rule(f"{layer}.layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
+            *block(layer, mlp__fc1=("mlp.gate_proj", "mlp.up_proj"), mlp__fc2="mlp.down_proj"),
+            *block(layer, mlp__fc1="mlp.weights_in", mlp__fc2="mlp.weights_out"),
+            rename(f"{layer}.layer_scale1.lambda1", "blocks.{i}.ls1.gamma"),
+            rename(f"{layer}.layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
         ),
         also=also,
         dropped=r"embeddings\.mask_token|/classifier\..*",  # a classifier there reads the class token and the mean
@@ -374,15 +364,54 @@ def _dinov2_of_huggingface(name: str, also: str, qkv: tuple[str, ...], proj: str
 DINOV2_HUGGINGFACE = _dinov2_of_huggingface(
     "dinov2-huggingface",
     r"encoder\.layer\.0\.layer_scale1\.lambda1",
-    tuple(f"attention.attention.{one}" for one in ("query", "key", "value")),
+    _HUGGINGFACE_QKV,
     "attention.output.dense",
 )
 DINOV2_HUGGINGFACE_5 = _dinov2_of_huggingface(
     "dinov2-huggingface-5",
     r"encoder\.layer\.0\.attention\.q_proj\.weight",
-    tuple(f"attention.{one}_proj" for one in "qkv"),
+    _HUGGINGFACE_5_QKV,
     "attention.o_proj",
 )
+
+
+def _no_registers_are_none(state: State) -> None:
+    if "reg_token" in state and state["reg_token"].shape[1] == 0:
+        del state["reg_token"]
+
+
+def _dinov3_of_huggingface(name: str, layer: str) -> Layout:
+    def options(config: Config) -> dict[str, Any]:
+        found = _huggingface(1e-5, "gelu")(config)
+        if config.get("use_gated_mlp") and found["act_layer"] != "silu":
+            raise ValueError(f"config.json: hidden_act is {config.get('hidden_act')!r} in a gated MLP; accepted: silu")
+        return {**_DINOV3, **found, "rope": float(config.get("rope_theta", _DINOV3["rope"]))}
+
+    return Layout(
+        name,
+        "embeddings.patch_embeddings.weight",
+        (
+            rename("embeddings.cls_token", "cls_token"),
+            rename("embeddings.register_tokens", "reg_token"),
+            *same(("embeddings.patch_embeddings", "patch_embed.proj"), ("norm", "norm")),
+            *_apart(layer, *_HUGGINGFACE_5_QKV),
+            *gated(layer, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+            *block(
+                layer, norm1="norm1", norm2="norm2", attn__proj="attention.o_proj", mlp__fc1="mlp.up_proj",
+                mlp__fc2="mlp.down_proj",
+            ),
+            rename(f"{layer}.layer_scale1.lambda1", "blocks.{i}.gamma_1"),
+            rename(f"{layer}.layer_scale2.lambda1", "blocks.{i}.gamma_2"),
+        ),
+        also=re.escape(layer.format(i=0)) + r"\.norm1\.weight",
+        dropped=r"embeddings\.mask_token",
+        options=options,
+        finish=_no_registers_are_none,
+    )  # fmt: skip
+
+
+DINOV3_HUGGINGFACE = _dinov3_of_huggingface("huggingface", "layer.{i}")
+DINOV3_HUGGINGFACE_5 = _dinov3_of_huggingface("huggingface-5", "model.layer.{i}")
 
 
 def _tower_of_huggingface(name: str, rules: tuple[Rule, ...], also: str, eps: float, activation: str) -> Layout:
@@ -391,9 +420,9 @@ def _tower_of_huggingface(name: str, rules: tuple[Rule, ...], also: str, eps: fl
         name,
         "embeddings.patch_embedding.weight",
         (
-            *_same(("embeddings.patch_embedding", "patch_embed.proj"), ("post_layernorm", "norm")),
-            _rule("embeddings.position_embedding.weight", "pos_embed", "rows"),
-            *_block(
+            *same(("embeddings.patch_embedding", "patch_embed.proj"), ("post_layernorm", "norm")),
+            rename("embeddings.position_embedding.weight", "pos_embed", "rows"),
+            *block(
                 "encoder.layers.{i}",
                 norm1="layer_norm1",
                 attn__qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -414,9 +443,9 @@ def _tower_of_huggingface(name: str, rules: tuple[Rule, ...], also: str, eps: fl
 CLIP_HUGGINGFACE = _tower_of_huggingface(
     "clip-huggingface",
     (
-        _rule("embeddings.class_embedding", "cls_token", "token"),
-        *_same(("pre_layrnorm", "norm_pre")),  # their spelling
-        _rule("/visual_projection.weight", "head.weight"),
+        rename("embeddings.class_embedding", "cls_token", "token"),
+        *same(("pre_layrnorm", "norm_pre")),  # their spelling
+        rename("/visual_projection.weight", "head.weight"),
     ),
     r"embeddings\.class_embedding",
     1e-5,
@@ -425,9 +454,9 @@ CLIP_HUGGINGFACE = _tower_of_huggingface(
 SIGLIP_HUGGINGFACE = _tower_of_huggingface(
     "siglip-huggingface",
     (
-        _rule("head.probe", "attn_pool.latent"),
-        _rule("head.attention.in_proj_{p}", ("attn_pool.q.{p}", "attn_pool.kv.{p}")),
-        *_same(
+        rename("head.probe", "attn_pool.latent"),
+        rename("head.attention.in_proj_{p}", ("attn_pool.q.{p}", "attn_pool.kv.{p}")),
+        *same(
             ("head.attention.out_proj", "attn_pool.proj"),
             ("head.layernorm", "attn_pool.norm"),
             ("head.mlp.fc1", "attn_pool.mlp.fc1"),
@@ -443,12 +472,12 @@ OPENCLIP = Layout(
     "openclip",
     "conv1.weight",
     (
-        _rule("class_embedding", "cls_token", "token"),
-        _rule("positional_embedding", "pos_embed", "rows"),
-        _rule("proj", "head.weight", "transposed"),
-        _rule("transformer.resblocks.{i}.attn.in_proj_{p}", "blocks.{i}.attn.qkv.{p}"),
-        *_same(("conv1", "patch_embed.proj"), ("ln_pre", "norm_pre"), ("ln_post", "norm")),
-        *_block(
+        rename("class_embedding", "cls_token", "token"),
+        rename("positional_embedding", "pos_embed", "rows"),
+        rename("proj", "head.weight", "transposed"),
+        rename("transformer.resblocks.{i}.attn.in_proj_{p}", "blocks.{i}.attn.qkv.{p}"),
+        *same(("conv1", "patch_embed.proj"), ("ln_pre", "norm_pre"), ("ln_post", "norm")),
+        *block(
             "transformer.resblocks.{i}",
             norm1="ln_1",
             attn__proj="attn.out_proj",
@@ -456,8 +485,8 @@ OPENCLIP = Layout(
             mlp__fc1="mlp.c_fc",
             mlp__fc2="mlp.c_proj",
         ),
-        _rule("transformer.resblocks.{i}.ls_1.gamma", "blocks.{i}.ls1.gamma"),
-        _rule("transformer.resblocks.{i}.ls_2.gamma", "blocks.{i}.ls2.gamma"),
+        rename("transformer.resblocks.{i}.ls_1.gamma", "blocks.{i}.ls1.gamma"),
+        rename("transformer.resblocks.{i}.ls_2.gamma", "blocks.{i}.ls2.gamma"),
     ),
     also=r"transformer\.resblocks\.0\.ln_1\.weight",
     dropped=r"/(transformer|token_embedding|positional_embedding|ln_final|text|logit|text_projection|attn_mask).*",
@@ -470,6 +499,15 @@ OPENCLIP = Layout(
 
 # Those that need the more are asked first.
 LAYOUTS = (
+    DINOV3,
+    TIMM_BEIT,
+    TIMM_DINOV3,
+    BEIT_HUGGINGFACE_5,
+    BEIT_HUGGINGFACE,
+    DEIT_HUGGINGFACE_5,
+    DEIT_HUGGINGFACE,
+    DINOV3_HUGGINGFACE_5,
+    DINOV3_HUGGINGFACE,
     DINOV2,
     TIMM,
     TORCHVISION,
@@ -484,11 +522,6 @@ LAYOUTS = (
 
 # What is seen to be a transformer that a ViT is not: a tensor of it, and why it is refused.
 _REFUSED = {
-    r"(.*\.)?blocks\.0\.attn\.relative_position_bias_table|(.*\.)?rel_pos_bias\..*|.*relative_position_bias_table": (
-        "it is a BEiT, which has relative position biases"
-    ),
-    r"(.*\.)?(storage_tokens|rope_embed\..*|rope_embeddings\..*)": "it is a DINOv3, which has rotary embeddings",
-    r"(.*\.)?dist_token|(.*\.)?embeddings\.distillation_token": "it is a distilled DeiT, which has two classifiers",
     r"(.*\.)?(patch_embed\.backbone|conv_root|block1)\..*": "it is a hybrid, whose patches are a ResNet's features",
 }
 
@@ -514,10 +547,16 @@ def recognise(names: Sequence[str]) -> Layout:
     for layout in LAYOUTS:
         if layout.prefix(names) is not None:
             return layout
-    accepted = ", ".join(layout.name for layout in LAYOUTS)
+    accepted = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
     raise ValueError(
         f"its names are those of no layout that is known; accepted: {accepted}. They begin with {sorted(names)[:4]}"
     )
+
+
+def named(name: str, state: Mapping[str, Tensor]) -> Layout:
+    """The layout of that name that has names for all of ``state``, which is under ours; else the plainest."""
+    candidates = [layout for layout in reversed(LAYOUTS) if layout.name == name]
+    return next((layout for layout in candidates if layout.names(state)), candidates[0])
 
 
 def blocks(state: Mapping[str, Tensor]) -> Iterator[int]:

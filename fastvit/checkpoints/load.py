@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.checkpoints import files
-from fastvit.checkpoints.layouts import LAYOUTS, State, recognise, unwrapped
+from fastvit.checkpoints.layouts import named, recognise, unwrapped
 from fastvit.checkpoints.npz import from_npz, to_npz
-from fastvit.checkpoints.resample import adapt_channels, resample_patch_embed, resample_pos_embed
+from fastvit.checkpoints.resample import (
+    adapt_channels,
+    resample_patch_embed,
+    resample_pos_embed,
+    resample_rel_pos_table,
+    window_of,
+)
+from fastvit.checkpoints.rules import State
 from fastvit.ops import onednn
 
 log = logging.getLogger("fastvit")
@@ -83,7 +90,8 @@ def _listed(names: list[str], most: int = 8) -> str:
 def load_checkpoint(model: nn.Module, source: Source, *, head: str = "auto", prefix: str = "") -> None:
     """Load weights into a model with timm's names, from the layouts of timm, torchvision, Hugging Face and others.
 
-    Position embeddings, patch projections and image channels of another size are resampled; what was done is logged.
+    Position embeddings, tables of relative positions, patch projections and image channels of another size are
+    resampled; what was done is logged.
 
     Args:
         model: a :class:`fastvit.ViT`; any other module takes a file of its own names.
@@ -136,6 +144,11 @@ def fit(model: Any, checkpoint: Checkpoint, head: str = "auto") -> State:
         wrong.append(
             f"the model has no {_listed(unexpected)}; build it with the file's options, as from_checkpoint does"
         )
+    turned, rope = checkpoint.options.get("rope"), getattr(model, "rope", None)
+    if turned is not None and rope is None:  # no tensor would tell
+        wrong.append(f"the file's queries and keys are turned by position; build the model with rope={turned}")
+    elif turned is not None and rope != turned:
+        log.warning("%s: rope is %s there and %s in the model, which keeps it", name, turned, rope)
     if wrong:
         raise ValueError(f"{name} does not fit the model, which is as it was:\n  " + "\n  ".join(wrong))
     return values
@@ -143,7 +156,7 @@ def fit(model: Any, checkpoint: Checkpoint, head: str = "auto") -> State:
 
 def _head(values: State, own: Mapping[str, Tensor], head: str, name: str) -> set[str]:
     """Take the classifier out of ``values`` where it is not to be loaded -> the model's names that are left alone."""
-    names = {key for key in (*values, *own) if key.startswith(("head.", "pre_logits."))}
+    names = {key for key in (*values, *own) if key.startswith(("head.", "head_dist.", "pre_logits."))}
     same = all(key in own and key in values and own[key].shape == values[key].shape for key in names)
     if head == "keep" or (head == "auto" and same):
         return set()
@@ -155,26 +168,32 @@ def _head(values: State, own: Mapping[str, Tensor], head: str, name: str) -> set
 
 
 def _resample(model: Any, values: State, own: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Positions, patches and channels in the model's sizes."""
+    """Positions, tables, patches and channels in the model's sizes."""
     projection = values.get("patch_embed.proj.weight")
     if projection is not None and projection.shape != own["patch_embed.proj.weight"].shape:
         _, channels, p, q = own["patch_embed.proj.weight"].shape
         values["patch_embed.proj.weight"] = resample_patch_embed(adapt_channels(projection, channels), (p, q))
         log.info("%s: patches of %s resampled to %s", checkpoint.name, tuple(projection.shape[1:]), (channels, p, q))
+    grid, old, size = model.patch_embed.grid_size, None, checkpoint.options.get("img_size")
+    if size is not None and projection is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        old = height // projection.shape[2], width // projection.shape[3]
     positions = values.get("pos_embed")
-    if positions is not None and "pos_embed" in own and positions.shape != own["pos_embed"].shape:
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        grid, old, size = model.patch_embed.grid_size, None, checkpoint.options.get("img_size")
-        if size is not None and projection is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-            old = height // projection.shape[2], width // projection.shape[3]
-        # linearly in Google's files, as their own code and timm do
-        how = ("bilinear", False) if checkpoint.layout == "npz" else ("bicubic", True)
-        try:
+    tables = [name for name in values if name.endswith("relative_position_bias_table") and name in own]
+    try:
+        if positions is not None and "pos_embed" in own and positions.shape != own["pos_embed"].shape:
+            prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+            # linearly in Google's files, as their own code and timm do
+            how = ("bilinear", False) if checkpoint.layout == "npz" else ("bicubic", True)
             values["pos_embed"] = resample_pos_embed(positions, grid, old, prefix, *how)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.name} does not fit the model, which is as it was: {error}") from error
-        log.info("%s: %d positions resampled to %dx%d, %s", checkpoint.name, positions.shape[1], *grid, how[0])
+            log.info("%s: %d positions resampled to %dx%d, %s", checkpoint.name, positions.shape[1], *grid, how[0])
+        for name in tables:
+            rows = values[name].shape[0]
+            values[name] = resample_rel_pos_table(values[name], grid, window_of(rows, old or grid))
+            if values[name].shape[0] != rows:
+                log.info("%s: %s, of %d rows, resampled to %dx%d patches", checkpoint.name, name, rows, *grid)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.name} does not fit the model, which is as it was: {error}") from error
 
 
 def mismatch_advice(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
@@ -195,13 +214,18 @@ def mismatch_advice(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
                 "img_size (and patch_size, class_token, reg_tokens, no_embed_class), load, then call "
                 "set_input_size(img_size=...), which resamples"
             )
+        elif name.endswith("relative_position_bias_table") and given[-1] == wanted[-1]:
+            advice.append(
+                f"{name}: the file has {given[0]} relative positions, the model {wanted[0]}. Build the model with the "
+                "file's img_size (and patch_size), load, then call set_input_size(img_size=...), which resamples"
+            )
         elif name == "patch_embed.proj.weight" and given[:2] == wanted[:2]:
             advice.append(
                 f"patch_embed.proj.weight: the file's patches are {given[2]}x{given[3]}, the model's "
                 f"{wanted[2]}x{wanted[3]}. Build the model with patch_size=({given[2]}, {given[3]}), load, then call "
                 "set_input_size(patch_size=...)"
             )
-        elif name.startswith("head."):
+        elif name.startswith(("head.", "head_dist.")):
             advice.append(
                 f"{name}: the file has {given[0]} classes, the model {wanted[0]}. Build the model with "
                 f"num_classes={given[0]}, load, then call reset_classifier({wanted[0]})"
@@ -241,4 +265,4 @@ def convert(source: Source, path: str | os.PathLike[str], layout: str = "timm", 
             )
         files.write(path, to_npz(checkpoint.state, heads))
     else:
-        files.write(path, next(one for one in LAYOUTS if one.name == layout).from_ours(checkpoint.state))
+        files.write(path, named(layout, checkpoint.state).from_ours(checkpoint.state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import nullcontext
 
@@ -94,6 +95,74 @@ def _bicubic_weights(place: Tensor, size: Tensor, old_size: int, dtype: torch.dt
     near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     return weights / weights.sum(1, keepdim=True)
+
+
+@torch.fx.wrap
+def resample_rel_pos_table(table: Tensor, new_window: Pair, old_window: Pair) -> Tensor:
+    """BEiT's table of biases by relative position for another window of patches, with gradients.
+
+    Near distances stay apart as they are and far ones are stretched, in a geometric progression, as in BEiT's own
+    fine-tuning and timm's ``resize_rel_pos_bias_table``, whose linear interpolation it is.
+
+    Args:
+        table: ((2h-1)(2w-1) [+3], H); three rows more are the class token's, and stay.
+        new_window, old_window: (h', w') and (h, w), in patches.
+
+    Returns:
+        ((2h'-1)(2w'-1) [+3], H) in the dtype of ``table``, interpolated in float32 at least.
+
+    Raises:
+        ValueError: the rows are none of such a window.
+    """
+    if new_window[0] == old_window[0] and new_window[1] == old_window[1]:
+        return table
+    height, width = 2 * old_window[0] - 1, 2 * old_window[1] - 1
+    if table.shape[0] - height * width not in (0, 3):
+        raise ValueError(
+            f"a table of {table.shape[0]} relative positions is none of {old_window[0]}x{old_window[1]} patches, which "
+            f"have {height * width}, or {height * width + 3} with a class token"
+        )
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    grid, rest = wide[: height * width].unflatten(0, (height, width)), table[height * width :]
+    down, across = (_stretched(*sizes, wide) for sizes in zip(new_window, old_window, strict=True))
+    grid = torch.tensordot(across, torch.tensordot(down, grid, dims=1), dims=([1], [1])).transpose(0, 1)
+    return torch.cat([grid.flatten(0, 1).to(table.dtype), rest])
+
+
+def window_of(rows: int, likely: Pair | None = None) -> Pair:
+    """The window (h, w) of patches that a table of relative positions is for: the likely one, else a square.
+
+    Args:
+        rows: of the table, three of them the class token's.
+        likely: (h, w) that is taken where it has so many.
+
+    Raises:
+        ValueError: there is no such square.
+    """
+    if likely is not None and (2 * likely[0] - 1) * (2 * likely[1] - 1) == rows - 3:
+        return likely
+    side = math.isqrt(max(rows - 3, 0))
+    if side % 2 == 0 or side * side != rows - 3:
+        raise ValueError(f"a table of {rows} relative positions, 3 of them the class token's, is of no square window")
+    return (side + 1) // 2, (side + 1) // 2
+
+
+def _stretched(new: int, old: int, like: Tensor) -> Tensor:
+    """What each distance of ``old`` patches counts at each of ``new`` ones: (2 new - 1, 2 old - 1)."""
+    if old == 1:
+        return like.new_ones(2 * new - 1, 1)
+    low, high, ratio = 1.01, 1.5, 1.25  # of the progression, which ends at the farthest of the new ones if it can
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        low, high = (low, ratio) if (1 - ratio ** (old - 1)) / (1 - ratio) > new - 1 else (ratio, high)
+    far = list(itertools.accumulate(ratio**i for i in range(old - 1)))
+    places = torch.tensor([-x for x in reversed(far)] + [0.0, *far], dtype=like.dtype, device=like.device)
+    wanted = torch.arange(1 - new, new, dtype=like.dtype, device=like.device)
+    right = torch.bucketize(wanted, places).clamp(1, 2 * old - 2)
+    share = ((wanted - places[right - 1]) / (places[right] - places[right - 1])).clamp(0, 1).unsqueeze(1)
+    weights = like.new_zeros(2 * new - 1, 2 * old - 1)
+    weights = weights.scatter(1, right.unsqueeze(1), share)
+    return weights.scatter(1, right.unsqueeze(1) - 1, 1 - share)
 
 
 def resample_patch_embed(weight: Tensor, new_size: Pair) -> Tensor:

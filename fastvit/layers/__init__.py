@@ -1,15 +1,16 @@
 """The layers of a Vision Transformer, with timm's arguments and state_dict keys, on :mod:`fastvit.ops`."""
 
 from fastvit.layers.attention import Attention, AttentionPoolLatent, AttentionPoolPrr
-from fastvit.layers.beit import BeitAttention, BeitBlock
-from fastvit.layers.block import Block
+from fastvit.layers.beit import BeitAttention, RelativePositionBias, Windowed
+from fastvit.layers.block import BeitBlock, Block, Blocks
 from fastvit.layers.fuse import GELUTanh, QuickGELU, remember_forward
 from fastvit.layers.misc import DropPath, LayerScale, PatchDropout
 from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
 from fastvit.layers.patch_embed import PatchEmbed
+from fastvit.layers.positions import Positions
 
-remember_forward(Attention, BeitAttention, BeitBlock, Block, Mlp, PatchEmbed, SwiGLU)
+remember_forward(Attention, BeitAttention, BeitBlock, Block, Blocks, Mlp, PatchEmbed, SwiGLU)
 
 __all__ = [
     "Attention",
@@ -18,6 +19,7 @@ __all__ = [
     "BeitAttention",
     "BeitBlock",
     "Block",
+    "Blocks",
     "DropPath",
     "GELUTanh",
     "LayerNorm",
@@ -25,6 +27,9 @@ __all__ = [
     "Mlp",
     "PatchDropout",
     "PatchEmbed",
+    "Positions",
     "QuickGELU",
+    "RelativePositionBias",
     "SwiGLU",
+    "Windowed",
 ]

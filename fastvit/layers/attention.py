@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit import ops
+from fastvit import ops, reference
 from fastvit.layers import fuse
 from fastvit.layers.fuse import Merge
 from fastvit.layers.mlp import Mlp
 from fastvit.layers.packed import leading, reduce_tokens
+from fastvit.layers.positions import Positions
 from fastvit.packing import Sequences
+
+Window = tuple[int, int]
 
 
 def head_dim_of(width: int, num_heads: int) -> int:
@@ -59,6 +62,15 @@ def between(queries: Sequences, keys: Sequences) -> dict[str, Any]:
         "cu_seqlens": (queries.cu_seqlens, keys.cu_seqlens),
         "max_seqlen": (queries.longest, keys.longest),
     }
+
+
+def _biased(options: dict[str, Any], table: Tensor | None, window: Window | None) -> dict[str, Any]:
+    """Arguments of ops.attention with a table too; one bias where there is one already, T x T as that is."""
+    if table is None or window is None:
+        return options
+    if "bias" in options:
+        return options | {"bias": options["bias"] + reference.table_bias(table, window)}
+    return options | {"rel_pos_table": table, "window": window}
 
 
 class Attention(nn.Module):
@@ -123,14 +135,16 @@ class Attention(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         sequences: Sequences | None = None,
+        positions: Positions | None = None,
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D).
 
         Args:
             attn_mask, is_causal: as in F.scaled_dot_product_attention, broadcast to (B, H, T, T).
             sequences: where the images are of which x (1, total, D) is packed; each attends to itself alone.
+            positions: where the tokens are, if queries and keys are turned or the scores biased by it.
         """
-        return self.branch(x, attn_mask=attn_mask, is_causal=is_causal, sequences=sequences)
+        return self.branch(x, attn_mask=attn_mask, is_causal=is_causal, sequences=sequences, positions=positions)
 
     def branch(
         self,
@@ -141,6 +155,7 @@ class Attention(nn.Module):
         is_causal: bool = False,
         tokens: int | None = None,
         sequences: Sequences | None = None,
+        positions: Positions | None = None,
     ) -> Tensor:
         """merge(attention(norm(x))): the whole branch of a block, with the norm and the residual in the ops.
 
@@ -148,31 +163,57 @@ class Attention(nn.Module):
             tokens: only the first so many tokens of the result are computed, of each image if packed. They read the
                 keys and values of all.
         """
-        heads = (self.num_heads, self.head_dim)
+        rope = None if positions is None else positions.rope
+        table, window = self._relative(positions)
         options = self._options(x, attn_mask, is_causal, sequences)
-        if tokens is not None and fuse.intact(self.qkv, nn.Linear):
-            # Queries for the first tokens only: the first third of the rows of the matrix is theirs.
-            weight, bias, rows = self.qkv.weight, self.qkv.bias, self.attn_dim
-            q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
-            q = fuse.folded(ops.linear, leading(x, tokens, sequences), weight[:rows], q_bias, norm=norm)
-            kv = fuse.folded(ops.linear, x, weight[rows:], kv_bias, norm=norm)
-            q, kv = q.unflatten(-1, heads), kv.unflatten(-1, (2, *heads))
-            k, v = kv.unbind(2)
+        queries = tokens if table is None else None  # a table is for as many queries as keys
+        if queries is not None and rope is None and fuse.intact(self.qkv, nn.Linear):
+            q, k, v = self._few_queries(x, norm, queries, sequences)
+            q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
         else:
-            qkv = self._project_in(x, norm).unflatten(-1, (3, *heads))
-            if options is not None and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm):
-                out: Any = ops.attention_qkvpacked(qkv, **options)
-                return self._project(leading(out, tokens, sequences), merge)
+            qkv = self._project_in(x, norm).unflatten(-1, (3, self.num_heads, self.head_dim))
+            plain = rope is None and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm)
+            if options is not None and plain:
+                packed: Any = ops.attention_qkvpacked(qkv, **_biased(options, table, window))
+                return self._project(leading(packed, tokens, sequences), merge)
             q, k, v = qkv.unbind(2)
-            q = leading(q, tokens, sequences)
-        q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
+            q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
+            if rope is not None:
+                q, k = ops.rotate(q, k, *rope)
+            q = leading(q, queries, sequences)
         if options is None:
-            out = self._attend(q, k, v, attn_mask, is_causal)
+            if table is not None and window is not None:
+                bias = reference.table_bias(table, window)
+                if is_causal:
+                    above = torch.ones(bias.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+                    bias, is_causal = bias.masked_fill(above, float("-inf")), False
+                attn_mask = bias if attn_mask is None else bias + as_bias(attn_mask, q.dtype)
+            out: Any = self._attend(q, k, v, attn_mask, is_causal)
         else:
-            if tokens is not None and sequences is not None:
-                options |= between(sequences.leading(tokens), sequences)
-            out = ops.attention(q, k, v, **options)
-        return self._project(out, merge)
+            if queries is not None and sequences is not None:
+                options |= between(sequences.leading(queries), sequences)
+            out = ops.attention(q, k, v, **_biased(options, table, window))
+        return self._project(out if queries is not None else leading(out, tokens, sequences), merge)
+
+    def _relative(self, positions: Positions | None) -> tuple[Tensor | None, Window | None]:
+        """The table of biases by relative position, and the window of patches that it is for."""
+        return (None, None) if positions is None else (positions.table, positions.window)
+
+    def _few_queries(
+        self, x: Tensor, norm: nn.Module | None, tokens: int, sequences: Sequences | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the first tokens only, keys and values of all: the first third of the matrix's rows is theirs."""
+        heads, rows = (self.num_heads, self.head_dim), self.attn_dim
+        weight, bias = self.qkv.weight, self._bias_in()
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
+        q = fuse.folded(ops.linear, leading(x, tokens, sequences), weight[:rows], q_bias, norm=norm)
+        kv = fuse.folded(ops.linear, x, weight[rows:], kv_bias, norm=norm)
+        k, v = kv.unflatten(-1, (2, *heads)).unbind(2)
+        return q.unflatten(-1, heads), k, v
+
+    def _bias_in(self) -> Tensor | None:
+        """The bias of queries, keys and values, (3 * H * d,)."""
+        return self.qkv.bias
 
     def _project_in(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """x (B, T, D) -> queries, keys and values, (B, T, 3 * H * d)."""

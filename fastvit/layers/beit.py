@@ -1,26 +1,74 @@
-"""BEiT's block (Bao et al., "BEiT: BERT Pre-Training of Image Transformers", 2022): learned relative positions."""
+"""BEiT's attention (Bao et al., "BEiT: BERT Pre-Training of Image Transformers", 2022): learned relative positions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastvit import ops, reference
+from fastvit import ops
+from fastvit.checkpoints.resample import resample_rel_pos_table
 from fastvit.layers import fuse
-from fastvit.layers.attention import Attention, as_bias
-from fastvit.layers.fuse import Merge
-from fastvit.layers.misc import DropPath
-from fastvit.layers.mlp import Mlp
-from fastvit.layers.norm import LayerNorm
-from fastvit.packing import Sequences
+from fastvit.layers.attention import Attention, Window
+from fastvit.layers.positions import Positions
+
+torch.fx.wrap("resample_rel_pos_table")  # symbolic tracing sees one call: it may not know the window
 
 
-class BeitAttention(Attention):
+class Windowed:
+    """What a module with a table of biases for a window of patches, after one class token, can do."""
+
+    window_size: Window | None
+    relative_position_bias_table: nn.Parameter | None
+
+    def table_for(self, window: Window) -> Tensor | None:
+        """The table ((2h-1)(2w-1)+3, H) for patches in another window too, interpolated; None without one."""
+        table, own = self.relative_position_bias_table, self.window_size
+        return None if table is None or own is None else resample_rel_pos_table(table, window, own)
+
+    def set_window_size(self, window: Window) -> None:
+        """Hold the table for another window from now on."""
+        table = self.relative_position_bias_table
+        if table is not None and window != self.window_size:
+            new = resample_rel_pos_table(table.detach(), window, self.window_size or window)
+            self.relative_position_bias_table = nn.Parameter(new, requires_grad=table.requires_grad)
+            self.window_size = window
+
+
+def _table(window: Window, heads: int, **dd: Any) -> nn.Parameter:
+    return nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1) + 3, heads, **dd))
+
+
+class RelativePositionBias(Windowed, nn.Module):
+    """One table of biases by relative position that all blocks share; timm's keys.
+
+    Args:
+        window_size: (h, w) of the patches, which come after one class token.
+        num_heads: heads H.
+    """
+
+    def __init__(
+        self,
+        window_size: Window,
+        num_heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.relative_position_bias_table = _table(window_size, num_heads, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Set all biases to 0."""
+        assert self.relative_position_bias_table is not None
+        nn.init.zeros_(self.relative_position_bias_table)
+
+
+class BeitAttention(Windowed, Attention):
     """Self-attention with a table of biases by relative position, looked up inside the kernel; timm's keys.
 
+    Queries and values have biases, and keys none: so it is in EVA and DINOv3 too, which have no table.
     timm's ``relative_position_index``, which no checkpoint of timm holds, is not needed: nothing here is T x T.
 
     Args:
@@ -30,6 +78,7 @@ class BeitAttention(Attention):
         attn_drop, proj_drop: dropout rates on the attention weights and on the result.
         window_size: (h, w) of the patches, which come after one class token; None leaves the table out.
         attn_head_dim: width of a head; by default D / H.
+        **options: as in :class:`Attention`.
     """
 
     def __init__(
@@ -39,103 +88,44 @@ class BeitAttention(Attention):
         qkv_bias: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        window_size: tuple[int, int] | None = None,
+        window_size: Window | None = None,
         attn_head_dim: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_heads, attn_head_dim, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-
-        def zeros(*shape: int, wanted: bool) -> nn.Parameter | None:
-            return nn.Parameter(torch.zeros(shape, **dd)) if wanted else None
-
-        self.q_bias, self.v_bias = (zeros(self.attn_dim, wanted=qkv_bias) for _ in range(2))
+        super().__init__(dim, num_heads, attn_head_dim, attn_drop=attn_drop, proj_drop=proj_drop, **options, **dd)
+        self.q_bias, self.v_bias = (
+            nn.Parameter(torch.zeros(self.attn_dim, **dd)) if qkv_bias else None for _ in range(2)
+        )
         self.window_size = window_size
-        h, w = window_size or (1, 1)
-        rows = (2 * h - 1) * (2 * w - 1) + 3
-        self.relative_position_bias_table = zeros(rows, num_heads, wanted=window_size is not None)
+        self.relative_position_bias_table = None if window_size is None else _table(window_size, num_heads, **dd)
 
-    def _project_in(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+    def reset_parameters(self) -> None:
+        """Set all biases to 0."""
+        for bias in (self.q_bias, self.v_bias, self.relative_position_bias_table):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def _bias_in(self) -> Tensor | None:
         q_bias, v_bias = self.q_bias, self.v_bias
         if q_bias is None or v_bias is None:
+            return None
+        return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+
+    def _project_in(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        bias = self._bias_in()
+        if bias is None:
             return super()._project_in(x, norm)
-        bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
         if fuse.intact(self.qkv, nn.Linear):
             return fuse.folded(ops.linear, x, self.qkv.weight, bias, norm=norm)
         return fuse.linear(self.qkv, x, norm=norm) + bias
 
-    def _options(
-        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, sequences: Sequences | None
-    ) -> dict[str, Any] | None:
-        options = super()._options(x, attn_mask, is_causal, sequences)
-        if options is None or self.relative_position_bias_table is None:
-            return options
-        if "bias" in options:  # one bias then, T x T as the one that is given
-            return options | {"bias": options["bias"] + self._bias()}
-        return options | {"rel_pos_table": self.relative_position_bias_table, "window": self.window_size}
-
-    def _bias(self) -> Tensor:
-        """The table's biases, (1, H, T, T)."""
-        assert self.relative_position_bias_table is not None and self.window_size is not None
-        return reference.table_bias(self.relative_position_bias_table, self.window_size)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        if self.relative_position_bias_table is not None:
-            bias = self._bias()
-            attn_mask = bias if attn_mask is None else bias + as_bias(attn_mask, q.dtype)
-        return super()._attend(q, k, v, attn_mask, is_causal)
-
-
-class BeitBlock(nn.Module):
-    """x + gamma_1 * attention(norm1(x)), then x + gamma_2 * mlp(norm2(x)), timm's arguments and keys.
-
-    Args:
-        dim, num_heads, qkv_bias, attn_drop, proj_drop, window_size, attn_head_dim: as in :class:`BeitAttention`.
-        mlp_ratio: hidden width of the MLP in units of D. scale_mlp: a norm inside it.
-        drop_path: rate of stochastic depth.
-        init_values: start of gamma_1 and gamma_2 (D,); None leaves them out.
-        act_layer, norm_layer: classes.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool = False,
-        mlp_ratio: float = 4.0,
-        scale_mlp: bool = False,
-        proj_drop: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
-        init_values: float | None = None,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
-        norm_layer: Callable[..., nn.Module] = LayerNorm,
-        window_size: tuple[int, int] | None = None,
-        attn_head_dim: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = BeitAttention(dim, num_heads, qkv_bias, attn_drop, proj_drop, window_size, attn_head_dim, **dd)
-        self.drop_path1, self.drop_path2 = (DropPath(drop_path) if drop_path > 0 else nn.Identity() for _ in range(2))
-        self.norm2 = norm_layer(dim, **dd)
-        inner_norm = norm_layer if scale_mlp else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, norm_layer=inner_norm, drop=proj_drop, **dd)
-        self.gamma_1, self.gamma_2 = (
-            nn.Parameter(torch.full((dim,), init_values, **dd)) if init_values else None for _ in range(2)
-        )
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        """x (B, 1 + h * w, D) -> the same; shared_rel_pos_bias (H, T, T) is added to the table's biases."""
-        merge = Merge(x, self.gamma_1, self.drop_path1)
-        if fuse.intact(self.attn, BeitAttention):
-            x = self.attn.branch(x, self.norm1, merge, shared_rel_pos_bias)
-        else:
-            x = merge.as_modules(self.attn(self.norm1(x), shared_rel_pos_bias))
-        merge = Merge(x, self.gamma_2, self.drop_path2)
-        if fuse.intact(self.mlp, Mlp):
-            return self.mlp.branch(x, self.norm2, merge)
-        return merge.as_modules(self.mlp(self.norm2(x)))
+    def _relative(self, positions: Positions | None) -> tuple[Tensor | None, Window | None]:
+        shared, window = super()._relative(positions)
+        window = self.window_size if window is None else window
+        own = None if window is None else self.table_for(window)
+        if own is None or shared is None:
+            return (shared if own is None else own), window
+        return own + shared, window

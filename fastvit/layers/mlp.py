@@ -116,6 +116,14 @@ class SwiGLU(Mlp):
             if self.fc1.bias is not None:
                 self.fc1.bias[half:].fill_(1.0)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Also takes timm's ``SwiGLU``, whose two matrices fc1_g and fc1_x are the halves of fc1."""
+        for kind in ("weight", "bias"):
+            gate, value = (f"{prefix}fc1_{half}.{kind}" for half in "gx")
+            if gate in state_dict and value in state_dict:
+                state_dict[f"{prefix}fc1.{kind}"] = torch.cat([state_dict.pop(gate), state_dict.pop(value)])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _activation(self) -> str | None:
         return "swiglu" if type(self.act) is nn.SiLU and fuse.intact(self.act, nn.SiLU) else None
 

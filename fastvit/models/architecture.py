@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from fastvit.checkpoints.layouts import blocks
-from fastvit.layers import LayerNorm, SwiGLU
+from fastvit.checkpoints.resample import window_of
+from fastvit.layers import BeitBlock, LayerNorm, SwiGLU
 
 log = logging.getLogger("fastvit")
+
+_TABLE = "relative_position_bias_table"
 
 
 def architecture(
@@ -50,13 +53,14 @@ def architecture(
         "depth": len(numbers),
         # half a feature keeps rounding from landing below
         "mlp_ratio": hidden / width if hidden % width == 0 else (hidden + 0.5) / width,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state or "blocks.0.attn.q_bias" in state,
         "proj_bias": "blocks.0.attn.proj.bias" in state,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "scale_attn_norm": "blocks.0.attn.norm.weight" in state,
         "scale_mlp_norm": "blocks.0.mlp.norm.weight" in state,
-        "init_values": 1e-5 if "blocks.0.ls1.gamma" in state else None,
+        "init_values": 1e-5 if "blocks.0.ls1.gamma" in state or "blocks.0.gamma_1" in state else None,
         "class_token": "cls_token" in state,
+        "distilled": "dist_token" in state,
         "reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0,
         "pre_norm": "norm_pre.weight" in state,
         "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
@@ -64,7 +68,11 @@ def architecture(
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         "global_pool": _pool(state),
         "pos_embed": "learn" if "pos_embed" in state else "none",
+        "use_rel_pos_bias": f"blocks.0.attn.{_TABLE}" in state,
+        "use_shared_rel_pos_bias": f"rel_pos_bias.{_TABLE}" in state,
     }
+    if any(f"blocks.0.{name}" in state for name in ("gamma_1", "attn.q_bias", f"attn.{_TABLE}")):
+        found["block_fn"] = BeitBlock
     if hidden == 2 * fc2.shape[1]:
         found["mlp_layer"] = SwiGLU
         options.pop("act_layer", None)
@@ -77,8 +85,10 @@ def architecture(
         known = "as models of that width have" if width in heads else "64 features each"
         log.info("%s: %d attention heads, %s; num_heads= says otherwise", name, options["num_heads"], known)
     if "pos_embed" in state:
-        prefix = found["reg_tokens"] + found["class_token"]
+        prefix = found["reg_tokens"] + found["class_token"] + found["distilled"]
         found |= _grid(state["pos_embed"].shape[1], prefix, (p, q), options, name)
+    elif tables := [value for key, value in state.items() if key.endswith(_TABLE)]:
+        found["img_size"] = _size(tables[0].shape[0], (p, q), options, name)
     return found | options
 
 
@@ -86,6 +96,17 @@ def _pool(state: Mapping[str, Tensor]) -> str:
     if "attn_pool.latent" in state:
         return "map"
     return "avg" if "fc_norm.weight" in state or "cls_token" not in state else "token"
+
+
+def _size(rows: int, patch: tuple[int, int], options: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """The image size that tables of relative positions are for: what is said of the image, else a square."""
+    size = options.get("img_size")
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    try:
+        h, w = window_of(rows, None if size is None else (height // patch[0], width // patch[1]))
+    except ValueError as error:
+        raise ValueError(f"{name} has {error}: give img_size=") from error
+    return h * patch[0], w * patch[1]
 
 
 def _grid(rows: int, prefix: int, patch: tuple[int, int], options: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def _check(model: ViT) -> None:
     for method in ("_pos_embed", "_positions", "_prefix_tokens"):
         if not model._unchanged(method):
             refuse(method, "it is overridden")
+    if model.windowed:
+        refuse("blocks", "biases by relative position are for one window of patches")
     if isinstance(model.patch_drop, PatchDropout) and model.patch_drop.training and model.patch_drop.prob:
         refuse("patch_drop", "how many patches stay would have to be known on the host (patch_drop_rate)")
     for i, block in enumerate(model.blocks):

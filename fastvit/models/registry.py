@@ -7,45 +7,17 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fastvit.checkpoints.load import Checkpoint, Source, fit, load_checkpoint, read_checkpoint
+from fastvit.models import families
 from fastvit.models.architecture import architecture
+from fastvit.models.families import VARIANTS
 from fastvit.models.resnet import ResNetV2
 from fastvit.models.vit import ViT
 
-
-class Variant(NamedTuple):
-    """The sizes that a variant's name stands for."""
-
-    paper: str
-    width: int
-    depth: int
-    mlp: int
-    heads: int
-
-    @property
-    def mlp_ratio(self) -> float:
-        """mlp / width, such that int(width * mlp_ratio) is mlp: half a feature keeps rounding from landing below."""
-        exact = self.mlp % self.width == 0
-        return self.mlp / self.width if exact else (self.mlp + 0.5) / self.width
-
-
-# B, L and H are the ViT paper's (table 1), Ti, S and M DeiT's and timm's, So400m SigLIP's, g and G those of
-# "Scaling Vision Transformers" (table 2).
-VARIANTS = {
-    "tiny": Variant("Ti", 192, 12, 768, 3),
-    "small": Variant("S", 384, 12, 1536, 6),
-    "medium": Variant("M", 512, 12, 2048, 8),
-    "base": Variant("B", 768, 12, 3072, 12),
-    "large": Variant("L", 1024, 24, 4096, 16),
-    "huge": Variant("H", 1280, 32, 5120, 16),
-    "so400m": Variant("So400m", 1152, 27, 4304, 16),
-    "giant": Variant("g", 1408, 40, 6144, 16),
-    "gigantic": Variant("G", 1664, 48, 8192, 16),
-}
 PATCHES = (8, 14, 16, 32)
 
 # The BiT ResNets of "Big Transfer" and of the ViT paper (figure 11): depth x width.
@@ -63,6 +35,8 @@ def _parse(name: str) -> tuple[type[ViT] | type[ResNetV2], dict[str, Any]]:
     if name in _RESNET_SIZES:
         depth, width = _RESNET_SIZES[name].split("x")
         return ResNetV2, {"layers": RESNET_LAYERS[depth], "width_factor": int(width)}
+    if (of_family := families.arguments(name)) is not None:
+        return ViT, of_family
     timm, paper = _TIMM.fullmatch(name), _PAPER.fullmatch(name)
     match = timm or paper
     size = timm["size"] if timm else _BY_PAPER.get(paper["size"], "") if paper else ""
@@ -78,10 +52,7 @@ def _parse(name: str) -> tuple[type[ViT] | type[ResNetV2], dict[str, Any]]:
     return ViT, {
         "img_size": int(match["image"] or 224),
         "patch_size": int(match["patch"]),
-        "embed_dim": variant.width,
-        "depth": variant.depth,
-        "num_heads": variant.heads,
-        "mlp_ratio": variant.mlp_ratio,
+        **variant.arguments,
     }
 
 
@@ -92,6 +63,7 @@ def list_models(filter: str = "") -> list[str]:
         filter: a part of the name, or a pattern with * and ?: "vit_*" are the Vision Transformers.
     """
     names = [f"vit_{size}_patch{patch}_224" for size in VARIANTS for patch in PATCHES]
+    names += families.FAMILIES
     names += [f"resnetv2_{size}_bit" for size in RESNETS]
     pattern = filter if any(c in filter for c in "*?[") else f"*{filter}*"
     return fnmatch.filter(names, pattern)
@@ -105,6 +77,9 @@ def create_model(
     Args:
         name: "vit_{tiny, small, medium, base, large, huge, so400m, giant, gigantic}_patch{8, 14, 16, 32}_{image size}"
             or "ViT-{Ti, S, M, B, L, H, So400m, g, G}/{patch}", which may end in "-384" for another image size than 224;
+            "vit_{tiny, small, small_plus, base, large, huge_plus, 7b}_patch16_dinov3", which may end in "_qkvb";
+            "beit_{base, large}_patch16_{image size}", "beitv2_{base, large}_patch16_{image size}";
+            "deit_{tiny, small, base}_distilled_patch16_{image size}";
             "resnetv2_{50x1, 50x2, 50x3, 101x1, 101x3, 152x1, 152x2, 152x4, 200x3}_bit" or "R{50x1, ...}".
         pretrained: must be False: weights come from a file.
         checkpoint_path: weights to load into a ViT with :func:`fastvit.load_checkpoint`; into a ResNet, .safetensors or
@@ -160,6 +135,8 @@ def from_checkpoint(
     checkpoint = read_checkpoint(source)
     told = checkpoint.options if num_heads is None else {**checkpoint.options, "num_heads": num_heads}
     heads = {variant.width: variant.heads for variant in VARIANTS.values()}
+    if "rope" in told:
+        heads |= {variant.width: variant.heads for variant, _ in families.DINOV3.values()}
     found = architecture(checkpoint.state, told, checkpoint.name, heads) | kwargs
     dtype = dtype or torch.get_default_dtype()
     if num_classes not in (None, found["num_classes"]):

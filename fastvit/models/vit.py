@@ -19,48 +19,34 @@ from fastvit.layers import (
     Attention,
     AttentionPoolLatent,
     AttentionPoolPrr,
+    BeitBlock,
     Block,
+    Blocks,
     LayerNorm,
     Mlp,
     PatchDropout,
     PatchEmbed,
+    RelativePositionBias,
+    Windowed,
     fuse,
 )
 from fastvit.layers.attention import head_dim_of
 from fastvit.layers.misc import count, positive, rate
-from fastvit.layers.packed import leading, reduce_tokens, split
 from fastvit.layers.patch_embed import Size, image_size, normalised, pixel_statistics
 from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
-from fastvit.models import packed
+from fastvit.models import packed, positions
+from fastvit.models.head import Head, check_pool
 from fastvit.models.init import check_mode, init_vit
+from fastvit.models.intermediates import Images, Intermediates
 from fastvit.ops import backends, onednn
-from fastvit.packing import PackedImages, Sequences
-
-Images = Tensor | Sequence[Tensor] | PackedImages
+from fastvit.packing import PackedImages
 
 # Symbolic tracing (torch.fx) sees a call of each, not its checks.
 for _name in ("image_size", "normalised", "pixel_statistics", "resample_pos_embed"):
     torch.fx.wrap(_name)
 
-POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
-_LEARNED_POOLS = {"map": AttentionPoolLatent, "prr": AttentionPoolPrr}
 
-
-def _take(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Indices of blocks from "all" (None), "the last n" (an int) or a list that may count from the end."""
-    if indices is None:
-        return list(range(count))
-    if isinstance(indices, int):
-        if not 1 <= indices <= count:
-            raise ValueError(f"the last {indices} blocks were asked for; the model has {count}")
-        return list(range(count - indices, count))
-    out_of_range = [i for i in indices if not -count <= i < count]
-    if out_of_range or not indices:
-        raise ValueError(f"block indices {out_of_range or indices} are not in {-count}..{count - 1}")
-    return [i % count for i in indices]
-
-
-class ViT(nn.Module):
+class ViT(Intermediates, Head):
     """Vision Transformer with timm's constructor, methods, attributes and state_dict keys.
 
     ``ViT(...).load_state_dict(timm_model.state_dict())`` gives timm's logits. What is not listed is as in timm.
@@ -88,6 +74,12 @@ class ViT(nn.Module):
         embed_layer, embed_norm_layer, norm_layer, act_layer, block_fn, mlp_layer, attn_layer: classes (or names) of the
             pieces. timm's become ours where they mean the same; any other runs as the module it is, unfused.
         device, dtype: of the parameters.
+        rope: base of the periods by which queries and keys of the patches are turned (rotary position embeddings, as
+            DINOv3 has them: its base is 100; see :func:`fastvit.ops.rope.axial`), or None.
+        use_rel_pos_bias, use_shared_rel_pos_bias: a table of biases by relative position in each block, and one that
+            all share (BEiT); for one class token and no registers. Blocks then are BeitBlock by default.
+        distilled: a distillation token after the class token, and a classifier for each; the logits are their mean
+            (DeiT, Touvron et al., 2021). See :meth:`set_distilled_training`.
         representation_size: width of the pre-training head's hidden tanh layer (section 3.1 of the paper), or None.
         mean, std: of the pixels, in 0..1 units: with them the model takes uint8 images, (B, C, H, W) or (B, H, W, C).
             Floating images are taken as normalised already.
@@ -141,6 +133,10 @@ class ViT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        rope: float | None = None,
+        use_rel_pos_bias: bool = False,
+        use_shared_rel_pos_bias: bool = False,
+        distilled: bool = False,
         representation_size: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -148,8 +144,10 @@ class ViT(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         embed_dim, depth = positive("embed_dim", embed_dim), positive("depth", depth)
-        head_dim_of(embed_dim, positive("num_heads", num_heads))
-        self._check_pool(global_pool, class_token)
+        head_dim = head_dim_of(embed_dim, positive("num_heads", num_heads))
+        check_pool(global_pool, class_token, distilled)
+        if distilled and representation_size is not None:
+            raise ValueError(f"representation_size={representation_size}: a distilled model has no pre-training head")
         if pos_embed not in ("", "none", "learn"):
             raise ValueError(f"unknown pos_embed {pos_embed!r}; accepted: 'learn', 'none', ''")
         reg_tokens, num_classes = count("reg_tokens", reg_tokens), count("num_classes", num_classes)
@@ -166,13 +164,16 @@ class ViT(nn.Module):
         self.global_pool = global_pool
         self.num_features = self.embed_dim = embed_dim
         self.head_hidden_size = representation_size or embed_dim
-        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.num_prefix_tokens = int(class_token) + int(distilled) + reg_tokens
         self.num_reg_tokens = reg_tokens
         self.has_class_token = class_token
         self.no_embed_class = no_embed_class
         self.pool_include_prefix = pool_include_prefix or global_pool == "prr"
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
+        self.rope = rope
+        self.windowed = use_rel_pos_bias or use_shared_rel_pos_bias
+        positions.check(self, head_dim, patch_drop_rate)
 
         embed_options: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
         if embed_norm_layer is not None:
@@ -187,21 +188,24 @@ class ViT(nn.Module):
             **embed_options,
             **dd,
         )
-        positions = cast(int, self.patch_embed.num_patches) + (0 if no_embed_class else self.num_prefix_tokens)
+        rows = cast(int, self.patch_embed.num_patches) + (0 if no_embed_class else self.num_prefix_tokens)
+        grid = cast(tuple[int, int], self.patch_embed.grid_size)
 
         def tokens(count: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(1, count, embed_dim, **dd)) if count else None
 
         self.cls_token = tokens(int(class_token))
+        self.dist_token = tokens(int(distilled))
         self.reg_token = tokens(reg_tokens)
-        self.pos_embed = tokens(positions if pos_embed == "learn" else 0)
+        self.pos_embed = tokens(rows if pos_embed == "learn" else 0)
         self.pos_drop = nn.Dropout(rate("pos_drop_rate", pos_drop_rate))
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
         self.norm_pre = norm_layer(embed_dim, **dd) if pre_norm else nn.Identity()
-        block_layer = resolve("block_fn", block_fn, {}, Block)
-        attn_layer = resolve("attn_layer", attn_layer, ATTENTIONS, Attention)
+        self.rel_pos_bias = RelativePositionBias(grid, num_heads, **dd) if use_shared_rel_pos_bias else None
+        block_layer = resolve("block_fn", block_fn, {}, BeitBlock if self.windowed else Block)
+        attn_layer = resolve("attn_layer", attn_layer, ATTENTIONS, getattr(block_layer, "default_attn", Attention))
         drop_paths = torch.linspace(0, rate("drop_path_rate", drop_path_rate), depth, device="cpu").tolist()
-        self.blocks = nn.Sequential(
+        self.blocks = Blocks(
             *[
                 block_layer(
                     dim=embed_dim,
@@ -221,11 +225,13 @@ class ViT(nn.Module):
                     mlp_layer=mlp_layer,
                     attn_layer=attn_layer,
                     depth=i,
+                    **({"window_size": grid} if use_rel_pos_bias else {}),
                     **dd,
                 )
                 for i in range(depth)
             ]
         )
+        positions.check_blocks(self)
         reduction = self.patch_embed.feat_ratio() if hasattr(self.patch_embed, "feat_ratio") else patch_size
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
@@ -243,18 +249,13 @@ class ViT(nn.Module):
             hidden = nn.Linear(embed_dim, positive("representation_size", representation_size), **dd)
             self.pre_logits = nn.Sequential(OrderedDict(fc=hidden, act=nn.Tanh()))
         self.head = self._classifier()
+        self.head_dist = self._classifier() if distilled else None
+        self.distilled_training = False
 
         self.weight_init_mode = "reset" if check_mode(weight_init) == "skip" else weight_init
         self.fix_init = fix_init
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
-
-    @staticmethod
-    def _check_pool(pool: str, class_token: bool) -> None:
-        if pool not in POOLS:
-            raise ValueError(f"unknown global_pool {pool!r}; accepted: {', '.join(map(repr, POOLS))}")
-        if pool == "token" and not class_token:
-            raise ValueError("global_pool='token' reads the class token; give class_token=True or another pool")
 
     @staticmethod
     def _pixel_statistics(
@@ -268,12 +269,6 @@ class ViT(nn.Module):
             raise ValueError(f"mean={mean} and std={std} must be given together, {channels} values each, std positive")
         return values[0], values[1]
 
-    def _classifier(self) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        like = self.patch_embed.proj.weight if hasattr(self.patch_embed, "proj") else next(self.parameters())
-        return nn.Linear(self.head_hidden_size, self.num_classes, device=like.device, dtype=like.dtype)
-
     # -- weights ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -285,6 +280,8 @@ class ViT(nn.Module):
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
+        if self.dist_token is not None:
+            nn.init.trunc_normal_(self.dist_token, std=0.02)
         init_vit(self, mode, num_classes=self.num_classes, reset=needs_reset)
         if self.fix_init:
             for i, block in enumerate(self.blocks):
@@ -318,12 +315,14 @@ class ViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave out."""
-        return {"pos_embed", "cls_token", "reg_token", "dist_token"}
+        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return {"pos_embed", "cls_token", "reg_token", "dist_token"} | tables
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
+        more = "|rel_pos_bias" * self.windowed + "|dist_token" * (self.dist_token is not None)
         return {
-            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
+            "stem": rf"^cls_token|reg_token|pos_embed|patch_embed|norm_pre{more}",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
@@ -335,59 +334,23 @@ class ViT(nn.Module):
         if hasattr(self.patch_embed, "set_grad_checkpointing"):
             self.patch_embed.set_grad_checkpointing(enable)
 
-    def get_classifier(self) -> nn.Module:
-        """The last layer: a Linear, or an Identity without classes."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the pre-training head by one zero-initialised linear layer (section 3.2 of the paper).
-
-        Raises:
-            ValueError: an unknown pool, or one with weights that this model lacks.
-        """
-        num_classes = count("num_classes", num_classes)
-        if global_pool is not None:
-            self._check_pool(global_pool, self.has_class_token)
-            if global_pool in _LEARNED_POOLS and type(self.attn_pool) is not _LEARNED_POOLS[global_pool]:
-                raise ValueError(f"global_pool={global_pool!r} has layers of its own; build the model with it")
-            if global_pool not in _LEARNED_POOLS:
-                self.attn_pool = None
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.pre_logits = nn.Identity().train(self.training)
-        self.head_hidden_size = self.embed_dim
-        head = self._classifier().train(self.training)
-        for parameter in head.parameters():
-            nn.init.zeros_(parameter)
-        self.head = head
-
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
-        """Take images (and patches) of another size from now on; positions and projection are resampled.
+        """Take images (and patches) of another size from now on; positions, tables and projection are resampled.
 
         Raises:
             ValueError: a size that patches don't tile; the model stays as it was.
         """
         before = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
-        if self.pos_embed is None or self.patch_embed.grid_size == before:
+        grid = self.patch_embed.grid_size
+        if grid == before:
             return
-        positions = resample_pos_embed(
-            self.pos_embed.detach(), self.patch_embed.grid_size, before, self._prefix_positions()
-        )
-        self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the blocks after the last of ``indices``, and the norm and the head if asked; returns the indices."""
-        kept = _take(len(self.blocks), indices)
-        self.blocks = nn.Sequential(*list(self.blocks)[: max(kept) + 1])
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.fc_norm = nn.Identity()
-            self.reset_classifier(0, "")
-        return kept
+        if self.pos_embed is not None:
+            rows = resample_pos_embed(self.pos_embed.detach(), grid, before, self._prefix_positions())
+            self.pos_embed = nn.Parameter(rows, requires_grad=self.pos_embed.requires_grad)
+        for module in self.modules():
+            if isinstance(module, Windowed):
+                module.set_window_size(grid)
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -396,10 +359,12 @@ class ViT(nn.Module):
         return 0 if self.no_embed_class else self.num_prefix_tokens
 
     def _prefix_tokens(self) -> Tensor | None:
-        """Class and register tokens, (1, P, D)."""
-        if self.cls_token is None or self.reg_token is None:
-            return self.reg_token if self.cls_token is None else self.cls_token
-        return torch.cat([self.cls_token, self.reg_token], dim=1)
+        """Class, distillation and register tokens, (1, P, D)."""
+        tokens: tuple[Tensor | None, ...] = (self.cls_token, self.dist_token, self.reg_token)
+        given = [token for token in tokens if token is not None]
+        if len(given) > 1:
+            return torch.cat(given, dim=1)
+        return given[0] if given else None
 
     def _positions(self, grid: tuple[int, int]) -> Tensor | None:
         """Position embeddings for a grid of patches, (1, N or P + N, D)."""
@@ -433,12 +398,11 @@ class ViT(nn.Module):
         if fused:
             images = embed.accept(images)
             mean, std = pixel_statistics(images, self.mean, self.std)
-            height, width = image_size(images, self.in_chans)
             x = ops.patch_embed(
                 images,
                 embed.proj.weight,
                 embed.proj.bias,
-                pos_embed=self._positions(embed.dynamic_feat_size((height, width))),
+                pos_embed=self._positions(self._grid(images)),
                 prefix_tokens=self._prefix_tokens(),
                 mean=mean,
                 std=std,
@@ -452,22 +416,23 @@ class ViT(nn.Module):
         """Whether these methods are the ones below, neither overridden nor replaced."""
         return all(getattr(type(self), name) is _METHODS[name] and name not in self.__dict__ for name in methods)
 
-    def _reads_class_token_only(self) -> bool:
-        """Whether the last block may work for the class token alone, with nobody to notice but the clock.
+    def _tokens_read(self) -> int | None:
+        """How many leading tokens the last block may work for alone, with nobody to notice but the clock; None for all.
 
         Not where a hook, a replaced module or an overridden method could see the others; see ``Block.unwatched``.
         """
         if self.global_pool != "token" or self.attn_pool is not None or not len(self.blocks):
-            return False
+            return None
         if not self._unchanged("forward_features", "forward_head", "pool"):
-            return False
+            return None
         last = self.blocks[-1]
-        return (
-            type(last) is Block
+        unseen = (
+            type(last) in (Block, BeitBlock)
             and last.unwatched()
-            and fuse.intact(self.blocks, nn.Sequential)
+            and fuse.intact(self.blocks, Blocks, nn.Sequential)
             and fuse.intact(self.norm, LayerNorm, nn.LayerNorm, nn.Identity)
         )
+        return (1 if self.head_dist is None else 2) if unseen else None
 
     def _encode(
         self,
@@ -477,20 +442,35 @@ class ViT(nn.Module):
         tokens: int | None = None,
     ) -> Tensor:
         """images -> normed tokens (B, T, D), or only the first ``tokens`` of each image."""
-        x, sequences = self._tokens(x)
+        x, told = self._tokens(x)
         unmasked = attn_mask is None and not is_causal
-        if unmasked and tokens is None and sequences is None and not self.grad_checkpointing:
-            return self.norm(self.blocks(x))
+        whole = not told or isinstance(self.blocks, Blocks)  # a model of timm's has a plain Sequential
+        if unmasked and tokens is None and whole and not self.grad_checkpointing:
+            return self.norm(self.blocks(x, **told))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = self._run(block, x, attn_mask, is_causal, tokens if i == last else None, sequences)
+            x = self._run(block, x, attn_mask, is_causal, told, tokens if i == last else None)
         return self.norm(x)
 
-    def _tokens(self, x: Tensor | PackedImages) -> tuple[Tensor, Sequences | None]:
-        """The tokens that enter the blocks, (B, T, D) or packed (1, total, D); and if packed, where the images are."""
+    def _tokens(self, x: Tensor | PackedImages) -> tuple[Tensor, dict[str, Any]]:
+        """The tokens that enter the blocks, (B, T, D) or packed (1, total, D); and what blocks are told besides.
+
+        That is where the images are ("sequences"), if packed, and where the tokens are ("positions"), if they ask.
+        """
+        placed = self.rope is not None or self.windowed
         if isinstance(x, PackedImages):
-            return packed.embed(self, x), x.sequences(self.num_prefix_tokens)
-        return self._embed(x), None
+            tokens = packed.embed(self, x)
+            told: dict[str, Any] = {"sequences": x.sequences(self.num_prefix_tokens)}
+            return tokens, told | ({"positions": positions.of_packed(self, tokens, x)} if placed else {})
+        tokens = self._embed(x)
+        return tokens, {"positions": positions.of_grid(self, tokens, self._grid(x))} if placed else {}
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """(h, w): the patches of these images."""
+        embed = self.patch_embed
+        if not self.dynamic_img_size:
+            return cast(tuple[int, int], embed.grid_size)
+        return cast(tuple[int, int], embed.dynamic_feat_size(image_size(images, self.in_chans)))
 
     def _run(
         self,
@@ -498,15 +478,13 @@ class ViT(nn.Module):
         x: Tensor,
         attn_mask: Tensor | None,
         is_causal: bool,
+        told: Mapping[str, Any],
         tokens: int | None = None,
-        sequences: Sequences | None = None,
     ) -> Tensor:
         """One block, checkpointed if that is on and no mask is given (as in timm)."""
-        options: dict[str, Any] = {} if sequences is None else {"sequences": sequences}
         if attn_mask is not None or is_causal:
-            return block(x, attn_mask=attn_mask, is_causal=is_causal, **options)
-        if tokens is not None:
-            options["tokens"] = tokens
+            return block(x, attn_mask=attn_mask, is_causal=is_causal, **told)
+        options = dict(told) if tokens is None else {**told, "tokens": tokens}
         if self.grad_checkpointing:
             if torch.compiler.is_compiling():  # compiled code keeps the setting that it was compiled for
                 return checkpoint(block, x, use_reentrant=False, **options)
@@ -518,42 +496,6 @@ class ViT(nn.Module):
         """images (B, C, H, W) -> all tokens after the last norm, (B, T, D); packed images -> (1, total, D)."""
         return self._encode(packed.images_of(self, x), attn_mask, is_causal)
 
-    def pool(self, x: Tensor, pool_type: str | None = None, sequences: Sequences | None = None) -> Tensor:
-        """tokens (B, T, D) -> (B, D), or all of them where the pool is "".
-
-        Of packed images, tokens (1, total, D) and ``sequences`` (``PackedImages.sequences(num_prefix_tokens)``) ->
-        (n, D).
-        """
-        skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
-        if self.attn_pool is not None:
-            if sequences is None:
-                return self.attn_pool(x[:, skip:])
-            return self.attn_pool(split(x, skip, sequences)[1], sequences=sequences.without(skip)[0])
-        match self.global_pool if pool_type is None else pool_type:
-            case "":
-                return x
-            case "token":
-                return x[:, 0] if sequences is None else leading(x, 1, sequences)[0]
-            case "avg":
-                return reduce_tokens(x, "mean", sequences, skip)
-            case "max":
-                return reduce_tokens(x, "max", sequences, skip)
-            case "avgmax":
-                return 0.5 * (reduce_tokens(x, "max", sequences, skip) + reduce_tokens(x, "mean", sequences, skip))
-            case unknown:
-                raise ValueError(f"unknown pool_type {unknown!r}; accepted: '', avg, avgmax, max, token")
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False, sequences: Sequences | None = None) -> Tensor:
-        """tokens (B, T, D) -> logits (B, num_classes), or with ``pre_logits`` what the classifier reads.
-
-        Of packed images, tokens (1, total, D) with their ``sequences``, as in :meth:`pool`.
-        """
-        x = self.pool(x) if sequences is None else self.pool(x, sequences=sequences)
-        x = self.pre_logits(self.head_drop(self.fc_norm(x)))
-        if pre_logits:
-            return x
-        return self.head(x) if type(self.head) is nn.Identity else fuse.linear(self.head, x)
-
     def forward(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to logits.
 
@@ -563,13 +505,13 @@ class ViT(nn.Module):
             attn_mask, is_causal: as in F.scaled_dot_product_attention, for every block; not with packed images.
 
         Returns:
-            (B, num_classes).
+            (B, num_classes); the two heads' of a distilled model in distilled training.
 
         Raises:
             ValueError: images of another shape, size or dtype than accepted.
         """
         x = packed.images_of(self, x)
-        tokens = 1 if attn_mask is None and not is_causal and self._reads_class_token_only() else None
+        tokens = self._tokens_read() if attn_mask is None and not is_causal else None
         if tokens is None:
             y = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
         else:
@@ -578,85 +520,6 @@ class ViT(nn.Module):
             return self.forward_head(y)
         sequences = x.sequences(self.num_prefix_tokens)
         return self.forward_head(y, sequences=sequences if tokens is None else sequences.leading(tokens))
-
-    def forward_intermediates(
-        self,
-        x: Images,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Any:
-        """The tokens after some blocks, and the final ones.
-
-        Args:
-            x: images (B, C, H, W), or packed ones: then patch tokens are (1, N, D), those of all images, prefix tokens
-                (n, P, D), the final tokens (1, total, D).
-            indices: blocks to take: all (None), the last n (an int), or a list.
-            return_prefix_tokens: return pairs (patch tokens, prefix tokens).
-            norm: put the final norm on each.
-            stop_early: don't run the blocks after the last one taken.
-            output_fmt: "NCHW" (B, D, h, w) or "NLC" (B, N, D).
-            intermediates_only: leave out the final tokens.
-            output_dict: return a dict with "image_intermediates", "image_intermediates_prefix", "image_features".
-
-        Returns:
-            (final tokens (B, T, D), list), the list alone, or the dict.
-
-        Raises:
-            ValueError: indices or a format that don't exist.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"unknown output_fmt {output_fmt!r}; accepted: NCHW, NLC")
-        taken = _take(len(self.blocks), indices)
-        images = packed.images_of(self, x)
-        if isinstance(images, PackedImages) and output_fmt == "NCHW":
-            raise ValueError("packed images have no common (h, w): their tokens come with output_fmt='NLC'")
-        y, sequences = self._tokens(images)
-        found: list[Any] = []
-        for i, block in enumerate(list(self.blocks)[: max(taken) + 1 if stop_early else None]):
-            y = self._run(block, y, attn_mask, is_causal, sequences=sequences)
-            if i in taken:
-                found.append(split(self.norm(y) if norm else y, self.num_prefix_tokens, sequences))
-        prefix = [first for first, _ in found] if self.num_prefix_tokens else None
-        outputs = [rest for _, rest in found]
-        if output_fmt == "NCHW":
-            grid = self.patch_embed.dynamic_feat_size(image_size(images, self.in_chans))
-            outputs = [z.reshape(z.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous() for z in outputs]
-        if output_dict:
-            result: dict[str, Any] = {"image_intermediates": outputs}
-            if prefix is not None and return_prefix_tokens:
-                result["image_intermediates_prefix"] = prefix
-            if not intermediates_only:
-                result["image_features"] = self.norm(y)
-            return result
-        found = list(zip(outputs, prefix, strict=True)) if prefix is not None and return_prefix_tokens else outputs
-        return found if intermediates_only else (self.norm(y), found)
-
-    def get_intermediate_layers(
-        self,
-        x: Images,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        attn_mask: Tensor | None = None,
-    ) -> list[Any]:
-        """DINO's name for :meth:`forward_intermediates`: the last n blocks or those listed, NLC (NCHW: reshape)."""
-        return self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt="NCHW" if reshape else "NLC",
-            intermediates_only=True,
-            attn_mask=attn_mask,
-        )
 
 
 _METHODS = {

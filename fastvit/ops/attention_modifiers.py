@@ -133,7 +133,7 @@ def _check_table(op: str, table: Tensor, window: tuple[int, int], queries: int, 
         raise ValueError(f"ops.{op}: window={window}; expected (height, width) in patches, both at least 1")
     h, w = window
     rows = (2 * h - 1) * (2 * w - 1)
-    if table.ndim != 2 or table.shape[0] not in (rows, rows + 3) or table.shape[1] != heads:
+    if table.ndim != 2 or (table.shape[0] != rows and table.shape[0] != rows + 3) or table.shape[1] != heads:
         raise ValueError(
             f"ops.{op}: rel_pos_table has shape {tuple(table.shape)}; a window of {h}x{w} and {heads} heads take "
             f"{(rows, heads)}, or {(rows + 3, heads)} with a class token"

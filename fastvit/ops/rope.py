@@ -62,6 +62,7 @@ def axial(
     base: float = 100.0,
     periods: Tensor | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """The angles of a grid of patches as DINOv3 turns them (Siméoni et al., 2025, section 3.2): (cos, sin).
 
@@ -73,25 +74,35 @@ def axial(
         base: periods are base^(4 i / d) for i from 0 to d/4 - 1; DINOv3's is 100.
         periods: (d/4,) in place of them, as in DINOv3's checkpoints.
         device: of the result; by default that of ``periods``, or the CPU.
+        dtype: of the result, float32 or float64. Periods are float32's numbers in both.
 
     Returns:
-        cos and sin, (rows * columns, d) float32 each, for :func:`rotate`.
+        cos and sin, (rows * columns, d) each, for :func:`rotate`.
 
     Raises:
         ValueError: d is no multiple of 4, or periods of another shape.
     """
+    device = periods.device if device is None and periods is not None else device
+    centres = [2 * (torch.arange(0.5, size, dtype=dtype, device=device) / size) - 1 for size in grid]
+    coordinates = torch.stack(torch.meshgrid(*centres, indexing="ij"), -1).flatten(0, 1)
+    return angles(coordinates, head_dim, base=base, periods=periods)
+
+
+def angles(
+    coordinates: Tensor, head_dim: int, *, base: float = 100.0, periods: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`axial` for patches anywhere: coordinates (N, 2), down and across -> cos and sin, (N, d) each."""
     if head_dim % 4:
         raise ValueError(f"rope.axial: head dim {head_dim}; accepted: multiples of 4, a quarter for each of two axes")
     quarter = head_dim // 4
     if periods is None:
-        periods = base ** (2 * torch.arange(quarter, dtype=torch.float32, device=device) / (head_dim // 2))
+        exponents = 2 * torch.arange(quarter, dtype=torch.float32, device=coordinates.device) / (head_dim // 2)
+        periods = base**exponents
     elif periods.shape != (quarter,):
         raise ValueError(f"rope.axial: periods has shape {tuple(periods.shape)}, expected ({quarter},)")
-    periods = periods.to(device=device, dtype=torch.float32)
-    centres = [2 * (torch.arange(0.5, size, dtype=torch.float32, device=periods.device) / size) - 1 for size in grid]
-    coordinates = torch.stack(torch.meshgrid(*centres, indexing="ij"), -1).view(-1, 2, 1)
-    angles = (2 * math.pi * coordinates / periods).flatten(1)  # (rows * columns, d / 2): down, then across
-    return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    periods = periods.to(device=coordinates.device, dtype=torch.float32).to(coordinates.dtype)
+    turns = (2 * math.pi * coordinates.unsqueeze(-1) / periods).flatten(1)  # (N, d / 2): down, then across
+    return turns.cos().repeat(1, 2), turns.sin().repeat(1, 2)
 
 
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,9 @@ OPTIONS = {
     "pre-norm, map pool": {"pre_norm": True, "global_pool": "map", "pos_embed": "none"},
     "quick GELU, oblong": {"act_layer": "quick_gelu", "img_size": (16, 24)},
     "SwiGLU": {"mlp_layer": fastvit.layers.SwiGLU},
+    "DINOv3": {"block_fn": fastvit.layers.BeitBlock, "rope": 100.0, "reg_tokens": 2, "pos_embed": "none"},
+    "BEiT": {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": True, "global_pool": "avg", "init_values": 0.5},
+    "distilled": {"distilled": True},
 }
 
 

@@ -1,0 +1,82 @@
+"""Where the tokens of a ViT's images are, for models whose attention asks: DINOv3's rotations, BEiT's windows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastvit.layers import Attention, Block, Positions
+from fastvit.ops import rope
+from fastvit.packing import PackedImages
+
+if TYPE_CHECKING:
+    from fastvit.models.vit import ViT
+
+
+def check(model: ViT, head_dim: int, patch_drop_rate: float) -> None:
+    """Raise a ValueError that names what a model's rope or tables of biases can't be with; it has no layers yet."""
+    if model.rope is not None and model.rope <= 0:
+        raise ValueError(f"rope must be the base of the periods, positive, or None, got {model.rope}")
+    if model.rope is not None and head_dim % 4:
+        raise ValueError(f"rope turns heads in four quarters; embed_dim / num_heads is {head_dim}, no multiple of 4")
+    if model.windowed and (not model.has_class_token or model.num_prefix_tokens != 1):
+        raise ValueError(
+            "tables of biases by relative position have rows for one class token: class_token must be True and "
+            f"reg_tokens 0, got {model.has_class_token} and {model.num_reg_tokens}"
+        )
+    if patch_drop_rate and (model.rope is not None or model.windowed):
+        raise ValueError(
+            f"patch_drop_rate={patch_drop_rate}: attention with rope or relative positions reads all patches; "
+            "accepted: 0"
+        )
+
+
+def check_blocks(model: ViT) -> None:
+    """Raise a ValueError that names a block which asks for no positions, where the model has some for it."""
+    if model.rope is None and not model.windowed:
+        return
+    for i, block in enumerate(model.blocks):
+        if not isinstance(block, Block) or not isinstance(block.attn, Attention):
+            attention = type(getattr(block, "attn", None)).__name__
+            raise ValueError(
+                f"blocks.{i} is a {type(block).__name__} with {attention}: rope and tables of biases go with "
+                "fastvit.layers' Block or BeitBlock, and Attention or BeitAttention"
+            )
+
+
+def _head_dim(model: ViT) -> int:
+    attention: Any = model.blocks[0].attn
+    return int(attention.head_dim)
+
+
+@torch.fx.wrap
+def _turned(x: Tensor, grid: tuple[int, int], head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of a grid of patches, (h * w, d), for tokens x."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return rope.axial(grid, head_dim, base=base, device=x.device, dtype=dtype)
+
+
+def of_grid(model: ViT, x: Tensor, grid: tuple[int, int]) -> Positions:
+    """Positions of tokens x (B, P + h * w, D), whose patches are a grid of (h, w)."""
+    angles = None
+    if model.rope is not None:
+        cos, sin = _turned(x, grid, _head_dim(model), model.rope)
+        angles = cos, sin
+    table = None if model.rel_pos_bias is None else model.rel_pos_bias.table_for(grid)
+    return Positions(angles, grid if model.windowed else None, table)
+
+
+def of_packed(model: ViT, x: Tensor, images: PackedImages) -> Positions:
+    """Positions of packed tokens x (1, total, D): patches turned as in their own image, prefix tokens not at all."""
+    layout, prefix, head_dim = images.layout, model.num_prefix_tokens, _head_dim(model)
+    assert model.rope is not None
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    place = torch.stack([layout.row, layout.column], 1).to(dtype) + 0.5
+    grids = layout.sizes[layout.image] // torch.tensor(images.patch_size, device=x.device)
+    angles = rope.angles(2 * (place / grids) - 1, head_dim, base=model.rope)
+    at = layout.patch_tokens(prefix)
+    still = x.new_ones(x.shape[1], head_dim, dtype=dtype), x.new_zeros(x.shape[1], head_dim, dtype=dtype)
+    cos, sin = (whole.index_copy(0, at, part) for whole, part in zip(still, angles, strict=True))
+    return Positions(rope=(cos, sin))

@@ -1,0 +1,264 @@
+"""DINOv3, BEiT and distilled DeiT in everything that a ViT can do: what other kinds of attention must not break."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvit
+from fastvit import analysis, flops, ops
+from fastvit.layers import BeitAttention, BeitBlock
+from fastvit.models import ViT
+from parity import Calls, assert_same, gradients
+
+SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "num_classes": 5}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "DINOv3": {"name": "vit_small_patch16_dinov3_qkvb"},
+    "DINOv3, class token": {"name": "vit_small_plus_patch16_dinov3_qkvb", "global_pool": "token"},
+    "rope in a plain ViT": {"name": "vit_small_patch16_224", "rope": 100.0, "pos_embed": "none"},
+    "BEiT": {"name": "beit_base_patch16_224"},
+    "BEiT, shared table": {
+        "name": "beitv2_base_patch16_224", "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True,
+    },
+    "BEiT, both, class token": {
+        "name": "beit_large_patch16_384", "use_shared_rel_pos_bias": True, "global_pool": "token", "depth": 2,
+    },
+    "distilled": {"name": "deit_tiny_distilled_patch16_224"},
+    "distilled, registers": {"name": "deit_tiny_distilled_patch16_224", "reg_tokens": 2, "no_embed_class": True},
+}  # fmt: skip
+PACKED = [family for family in FAMILIES if "BEiT" not in family]
+
+
+def small(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> ViT:
+    """A small model whose weights all matter."""
+    model = fastvit.create_model(**{"img_size": 32, **SIZES, **FAMILIES[family], **options}).to(dtype)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def images(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(2, 3, *(size or (32, 32)), dtype=dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_is_training_without_gradients(family: str) -> None:
+    model, x = small(family, torch.float32).eval(), images(dtype=torch.float32)
+    want = model(x).detach()
+    for without in (torch.no_grad, torch.inference_mode):  # on packed weights
+        with without():
+            torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    assert model(x).requires_grad  # and nothing of inference mode is left
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_sizes(family: str) -> None:
+    """With dynamic_img_size another size gives what a model built for it gives."""
+    model = small(family, dynamic_img_size=True).eval()
+    for size in ((32, 32), (48, 24)):
+        x, other = images(*size), copy.deepcopy(model)
+        other.set_input_size(size)
+        assert_same(model(x), other(x))
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_images_are_each_alone(family: str) -> None:
+    model = small(family, dynamic_img_size=True)
+    sizes = [torch.randn(3, *size, dtype=torch.float64) for size in ((32, 32), (48, 24), (8, 16))]
+    alone = torch.cat([model(image[None]) for image in sizes])
+    assert_same(model(sizes), alone)
+    assert_same(gradients(model, model(sizes)), gradients(model, alone))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_is_head_after_features(family: str) -> None:
+    """Also where the last block works for the tokens that are read alone."""
+    model, x = small(family), images()
+    want = model.forward_head(model.forward_features(x))
+    assert_same(model(x), want)
+    assert_same(gradients(model, model(x)), gradients(model, want))
+
+
+def test_the_last_block_works_for_the_tokens_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("DINOv3, class token")
+    calls = Calls(monkeypatch)
+    model(images())
+    assert calls.names == [
+        "patch_embed", *["linear", "rotate", "attention", "linear", "mlp"] * 2, "layer_norm", "linear",
+    ]  # fmt: skip
+    assert [shape[1] for name, shape, _ in calls.made if name == "mlp"] == [21, 1]
+    calls.made.clear()
+    small("distilled")(images())
+    assert [shape[1] for name, shape, _ in calls.made if name == "mlp"] == [18, 2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_changes_nothing(family: str) -> None:
+    model, x, runs = small(family), images(), []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        out = model(x)
+        runs.append([out, *gradients(model, out)])
+    assert_same(*runs)
+    assert all(gradient is not None for gradient in runs[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_intermediates(family: str) -> None:
+    model, x = small(family).eval(), images()
+    final, (first, last) = model.forward_intermediates(x, norm=True, output_fmt="NLC")
+    assert_same(final, model.forward_features(x))
+    assert_same(last, final[:, model.num_prefix_tokens :])
+    kept = model.forward_intermediates(x, [0], output_fmt="NCHW", intermediates_only=True)
+    model.prune_intermediate_layers([0])
+    assert_same(kept, model.forward_intermediates(x, [0], intermediates_only=True))
+    assert kept[0].shape == (2, 32, 4, 4) and first.shape == (2, 16, 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_pickles_and_dtypes(family: str) -> None:
+    model, x = small(family).eval(), images()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(twin(x), model(x))
+    half = copy.deepcopy(model).bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    single, bound = copy.deepcopy(model).float(), 0.1 * model(x).abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = single(x.float())
+    assert all((out.double() - model(x)).abs().max() <= bound for out in (half, mixed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiles_in_one_graph(family: str) -> None:
+    torch._dynamo.reset()
+    model, x = small(family, torch.float32, dynamic_img_size=True), images(dtype=torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    if model.pos_embed is None:  # PyTorch can't differentiate a resampling whose size is dynamic
+        other = images(48, 24, dtype=torch.float32)
+        torch.testing.assert_close(compiled(other), model(other), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients(model, compiled(x)), gradients(model, model(x)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exports_and_traces(family: str, dynamic: bool) -> None:
+    model, x = small(family, dynamic_img_size=dynamic).eval(), images()
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=9)},))
+    assert_same(program.module()(x[:1]), model(x[:1]))
+    traced = torch.fx.symbolic_trace(model, concrete_args={"attn_mask": None, "is_causal": False})
+    for size in ((32, 32), (48, 24)) if dynamic else ((32, 32),):
+        x = images(*size)
+        assert_same(traced(x, None, False), model(x))
+    assert_same(gradients(model, traced(x, None, False)), gradients(model, model(x)))
+
+
+@pytest.mark.parametrize("watch", ["attn", "attn.qkv", "attn.attn_drop", "attn.proj", "mlp", "norm1", "blocks"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_change_nothing(family: str, watch: str) -> None:
+    model, x, seen = small(family), images(), []
+    want = model(x)
+    watched = [block.get_submodule(watch) for block in model.blocks] if watch != "blocks" else [model.blocks]
+    for module in watched:
+        module.register_forward_hook(lambda *_: seen.append(1))
+    got = model(x)
+    assert len(seen) == len(watched)
+    assert_same(got, want)
+    assert_same(gradients(model, got), gradients(model, want))
+
+
+@pytest.mark.parametrize("masked", ["bool", "keys", "float", "causal"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks(family: str, masked: str) -> None:
+    """A mask beside the family's own positions: the weights that are opened to hooks are the judge."""
+    model, x = small(family).eval(), images()
+    tokens = model.num_prefix_tokens + 16
+    keep = torch.rand(tokens, tokens) > 0.4
+    keep.fill_diagonal_(True)
+    given: dict[str, Any] = {
+        "bool": {"attn_mask": keep},
+        "keys": {"attn_mask": (torch.arange(tokens) % 3 != 1).view(1, 1, 1, -1).expand(2, -1, -1, -1)},
+        "float": {"attn_mask": torch.randn(tokens, tokens, dtype=torch.float64)},
+        "causal": {"is_causal": True},
+    }[masked]
+    got = model(x, **given)
+    if masked == "causal":
+        assert_same(got, model(x, attn_mask=torch.ones(tokens, tokens, dtype=torch.bool).tril()))
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    assert_same(got, model(x, **given))
+    assert (got - model(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_analysis_turns_the_heads(family: str) -> None:
+    """Maps are the softmax of what a hook on the opened weights sees."""
+    model, x, seen = small(family).eval(), images(), []
+    maps = analysis.attention_maps(model, x, rows=range(model.num_prefix_tokens + 16))
+    for block in model.blocks:
+        block.attn.attn_drop.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    model.forward_features(x)
+    torch.testing.assert_close(maps.double(), torch.stack(seen), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_counted_by_part(family: str) -> None:
+    found = flops.count(small(family), training=True)
+    assert sum(found.parts.values()) == found.forward and {"patch_embed", "blocks", "head"} <= set(found.parts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_start_anew(family: str) -> None:
+    """init_weights gives every parameter a value, as after to_empty."""
+    torch.manual_seed(0)
+    model = small(family)
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    model.init_weights()
+    assert not [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+
+
+def test_what_biases_by_relative_position_are_not_with() -> None:
+    model = small("BEiT")
+    with pytest.raises(ValueError, match="packed images can't pass blocks: biases by relative position are for one"):
+        model([torch.randn(3, 32, 32, dtype=torch.float64)])
+    with pytest.raises(TypeError, match="block 0 has biases by relative position"):
+        analysis.attention_maps(model, images())
+    for options, message in (
+        ({"reg_tokens": 2}, "class_token must be True and reg_tokens 0, got True and 2"),
+        ({"class_token": False}, "class_token must be True and reg_tokens 0, got False and 0"),
+        ({"patch_drop_rate": 0.25}, "patch_drop_rate=0.25: .* accepted: 0"),
+        ({"block_fn": nn.TransformerEncoderLayer}, "unexpected keyword"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            small("BEiT", **options)
+
+
+def test_a_block_is_four_ops_with_gammas_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = BeitBlock(32, 2, qkv_bias=True, init_values=0.1)
+    calls = Calls(monkeypatch)
+    block(torch.randn(2, 5, 32))
+    assert [(name, used) for name, _, used in calls.made] == [
+        ("linear", ("norm",)),
+        ("attention_qkvpacked", ("scale",)),
+        ("linear", ("residual", "gamma")),
+        ("mlp", ("norm", "activation", "residual", "gamma")),
+    ]
+
+
+def test_few_queries_of_attention_without_a_key_bias() -> None:
+    attention = BeitAttention(32, 2, qkv_bias=True).double()
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    assert_same(attention.branch(x, tokens=2), attention(x)[:, :2])
+    q, k, v = attention.qkv(x).chunk(3, -1)
+    q, v = q + attention.q_bias, v + attention.v_bias
+    heads = [t.unflatten(-1, (2, 16)) for t in (q, k, v)]
+    assert_same(attention(x), attention.proj(ops.attention(*heads).flatten(2)))
