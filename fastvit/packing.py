@@ -51,6 +51,11 @@ class Sequences(NamedTuple):
         each = torch.arange(count, device=self.image.device)
         return (self.cu_seqlens[:-1].long().unsqueeze(1) + each).flatten()
 
+    def with_leading(self, count: int) -> Sequences:
+        """The sequences with ``count`` tokens more in front of each image's."""
+        cu_seqlens = self.cu_seqlens + multiples(count, self.images, self.image)
+        return Sequences.of(cu_seqlens, self.longest + count, self.image.shape[0] + self.images * count)
+
     def without(self, count: int) -> tuple[Sequences, Tensor]:
         """The sequences of the other tokens alone, and where those tokens are, (total - n * count,) int64."""
         cu_seqlens = self.cu_seqlens - multiples(count, self.images, self.image)

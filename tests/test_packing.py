@@ -293,6 +293,82 @@ def test_compiles_once_for_every_mix(options: dict[str, Any]) -> None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+# -- patch dropout ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_patch_dropout_keeps_prefixes_and_each_images_share(prefix: int, prob: float) -> None:
+    counts = [1, 2, 9, 40, 7, 196]
+    starts = torch.tensor([0, *counts]).cumsum(0).int() + prefix * torch.arange(len(counts) + 1, dtype=torch.int32)
+    total = int(starts[-1])
+    before = Sequences.of(starts, max(counts) + prefix, total)
+    drop = layers.PatchDropout(prob, prefix).train()
+    seen = set()
+    for _ in range(3):
+        y, after = drop.of_packed(torch.arange(total).float().view(1, -1, 1), before)
+        kept = y[0, :, 0].long()
+        assert len(kept) == len(kept.unique()) == int(after.cu_seqlens[-1]) == after.image.shape[0]
+        for i, count in enumerate(counts):
+            own = kept[after.cu_seqlens[i] : after.cu_seqlens[i + 1]]
+            assert (before.image[own] == i).all() and (
+                after.image[after.cu_seqlens[i] : after.cu_seqlens[i + 1]] == i
+            ).all()
+            assert torch.equal(own[:prefix], torch.arange(prefix) + starts[i])
+            left = len(own) - prefix
+            assert left >= 1 and abs(left - (1 + (count - 1) * (1 - prob))) <= 1
+            assert after.longest >= len(own)
+        seen.add(tuple(kept.tolist()))
+    assert len(seen) == (3 if prob else 1)
+    unchanged = drop.eval().of_packed(y, after)
+    assert unchanged[0] is y and unchanged[1] is after
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}, {"global_pool": "map"}], ids=str
+)
+def test_dropped_patches_are_as_if_each_image_had_lost_them_alone(options: dict[str, Any]) -> None:
+    model, packed = small(**options, patch_drop_rate=0.5), pack(mix(), 4)
+    where = packed.sequences(model.num_prefix_tokens)
+    numbers = torch.arange(where.image.shape[0]).double().view(1, -1, 1)
+    model.train()
+    torch.manual_seed(5)
+    logits = model(packed)
+    torch.manual_seed(5)
+    kept, after = model.patch_drop.of_packed(numbers, where)
+    model.eval()
+    assert model._tokens(packed)[0].shape[1] > kept.shape[1]
+
+    alone = []
+    for i in range(len(MIX)):
+        own = kept[0, after.cu_seqlens[i] : after.cu_seqlens[i + 1], 0].long()
+        tokens = model._tokens(packed)[0][:, own]
+        alone.append(model.forward_head(model.norm(model.blocks(tokens))))
+    torch.testing.assert_close(logits, torch.cat(alone))
+    for a, b in zip(gradients(model, logits), gradients(model, torch.cat(alone)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_patch_dropout_compiles_once_for_every_mix() -> None:
+    torch._dynamo.reset()
+    model = small(torch.float32, patch_drop_rate=0.5).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for i, sizes in enumerate((MIX, MIX[1:], ((40, 8), (8, 8)) * 4)):
+        packed = pack(mix(torch.float32, sizes), 4)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            torch.manual_seed(5)
+            got = compiled(packed)
+        torch.manual_seed(5)
+        torch.testing.assert_close(got, model(packed), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_with_other_sequences_are_refused() -> None:
+    model, packed = small(torch.float32, patch_drop_rate=0.5).train(), pack(mix(torch.float32), 4)
+    tokens = model.forward_features(packed)
+    with pytest.raises(ValueError, match=r"38 tokens with sequences of 67; where patches are dropped in training"):
+        model.forward_head(tokens, sequences=packed.sequences(model.num_prefix_tokens))
+
+
 # -- PackedImages and Sequences -----------------------------------------------------------------------------------
 
 
@@ -383,8 +459,19 @@ def _watched_weights(model: ViT) -> None:
     model.blocks[0].attn.attn_drop.register_forward_hook(lambda *_: None)
 
 
-def _dropped_patches(model: ViT) -> None:
+def _other_patch_drop(model: ViT) -> None:
+    model.patch_drop = nn.Dropout(0.5)
+
+
+def _watched_patch_drop(model: ViT) -> None:
     model.patch_drop = layers.PatchDropout(0.5)
+    model.patch_drop.register_forward_hook(lambda *_: None)
+    model.train()
+
+
+def _dropped_elsewhere(model: ViT) -> None:
+    model.patch_drop = layers.PatchDropout(0.5)
+    model.forward_features = model.forward_features  # as good as overridden
     model.train()
 
 
@@ -400,7 +487,9 @@ def _other_drop_path(model: ViT) -> None:
         (_other_embedding, "can't pass patch_embed: Sequential is no fastvit.layers.PatchEmbed"),
         (_opened_weights, "fused_attn True"),
         (_watched_weights, "attn_drop without hooks"),
-        (_dropped_patches, "can't pass patch_drop"),
+        (_other_patch_drop, "can't pass patch_drop: Dropout is no fastvit.layers.PatchDropout"),
+        (_watched_patch_drop, "can't pass patch_drop: it has hooks"),
+        (_dropped_elsewhere, "can't pass patch_drop: forward_features is overridden"),
         (_other_drop_path, "can't pass blocks.0.drop_path1: Dropout is no fastvit.layers.DropPath"),
     ],
 )

@@ -119,7 +119,7 @@ class PatchDropout(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, T', D)."""
+        """x (B, T, D) -> (B, T', D): the first patches of a random order, as timm keeps them."""
         if not self.training or self.prob == 0.0:
             return x
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
@@ -128,3 +128,30 @@ class PatchDropout(nn.Module):
         kept = torch.randn(x.shape[0], count, device=x.device).argsort(dim=-1)[:, :keep]
         patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return torch.cat([prefix, patches], dim=1)
+
+    def of_packed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, Sequences]:
+        """The same of packed images: x (1, total, D) -> (1, total', D), and where the images are in that.
+
+        How many stay in all must be known without a look at the sizes, which are on the device: of N patches of n
+        images n + floor((N - n) (1 - prob)), and of each image its share of that to within one patch, one at least.
+        """
+        if not self.training or self.prob == 0.0:
+            return x, sequences
+        patches, places = sequences.without(self.num_prefix_tokens)
+        images, share = sequences.images, 1.0 - self.prob
+        one_each = torch.arange(images + 1, device=x.device)
+        starts = one_each + ((patches.cu_seqlens - one_each).double() * share).floor().long()  # of what stays
+        total = images + int((places.shape[0] - images) * share)
+
+        # Patches in an order that is random within each image, of which each image's first ones stay.
+        order = (patches.image + torch.rand(places.shape, device=x.device, dtype=torch.float64)).argsort()
+        stay = Sequences.of(starts.int(), int((patches.longest - 1) * share) + 2, total)
+        within = torch.arange(total, device=x.device) - starts[stay.image]
+        kept = places[order[patches.cu_seqlens[stay.image] + within]]
+
+        prefix = self.num_prefix_tokens
+        rest = stay.with_leading(prefix)
+        index = torch.empty(rest.image.shape, dtype=torch.long, device=x.device)
+        index[rest.leading_tokens(prefix)] = sequences.leading_tokens(prefix)
+        index[rest.without(prefix)[1]] = kept
+        return x.index_select(1, index), rest

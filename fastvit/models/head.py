@@ -91,7 +91,15 @@ class Head(nn.Module):
 
         Of packed images, tokens (1, total, D) and ``sequences`` (``PackedImages.sequences(num_prefix_tokens)``) ->
         (n, D).
+
+        Raises:
+            ValueError: an unknown pool_type, or sequences of another number of tokens.
         """
+        if sequences is not None and x.shape[1] != sequences.image.shape[0]:
+            raise ValueError(
+                f"{x.shape[1]} tokens with sequences of {sequences.image.shape[0]}; where patches are dropped in "
+                "training, only the model itself knows which stayed"
+            )
         skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
         if self.attn_pool is not None:
             if sequences is None:

@@ -11,7 +11,7 @@ from fastvit import ops, reference
 from fastvit.checkpoints.resample import resample_pos_embed_at
 from fastvit.layers import Attention, Block, DropPath, PatchDropout, PatchEmbed, fuse
 from fastvit.layers.patch_embed import known_statistics, normalised
-from fastvit.packing import PackedImages, pack
+from fastvit.packing import PackedImages, Sequences, pack
 
 if TYPE_CHECKING:
     from fastvit.models.vit import ViT
@@ -35,8 +35,8 @@ def images_of(model: ViT, images: Any) -> Tensor | PackedImages:
     return pack(images, embed.patch_size, channels=model.in_chans, pad=embed.dynamic_img_pad)
 
 
-def embed(model: ViT, packed: PackedImages) -> Tensor:
-    """The tokens that enter the blocks, (1, total, D).
+def embed(model: ViT, packed: PackedImages) -> tuple[Tensor, Sequences]:
+    """The tokens that enter the blocks, (1, total, D), and where the images are in them.
 
     Raises:
         ValueError: uint8 images without the model's mean and std, or a module that takes no packed images.
@@ -60,7 +60,10 @@ def embed(model: ViT, packed: PackedImages) -> Tensor:
         x = layer(packed)
         x = x if positions is None else x + positions
         x = x if prefix is None else reference.with_prefix(x[0], packed.layout, prefix).unsqueeze(0)
-    return model.norm_pre(model.pos_drop(x))
+    x, sequences = model.pos_drop(x), packed.sequences(model.num_prefix_tokens)
+    if isinstance(model.patch_drop, PatchDropout):
+        x, sequences = model.patch_drop.of_packed(x, sequences)
+    return model.norm_pre(x), sequences
 
 
 def _check(model: ViT) -> None:
@@ -76,8 +79,16 @@ def _check(model: ViT) -> None:
             refuse(method, "it is overridden")
     if model.windowed:
         refuse("blocks", "biases by relative position are for one window of patches")
-    if isinstance(model.patch_drop, PatchDropout) and model.patch_drop.training and model.patch_drop.prob:
-        refuse("patch_drop", "how many patches stay would have to be known on the host (patch_drop_rate)")
+    drop = model.patch_drop
+    if type(drop) not in (PatchDropout, torch.nn.Identity):
+        refuse("patch_drop", f"{type(drop).__name__} is no fastvit.layers.PatchDropout")
+    if isinstance(drop, PatchDropout) and drop.training and drop.prob:
+        if not fuse.intact(drop, PatchDropout):
+            refuse("patch_drop", "it has hooks")
+        if not model._unchanged("forward_features"):
+            refuse("patch_drop", "forward_features is overridden, which can't say which patches stayed")
+        if model.rope is not None or model.windowed:
+            refuse("patch_drop", "attention with rope or relative positions reads all patches")
     for i, block in enumerate(model.blocks):
         if not isinstance(block, Block):
             refuse(f"blocks.{i}", f"{type(block).__name__} is no fastvit.layers.Block")

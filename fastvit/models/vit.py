@@ -39,7 +39,7 @@ from fastvit.models.head import Head, check_pool
 from fastvit.models.init import check_mode, init_vit
 from fastvit.models.intermediates import Images, Intermediates
 from fastvit.ops import backends, onednn
-from fastvit.packing import PackedImages
+from fastvit.packing import PackedImages, Sequences
 
 # Symbolic tracing (torch.fx) sees a call of each, not its checks.
 for _name in ("image_size", "normalised", "pixel_statistics", "resample_pos_embed"):
@@ -440,17 +440,18 @@ class ViT(Intermediates, Head):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         tokens: int | None = None,
-    ) -> Tensor:
-        """images -> normed tokens (B, T, D), or only the first ``tokens`` of each image."""
+    ) -> tuple[Tensor, Sequences | None]:
+        """images -> normed tokens (B, T, D), or only the first ``tokens`` of each image; and, if packed, whose."""
         x, told = self._tokens(x)
         unmasked = attn_mask is None and not is_causal
         whole = not told or isinstance(self.blocks, Blocks)  # a model of timm's has a plain Sequential
         if unmasked and tokens is None and whole and not self.grad_checkpointing:
-            return self.norm(self.blocks(x, **told))
+            return self.norm(self.blocks(x, **told)), told.get("sequences")
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x = self._run(block, x, attn_mask, is_causal, told, tokens if i == last else None)
-        return self.norm(x)
+        sequences = told.get("sequences")
+        return self.norm(x), sequences if sequences is None or tokens is None else sequences.leading(tokens)
 
     def _tokens(self, x: Tensor | PackedImages) -> tuple[Tensor, dict[str, Any]]:
         """The tokens that enter the blocks, (B, T, D) or packed (1, total, D); and what blocks are told besides.
@@ -459,8 +460,8 @@ class ViT(Intermediates, Head):
         """
         placed = self.rope is not None or self.windowed
         if isinstance(x, PackedImages):
-            tokens = packed.embed(self, x)
-            told: dict[str, Any] = {"sequences": x.sequences(self.num_prefix_tokens)}
+            tokens, sequences = packed.embed(self, x)
+            told: dict[str, Any] = {"sequences": sequences}
             return tokens, told | ({"positions": positions.of_packed(self, tokens, x)} if placed else {})
         tokens = self._embed(x)
         return tokens, {"positions": positions.of_grid(self, tokens, self._grid(x))} if placed else {}
@@ -494,7 +495,7 @@ class ViT(Intermediates, Head):
 
     def forward_features(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """images (B, C, H, W) -> all tokens after the last norm, (B, T, D); packed images -> (1, total, D)."""
-        return self._encode(packed.images_of(self, x), attn_mask, is_causal)
+        return self._encode(packed.images_of(self, x), attn_mask, is_causal)[0]
 
     def forward(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to logits.
@@ -512,14 +513,12 @@ class ViT(Intermediates, Head):
         """
         x = packed.images_of(self, x)
         tokens = self._tokens_read() if attn_mask is None and not is_causal else None
-        if tokens is None:
-            y = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+        if self._unchanged("forward_features"):
+            y, sequences = self._encode(x, attn_mask, is_causal, tokens)
         else:
-            y = self._encode(x, tokens=tokens)
-        if not isinstance(x, PackedImages):
-            return self.forward_head(y)
-        sequences = x.sequences(self.num_prefix_tokens)
-        return self.forward_head(y, sequences=sequences if tokens is None else sequences.leading(tokens))
+            y = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            sequences = x.sequences(self.num_prefix_tokens) if isinstance(x, PackedImages) else None
+        return self.forward_head(y) if sequences is None else self.forward_head(y, sequences=sequences)
 
 
 _METHODS = {
