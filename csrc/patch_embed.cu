@@ -63,8 +63,8 @@ patch_embed_image_gradient_kernel(const __grid_constant__ ImageGradient p) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const auto column = patches.column(n0 + G::template piece_column<8>() + i);
-    pixel[i] = column.channel >= 0 ? column.pixel : -1;
-    inverse[i] = patches.std == nullptr || column.channel < 0 ? 1.f : 1.f / patches.std[column.channel];
+    pixel[i] = column.pixel.offset;
+    inverse[i] = patches.std == nullptr || pixel[i] < 0 ? 1.f : 1.f / patches.std[column.channel];
   }
   G::template for_each_piece<8>(sum, shared, [&](int row, float (&values)[8]) {
     row += m0;

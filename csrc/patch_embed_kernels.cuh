@@ -43,6 +43,10 @@ constexpr int kLarge = 0, kMedium = 1, kSmall = 2;
 template <int kWidth> constexpr bool kLean = kWidth >= 4;
 template <bool kLean> constexpr Tile kTileOf = kTiles[kLean ? kLarge : kMedium];
 
+// In the weight's gradient packed float32 pixels, 32 registers of them at once, leave none for where they lie.
+template <class Places, int kWidth>
+constexpr Tile kGradientTile = kTileOf<kLean<kWidth> && !(std::is_same_v<Places, Packed> && kWidth == 4)>;
+
 // Rows of D values of any floating dtype, D a multiple of 8.
 struct Rows {
   void* data;  // null for none
@@ -154,9 +158,9 @@ struct WeightGradient {
 
 // Grid: tiles of (D, K), and the splits of the rows. dout and patches both lie by rows of what is contracted.
 template <class Places, class T, class Pixel, int kWidth>
-__global__ void __launch_bounds__(kTileOf<kLean<kWidth>>.threads())
+__global__ void __launch_bounds__(kGradientTile<Places, kWidth>.threads())
 patch_embed_weight_gradient_kernel(const __grid_constant__ WeightGradient<Places> p) {
-  constexpr Tile kTile = kTileOf<kLean<kWidth>>;
+  constexpr Tile kTile = kGradientTile<Places, kWidth>;
   constexpr int kThreads = kTile.threads();
   using G = Gemm<T, kTile, Layout::mn_major, Layout::mn_major>;
   const Patches<Places>& patches = p.patches;
@@ -303,7 +307,7 @@ void with_pixels(const Patches<Places>& patches, const Access& access, bool lean
   const DType dtype = access.dtype;
   const int width = access.pixels;
   using Other = std::conditional_t<std::is_same_v<T, half>, bfloat16, half>;
-  if constexpr (!Places::kPlanes) {
+  if constexpr (std::is_same_v<Places, Batch>) {
     if (lean && access.rgb) return f(Rgb(), Constant<8>());
   }
   if (dtype == DType::uint8) return lean && width == 8 ? f(uint8_t(), Constant<8>()) : f(uint8_t(), Constant<1>());
@@ -368,7 +372,7 @@ void weight_gradient(
   with_products(dout.dtype, [&](auto product) {
     with_pixels<decltype(product)>(patches, access, true, [&](auto pixel, auto width) {
       using T = decltype(product);
-      constexpr Tile tile = kTileOf<kLean<width>>;
+      constexpr Tile tile = kGradientTile<Places, width>;
       const auto kernel = patch_embed_weight_gradient_kernel<Places, T, decltype(pixel), width>;
       const dim3 grid(tiles_of(tile, dim, patches.columns), splits);
       const size_t shared = shared_bytes<Gemm<T, tile, Layout::mn_major, Layout::mn_major>>(patches);

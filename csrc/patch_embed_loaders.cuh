@@ -160,6 +160,7 @@ using Scale = Vector<float, 2>;  // of a channel: a pixel becomes pixel * at[0] 
 // A tile of patches in T, kWidth pixels a load.
 template <class Places, class T, class Pixel, int kWidth, int kRows, int kColumns, int kThreads>
 struct PatchTile : Share<kRows, kColumns, kThreads> {
+  using Share<kRows, kColumns, kThreads>::kChunks;
   using Share<kRows, kColumns, kThreads>::kPasses;
   static constexpr int kPieces = 8 / kWidth;
   static constexpr bool kDirect = std::is_same_v<T, Pixel> && kWidth == 8;
@@ -175,20 +176,28 @@ struct PatchTile : Share<kRows, kColumns, kThreads> {
   __device__ __forceinline__ PatchTile(const Patches<Places>& patches, const Scale* scales)
       : patches(patches), scales(scales) {}
 
+  // What tables say is looked up once for all neighbours who fill the same rows: the i-th of them asks for row(i).
   __device__ __forceinline__ void place_rows(int first, int end) {
+    if constexpr (std::is_same_v<Places, Packed>) {
+      static_assert(kPasses <= kChunks && 32 % kChunks == 0);
+      const auto own = patches.template place<Element>(first + this->row(this->chunk() % kPasses));
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int row = first + this->row(i);
-      rows[i] = patches.template place<Element>(row);
-      there[i] = row < end;
+      for (int i = 0; i < kPasses; ++i) {
+        rows[i] = own.of_lane(threadIdx.x % 32 - this->chunk() + i, static_cast<const Element*>(patches.images));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) rows[i] = patches.template place<Element>(first + this->row(i));
     }
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) there[i] = first + this->row(i) < end;
   }
 
   __device__ __forceinline__ void place_columns(int first) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       columns[i] = patches.column(first + this->chunk() * 8 + i * kWidth);
-      if constexpr (std::is_same_v<Pixel, Rgb>) columns[i].pixel -= columns[i].channel;
+      if constexpr (std::is_same_v<Pixel, Rgb>) columns[i].pixel.offset -= columns[i].channel;
     }
   }
 
@@ -197,7 +206,7 @@ struct PatchTile : Share<kRows, kColumns, kThreads> {
     for (int i = 0; i < kPasses; ++i) {
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
-        const bool inside = there[i] && columns[j].channel >= 0;
+        const bool inside = there[i] && columns[j].pixel.there();
         if constexpr (kDirect) {
           ptx::copy_async(this->at(tile, i), inside ? rows[i].at(columns[j].pixel) : rows[i].first, inside);
         } else {
@@ -214,7 +223,7 @@ struct PatchTile : Share<kRows, kColumns, kThreads> {
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
         scale[j] = {1.f, 0.f};
-        if (patches.normalise) scale[j] = columns[j].channel >= 0 ? scales[columns[j].channel] : Scale{0.f, 0.f};
+        if (patches.normalise) scale[j] = columns[j].pixel.there() ? scales[columns[j].channel] : Scale{0.f, 0.f};
       }
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {

@@ -1,4 +1,4 @@
-// Patch embedding of packed images of any sizes, and its weight's gradient: the kernels of patch_embed_kernels.cuh, with
+// Patch embedding of packed images of any sizes, and its weight's gradient: the kernels of patch_embed_kernels.cuh with
 // rows that find their patches by tables. One launch each, whatever the mix.
 #include "patch_embed_kernels.cuh"
 

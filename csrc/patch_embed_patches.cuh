@@ -1,13 +1,11 @@
-// Images as a matrix of patches (rows, columns), and where each of its elements lies: patch by patch, k = C * p * q
-// pixels of one each. What is the same for all images is in Patches; where a patch begins, whose it is and how far its
-// pixels lie apart is asked of its Places:
+// Images as a matrix of patches: a row is a patch, its columns are the C * p * q pixels. Patches knows what is the same
+// for all images; where a patch begins, whose it is and how far apart its pixels lie it asks its Places:
 //
-//   Batch    images of one size, any strides: the number of a patch says it all, by division
-//   Packed   images of any sizes, planes of whole patches one after the other in one buffer (fastvit/packing.py): five
-//            tables say it, of which three are by patch and two by image
+//   Batch    images of one size, any strides: division of a patch's number tells all
+//   Packed   images of any sizes, in planes, one after the other in one buffer (fastvit/packing.py): tables tell
 //
-// A pixel is first(patch) + offset(column). With Batch the offset is the column's alone; with Packed it is found by the
-// strides of the image, so a column keeps its channel, line and place in the line.
+// A Place is a row's share of an address, a Pixel a column's: place.at(pixel). With Batch they are added; with Packed
+// a place has strides too, and a pixel remains channel, line and place in the line.
 #pragma once
 
 #include <type_traits>
@@ -18,22 +16,23 @@ namespace fastvit {
 namespace patch_embed {
 
 struct Batch {
-  static constexpr bool kPlanes = false;  // channels may come last
   Divisor per_image, per_line;  // patches
   int64_t image;                // from a patch to that of the next image, in elements
   int down, right;              // and of the next line and column
   int channel, line, next;      // between the pixels of a patch
 
-  using Pixel = int;
+  struct Pixel {
+    int offset = -1;  // from the first one of a patch; less than 0 for none
+    __device__ __forceinline__ bool there() const { return offset >= 0; }
+  };
 
-  // Where a patch of images of E lies.
   template <class E>
   struct Place {
     const E* first;
-    __device__ __forceinline__ const E* at(Pixel pixel) const { return first + pixel; }
+    __device__ __forceinline__ const E* at(Pixel pixel) const { return first + pixel.offset; }
   };
 
-  __device__ __forceinline__ Pixel pixel(int c, int i, int j) const { return c * channel + i * line + j * next; }
+  __device__ __forceinline__ Pixel pixel(int c, int i, int j) const { return {c * channel + i * line + j * next}; }
 
   template <class E>
   __device__ __forceinline__ Place<E> place(const E* images, int row) const {
@@ -42,33 +41,44 @@ struct Batch {
     return {images + (b * image + static_cast<int64_t>(y) * down + static_cast<int64_t>(x) * right)};
   }
 
+  // Whose a patch is, and the first patch of an image.
   __device__ __forceinline__ int image_of(int row) const { return per_image.quotient(row); }
   __device__ __forceinline__ int64_t begin(int image) const { return static_cast<int64_t>(image) * per_image.divisor; }
+
+  // Its row in the position embeddings of patches.
   __device__ __forceinline__ int position(int row) const {
     return row - image_of(row) * static_cast<int>(per_image.divisor);
   }
 };
 
 struct Packed {
-  static constexpr bool kPlanes = true;
-  const int64_t* starts;      // (n,)
-  const int* sizes;           // (n, 2): height and width
-  const int* cu_patches;      // (n + 1,)
-  const int* image;           // (N,)
-  const int *patch_y, *patch_x;  // (N,), in the grid of the image's patches
-  int last;                   // N - 1: rows beyond it are placed as it is
+  const int64_t* starts;         // (n,): the first pixel of an image
+  const int* sizes;              // (n, 2): its height and width
+  const int* cu_patches;         // (n + 1,): its first patch, and at the end N
+  const int* image;              // (N,): whose a patch is
+  const int *patch_y, *patch_x;  // (N,): where in the grid of that image's patches
+  int last;                      // N - 1: what is asked of rows beyond is answered for it
   int p, q;
 
   struct Pixel {
-    int channel, line, next;
+    int channel = 0, line = 0, next = -1;  // next is less than 0 for none
+    __device__ __forceinline__ bool there() const { return next >= 0; }
   };
 
   template <class E>
   struct Place {
     const E* first;
-    int plane, line;  // to the next channel and line
+    int plane, line;  // from there to the next channel and line
     __device__ __forceinline__ const E* at(const Pixel& pixel) const {
       return first + (pixel.channel * plane + pixel.line * line + pixel.next);
+    }
+
+    // What another lane of the warp has. The pointer goes as a distance: the compiler still knows that it is one to
+    // global memory.
+    __device__ __forceinline__ Place of_lane(int lane, const E* pixels) const {
+      constexpr unsigned kAll = 0xffffffffu;
+      return {pixels + __shfl_sync(kAll, static_cast<int64_t>(first - pixels), lane), __shfl_sync(kAll, plane, lane),
+              __shfl_sync(kAll, line, lane)};
     }
   };
 
@@ -82,7 +92,7 @@ struct Packed {
     return {pixels + (starts[b] + (y * width + x)), height * width, width};
   }
 
-  __device__ __forceinline__ int image_of(int row) const { return image[min(row, last)]; }
+  __device__ __forceinline__ int image_of(int row) const { return image[row]; }
   __device__ __forceinline__ int64_t begin(int image) const { return cu_patches[image]; }
   __device__ __forceinline__ int position(int row) const { return row; }
 };
@@ -104,16 +114,16 @@ struct Patches {
 
   struct Column {
     typename Places::Pixel pixel;
-    int weight;   // where it is in a row of the weight
-    int channel;  // less than 0 where there is no such column
+    int weight;  // where it is in a row of the weight
+    int channel;
   };
 
   __device__ __forceinline__ Column column(int k) const {
     const int number = run.quotient(k), j = k - number * static_cast<int>(run.divisor);
     const int outer = inner.quotient(number), in = number - outer * static_cast<int>(inner.divisor);
     const int channel = by_lines ? in : outer, line = by_lines ? outer : in;
-    return {places.pixel(channel, line, j), channel * plane + line * static_cast<int>(run.divisor) + j,
-            k < columns ? channel : -1};
+    return {k < columns ? places.pixel(channel, line, j) : typename Places::Pixel(),
+            channel * plane + line * static_cast<int>(run.divisor) + j, channel};
   }
 
   template <class E>
