@@ -10,7 +10,6 @@
 // the first two serve images of one size (patch_embed.cu) and packed ones of any sizes (patch_embed_packed.cu); the
 // third is for images of one size alone, and in patch_embed.cu.
 //
-//
 //   RowTile    rows of a matrix that are not evenly spaced (dout's patches skip the prefix rows) or whose columns come
 //              in another order (the weight): cp.async of 16 bytes, or through registers where K is no multiple of 8
 //              (14x14 patches) and the weight's rows are not 16-byte aligned.

@@ -31,7 +31,7 @@ class TestPackedPatchEmbedding(PackedPatchCases):
     weight_gradient = staticmethod(patch_embed_packed_weight_gradient)
 
     @pytest.mark.parametrize("kind", ["floating", "uint8", "float32"])
-    @pytest.mark.parametrize(("columns", "dim"), [((13, 1, 7), 104), ((40, 90, 30), 248), ((1, 95, 300, 3), 504)])
+    @pytest.mark.parametrize(("columns", "dim"), [((60, 1, 20), 104), ((40, 90, 30), 248), ((1, 95, 300, 3), 504)])
     def test_tiles(self, kind: str, columns: tuple[int, ...], dim: int) -> None:
         """Several tiles in every direction, with a rest: on four multiprocessors the small, the medium, the large."""
         sizes = tuple((2, 8 * n) for n in columns)
