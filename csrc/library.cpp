@@ -227,7 +227,9 @@ struct Op<launcher, R (*)(const Device&, const AttentionModifiers&, P...)> {
   _(patch_embed_forward)             \
   _(patch_embed_weight_gradient)     \
   _(patch_embed_weight_gradient_splits) \
-  _(patch_embed_image_gradient)
+  _(patch_embed_image_gradient)      \
+  _(patch_embed_packed_forward)      \
+  _(patch_embed_packed_weight_gradient)
 
 STABLE_TORCH_LIBRARY(FASTVIT_NAMESPACE, m) {
 #define FASTVIT_DEFINE(name) m.def(fastvit::Op<&fastvit::name>::schema(#name).c_str());

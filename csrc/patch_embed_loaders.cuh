@@ -5,51 +5,11 @@
 // step for all of them. Both loaders write 16-byte chunks by rows to the places of swizzle.cuh: no bank conflicts.
 #pragma once
 
-#include "divisor.cuh"
 #include "gemm_sm80.cuh"
+#include "patch_embed_patches.cuh"
 
 namespace fastvit {
 namespace patch_embed {
-
-// The images as a matrix of patches (rows, columns) whose element (r, k) is images[pixel(r) + column(k).pixel].
-struct Patches {
-  const void* images;
-  const float* mean;  // (C,) or null
-  const float* std;   // (C,) or null
-  float unit;         // 1 / 255 for uint8, else 1
-  bool normalise;
-  int channels;
-  int rows, columns;  // B * N, C * p * q
-  int prefix;         // rows of an image's tokens before its patches
-  Divisor per_image, per_line;       // patches
-  int64_t image;                     // from a patch to that of the next image, in elements
-  int down, right;                   // and of the next line and column
-  Divisor run, inner;                // q; runs are counted (outer, inner)
-  int pixel_outer, pixel_inner, pixel_next;
-  int column_outer, column_inner;    // where runs begin in a row of the weight
-  int channel_outer, channel_inner;  // which of the two counts is the channel
-
-  struct Column {
-    int pixel, weight, channel;
-  };
-
-  __device__ __forceinline__ Column column(int k) const {
-    const int number = run.quotient(k), j = k - number * static_cast<int>(run.divisor);
-    const int out = inner.quotient(number), in = number - out * static_cast<int>(inner.divisor);
-    return {out * pixel_outer + in * pixel_inner + j * pixel_next, out * column_outer + in * column_inner + j,
-            out * channel_outer + in * channel_inner};
-  }
-
-  // The first pixel of patch `row`, counted over all images.
-  __device__ __forceinline__ int64_t pixel(int row) const {
-    const int b = per_image.quotient(row), patch = row - b * static_cast<int>(per_image.divisor);
-    const int y = per_line.quotient(patch), x = patch - y * static_cast<int>(per_line.divisor);
-    return b * image + static_cast<int64_t>(y) * down + static_cast<int64_t>(x) * right;
-  }
-
-  // Its row in the tokens.
-  __device__ __forceinline__ int token(int row) const { return row + (per_image.quotient(row) + 1) * prefix; }
-};
 
 // What both loaders share: a thread fills chunk() (8 columns) of rows row(0), row(1), ... of a tile, row by row.
 template <int kRows, int kColumns, int kThreads>
@@ -198,41 +158,46 @@ struct Piece<Rgb, 8> : Bytes<6> {
 using Scale = Vector<float, 2>;  // of a channel: a pixel becomes pixel * at[0] + at[1]
 
 // A tile of patches in T, kWidth pixels a load.
-template <class T, class Pixel, int kWidth, int kRows, int kColumns, int kThreads>
+template <class Places, class T, class Pixel, int kWidth, int kRows, int kColumns, int kThreads>
 struct PatchTile : Share<kRows, kColumns, kThreads> {
+  using Share<kRows, kColumns, kThreads>::kChunks;
   using Share<kRows, kColumns, kThreads>::kPasses;
   static constexpr int kPieces = 8 / kWidth;
   static constexpr bool kDirect = std::is_same_v<T, Pixel> && kWidth == 8;
   using Element = ElementOf<Pixel>;
 
-  const Patches& patches;
-  const Scale* scales;           // (C,) in shared memory
-  const Element* rows[kPasses];  // the first pixels of patches
+  const Patches<Places>& patches;
+  const Scale* scales;  // (C,) in shared memory
+  typename Places::template Place<Element> rows[kPasses];
   bool there[kPasses];
-  int pixel[kPieces];            // from there; less than 0 where there is none
-  int channel[kPieces];
+  typename Patches<Places>::Column columns[kPieces];
   Piece<Pixel, kWidth> raw[kPasses][kPieces];
 
-  __device__ __forceinline__ PatchTile(const Patches& patches, const Scale* scales)
+  __device__ __forceinline__ PatchTile(const Patches<Places>& patches, const Scale* scales)
       : patches(patches), scales(scales) {}
 
+  // What tables say is looked up once for all neighbours who fill the same rows: the i-th of them asks for row(i).
   __device__ __forceinline__ void place_rows(int first, int end) {
+    if constexpr (std::is_same_v<Places, Packed>) {
+      static_assert(kPasses <= kChunks && 32 % kChunks == 0);
+      const auto own = patches.template place<Element>(first + this->row(this->chunk() % kPasses));
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int row = first + this->row(i);
-      rows[i] = static_cast<const Element*>(patches.images) + patches.pixel(row);
-      there[i] = row < end;
+      for (int i = 0; i < kPasses; ++i) {
+        rows[i] = own.of_lane(threadIdx.x % 32 - this->chunk() + i, static_cast<const Element*>(patches.images));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) rows[i] = patches.template place<Element>(first + this->row(i));
     }
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) there[i] = first + this->row(i) < end;
   }
 
   __device__ __forceinline__ void place_columns(int first) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const int k = first + this->chunk() * 8 + i * kWidth;
-      const auto column = patches.column(k);
-      const int first_channel = std::is_same_v<Pixel, Rgb> ? column.channel : 0;
-      pixel[i] = k < patches.columns ? column.pixel - first_channel : -1;
-      channel[i] = column.channel;
+      columns[i] = patches.column(first + this->chunk() * 8 + i * kWidth);
+      if constexpr (std::is_same_v<Pixel, Rgb>) columns[i].pixel.offset -= columns[i].channel;
     }
   }
 
@@ -241,12 +206,12 @@ struct PatchTile : Share<kRows, kColumns, kThreads> {
     for (int i = 0; i < kPasses; ++i) {
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
-        const bool inside = there[i] && pixel[j] >= 0;
+        const bool inside = there[i] && columns[j].pixel.there();
         if constexpr (kDirect) {
-          ptx::copy_async(this->at(tile, i), rows[i] + (inside ? pixel[j] : 0), inside);
+          ptx::copy_async(this->at(tile, i), inside ? rows[i].at(columns[j].pixel) : rows[i].first, inside);
         } else {
           raw[i][j] = {};
-          if (inside) raw[i][j].load(rows[i] + pixel[j]);
+          if (inside) raw[i][j].load(rows[i].at(columns[j].pixel));
         }
       }
     }
@@ -258,12 +223,12 @@ struct PatchTile : Share<kRows, kColumns, kThreads> {
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
         scale[j] = {1.f, 0.f};
-        if (patches.normalise) scale[j] = pixel[j] >= 0 ? scales[channel[j]] : Scale{0.f, 0.f};
+        if (patches.normalise) scale[j] = columns[j].pixel.there() ? scales[columns[j].channel] : Scale{0.f, 0.f};
       }
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
 #pragma unroll
-        for (int j = 0; j < kPieces; ++j) raw[i][j].pick(channel[j]);
+        for (int j = 0; j < kPieces; ++j) raw[i][j].pick(columns[j].channel);
         *reinterpret_cast<Vector<uint32_t, 4>*>(this->at(tile, i)) =
             std::is_same_v<T, Pixel> && !patches.normalise ? copied(raw[i]) : computed(raw[i], scale);
       }
@@ -313,8 +278,8 @@ struct Stepping : Loader {
 };
 
 // Scale and shift of every channel: divisions are done here, a pixel costs one multiply-add.
-template <int kThreads>
-__device__ __forceinline__ const Scale* fill_scales(const Patches& patches, char* shared) {
+template <int kThreads, class Places>
+__device__ __forceinline__ const Scale* fill_scales(const Patches<Places>& patches, char* shared) {
   Scale* scales = reinterpret_cast<Scale*>(shared);
   if (patches.normalise) {
     for (int c = threadIdx.x; c < patches.channels; c += kThreads) {

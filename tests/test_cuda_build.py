@@ -35,6 +35,7 @@ PRODUCTS = {
     "linear_sm80": AMPERE,
     "linear_sm90": HOPPER,
     "patch_embed": AMPERE,
+    "patch_embed_packed": AMPERE,
 }
 
 # Kernels that may use a stack, by name: (family, kernel) and why.

@@ -301,4 +301,40 @@ void patch_embed_image_gradient(
     int64_t prefix,
     const Array& dimages);
 
+// N patches of n packed images of any sizes to tokens, each image's after prefix tokens of its own. The tables are those
+// of fastvit.packing.Layout; kernels take them as within the pixels, whatever they say.
+void patch_embed_packed_forward(
+    const Device& device,
+    const Array& pixels,      // (S,) uint8 or any: images (C, H, W) of whole patches, one after the other
+    const Array& weight,      // (D, C, p, q) float16 or bfloat16, contiguous
+    const Array& bias,        // (D,) any, or none
+    const Array& starts,      // (n,) int64: where an image begins, a multiple of q
+    const Array& sizes,       // (n, 2) int32, contiguous: its height and width
+    const Array& cu_patches,  // (n + 1,) int32: its first patch, and at the end N
+    const Array& image,       // (N,) int32: whose a patch is
+    const Array& row,         // (N,) int32: its place in the grid of that image's patches
+    const Array& column,      // (N,) int32
+    const Array& pos_embed,      // (N, D) any, contiguous; or none
+    const Array& prefix_tokens,  // (P, D) any, contiguous; or none
+    const Array& mean,        // (C,) float32, or none
+    const Array& std,         // (C,) float32, or none
+    const Array& out);        // (N + n * P, D) any, contiguous
+
+// partials[s] (S, D, C * p * q) float32: the weight's gradient from the patches of each split.
+void patch_embed_packed_weight_gradient(
+    const Device& device,
+    const Array& dout,        // (N, D) float16 or bfloat16, contiguous: of the patches alone
+    const Array& pixels,
+    int64_t patch_height,
+    int64_t patch_width,
+    const Array& starts,
+    const Array& sizes,
+    const Array& cu_patches,
+    const Array& image,
+    const Array& row,
+    const Array& column,
+    const Array& mean,
+    const Array& std,
+    const Array& partials);
+
 }  // namespace fastvit

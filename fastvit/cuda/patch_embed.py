@@ -1,4 +1,4 @@
-"""Patch embedding on the CUDA kernels (``csrc/patch_embed.cu``), of images of one size and of packed ones."""
+"""Patch embedding on the CUDA kernels: ``csrc/patch_embed.cu``, for packed images ``csrc/patch_embed_packed.cu``."""
 
 from __future__ import annotations
 
@@ -76,12 +76,6 @@ def patch_embed_image_gradient(
     return dimages
 
 
-def _packed_patches(pixels: Tensor, layout: Layout, weight_shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """The raw pixels of every patch, (N, C, p, q)."""
-    _, channels, p, q = weight_shape
-    return pixels[layout.pixels(channels, (p, q))]
-
-
 def patch_embed_packed_forward(
     pixels: Tensor,
     weight: Tensor,
@@ -94,23 +88,17 @@ def patch_embed_packed_forward(
     std: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """(1, N + n * P, D), as :func:`fastvit.triton.patch_embed_packed.patch_embed_packed_forward`.
-
-    Here the raw pixels are gathered by PyTorch first; to the kernel each patch is an image of its own.
-    """
-    dtype, patches = (
-        out_dtype or weight.dtype,
-        pixels[layout.pixels(weight.shape[1], (weight.shape[2], weight.shape[3]))],
+    """(1, N + n * P, D), as :func:`fastvit.triton.patch_embed_packed.patch_embed_packed_forward`."""
+    width, prefix = weight.shape[0], 0 if prefix_tokens is None else prefix_tokens.shape[1]
+    tokens = layout.image.shape[0] + layout.starts.shape[0] * prefix
+    out = torch.empty(1, tokens, width, dtype=out_dtype or weight.dtype, device=pixels.device)
+    positions = None if pos_embed is None else pos_embed.contiguous()
+    first = None if prefix_tokens is None or prefix == 0 else prefix_tokens[0].contiguous()
+    weight, pixels = aligned(weight.contiguous()), pixels.contiguous()
+    extension.library.patch_embed_packed_forward(
+        pixels, pixels, weight, unit_rows(bias), *_tables(layout), positions, first, mean, std, out[0]
     )
-    exact = dtype if pos_embed is None else torch.float32
-    x = patch_embed_forward(patches, weight, bias, mean=mean, std=std, out_dtype=exact)[:, 0]
-    if pos_embed is not None:
-        x = (x + pos_embed).to(dtype)
-    if prefix_tokens is None:
-        return x.unsqueeze(0)
-    at = layout.prefix_tokens(prefix_tokens.shape[1])
-    out = x.new_empty(x.shape[0] + at.numel(), x.shape[1]).index_copy_(0, layout.patch_tokens(at.shape[1]), x)
-    return out.index_copy_(0, at.flatten(), prefix_tokens[0].to(dtype).repeat(at.shape[0], 1)).unsqueeze(0)
+    return out
 
 
 def patch_embed_packed_weight_gradient(
@@ -123,5 +111,16 @@ def patch_embed_packed_weight_gradient(
     std: Tensor | None = None,
 ) -> Tensor:
     """dweight float32, as :func:`fastvit.triton.patch_embed_packed.patch_embed_packed_weight_gradient`."""
-    patches = _packed_patches(pixels, layout, weight_shape)
-    return patch_embed_weight_gradient(dout.unsqueeze(1), patches, weight_shape, mean=mean, std=std, prefix=0)
+    width, channels, p, q = weight_shape
+    features = channels * p * q
+    splits = extension.library.patch_embed_weight_gradient_splits(dout, dout.shape[0], width, features)
+    partials = torch.empty(splits, width, features, dtype=torch.float32, device=dout.device)
+    dout, pixels = aligned(dout.contiguous()), pixels.contiguous()
+    extension.library.patch_embed_packed_weight_gradient(
+        dout, dout, pixels, p, q, *_tables(layout), mean, std, partials
+    )
+    return sum_partials(partials).view(weight_shape)
+
+
+def _tables(layout: Layout) -> list[Tensor]:
+    return [table.contiguous() for table in layout]
