@@ -19,6 +19,8 @@ from benchmarks.layouts import Weights, to_hugging_face, to_torchvision
 from benchmarks.networks import Network
 from fastvit.ops.backends import BACKENDS
 
+Build = Callable[[Network], nn.Module]
+
 
 class Logits(nn.Module):
     """A Hugging Face classifier that returns its logits."""
@@ -105,6 +107,11 @@ def _xformers(network: Network) -> nn.Module:
     return _loaded(model, network.source.state_dict())
 
 
+def _accelerated(build: Build) -> Build:
+    """The model of another library on fastvit's ops."""
+    return lambda network: fastvit.accelerate(build(network))
+
+
 class Floor(nn.Module):
     """No network, but what none with these shapes can do without: every product by cuBLAS (on a CPU, oneDNN), alone,
     and a copy of what LayerNorm and attention must read and write.
@@ -151,9 +158,6 @@ class Floor(nn.Module):
         return F.linear(x[:batch], weights["head"])
 
 
-Build = Callable[[Network], nn.Module]
-
-
 @dataclass(frozen=True)
 class Library:
     """Where a model comes from."""
@@ -172,6 +176,14 @@ LIBRARIES = {
     **{f"fastvit-{name}": Library("fastvit", {"vit": _fastvit}, how=name, backend=name) for name in BACKENDS[1:]},
     "torchvision": Library("torchvision", {"vit": _torchvision, "resnet": _itself}),
     "huggingface": Library("Hugging Face", {"vit": _hugging_face}, how="sdpa"),
+    **{
+        f"{name}-accelerated": Library(title, {"vit": _accelerated(build)}, how="fastvit.accelerate")
+        for name, title, build in (
+            ("timm", "timm", _itself),
+            ("torchvision", "torchvision", _torchvision),
+            ("huggingface", "Hugging Face", _hugging_face),
+        )
+    },
     "timm-xformers": Library("timm", {"vit": _xformers}, how="xformers attention"),
     "floor": Library("floor", {"vit": Floor}, how="products and copies alone", same_function=False, trains=False),
 }

@@ -42,9 +42,8 @@ constexpr int kLarge = 0, kMedium = 1, kSmall = 2;
 template <int kWidth> constexpr bool kLean = kWidth >= 4;
 template <bool kLean> constexpr Tile kTileOf = kTiles[kLean ? kLarge : kMedium];
 
-// In the weight's gradient packed float32 pixels, 32 registers of them at once, leave none for where they lie.
-template <class Places, int kWidth>
-constexpr Tile kGradientTile = kTileOf<kLean<kWidth> && !(std::is_same_v<Places, Packed> && kWidth == 4)>;
+// In the weight's gradient float32 pixels, 32 registers of them at once, leave none for where they lie.
+template <int kWidth> constexpr Tile kGradientTile = kTileOf<kLean<kWidth> && kWidth != 4>;
 
 // Rows of D values of any floating dtype, D a multiple of 8.
 struct Rows {
@@ -157,9 +156,9 @@ struct WeightGradient {
 
 // Grid: tiles of (D, K), and the splits of the rows. dout and patches both lie by rows of what is contracted.
 template <class Places, class T, class Pixel, int kWidth>
-__global__ void __launch_bounds__(kGradientTile<Places, kWidth>.threads())
+__global__ void __launch_bounds__(kGradientTile<kWidth>.threads())
 patch_embed_weight_gradient_kernel(const __grid_constant__ WeightGradient<Places> p) {
-  constexpr Tile kTile = kGradientTile<Places, kWidth>;
+  constexpr Tile kTile = kGradientTile<kWidth>;
   constexpr int kThreads = kTile.threads();
   using G = Gemm<T, kTile, Layout::mn_major, Layout::mn_major>;
   const Patches<Places>& patches = p.patches;
@@ -371,7 +370,7 @@ void weight_gradient(
   with_products(dout.dtype, [&](auto product) {
     with_pixels<decltype(product)>(patches, access, true, [&](auto pixel, auto width) {
       using T = decltype(product);
-      constexpr Tile tile = kGradientTile<Places, width>;
+      constexpr Tile tile = kGradientTile<width>;
       const auto kernel = patch_embed_weight_gradient_kernel<Places, T, decltype(pixel), width>;
       const dim3 grid(tiles_of(tile, dim, patches.columns), splits);
       const size_t shared = shared_bytes<Gemm<T, tile, Layout::mn_major, Layout::mn_major>>(patches);

@@ -291,6 +291,7 @@ def test_names_of_contenders() -> None:
     assert (found.library.title, found.way.compile) == ("timm", "max-autotune")
     assert contenders.find("fastvit-reference").library.backend == "reference"
     assert contenders.find("timm-xformers").library.how == "xformers attention"
+    assert contenders.find("huggingface-accelerated-compile").how == "torch.compile, fastvit.accelerate"
     with pytest.raises(ValueError, match="no contender 'timm-graphs'"):
         contenders.find("timm-graphs")
     for suite in command.SUITES:

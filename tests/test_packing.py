@@ -351,7 +351,7 @@ def test_dropped_patches_are_as_if_each_image_had_lost_them_alone(options: dict[
 
 def test_patch_dropout_compiles_once_for_every_mix() -> None:
     torch._dynamo.reset()
-    model = small(torch.float32, patch_drop_rate=0.5).train()
+    model = small(torch.float32, depth=1, patch_drop_rate=0.5).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for i, sizes in enumerate((MIX, MIX[1:], ((40, 8), (8, 8)) * 4)):
         packed = pack(mix(torch.float32, sizes), 4)
