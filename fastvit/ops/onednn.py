@@ -28,8 +28,10 @@ BFLOAT16_INSTRUCTIONS = AVAILABLE and bool(torch.ops.mkldnn._is_mkldnn_bf16_supp
 _EPILOGUES = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 _SMALLEST = 1 << 23  # multiply-adds; below, the packed product's own overhead (tens of us) is more than it saves
-# Outputs, rows: below both, packed bfloat16 can leave a core idle, and plain weights are 1.4x as fast.
+# Outputs, rows: below both, AMX's packed product can leave a core idle, and plain weights are 1.4x as fast. Without AMX
+# packed ones are the faster ones everywhere.
 _NARROW = (1024, 1280)
+_AMX = torch.cpu._is_amx_tile_supported()
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,8 +82,8 @@ def _pack(weight: Tensor, rows: int) -> Tensor | None:
     """
     if type(weight) is not nn.Parameter or not weight.is_contiguous() or weight.is_inference():
         return None
-    narrow = weight.dtype == torch.bfloat16 and weight.shape[0] < _NARROW[0] and rows < _NARROW[1]
-    if narrow and BFLOAT16_INSTRUCTIONS:
+    narrow = weight.shape[0] < _NARROW[0] and rows < _NARROW[1]
+    if _AMX and narrow and weight.dtype == torch.bfloat16:
         return weight.detach()
     stamp = _stamp(weight)
     known = _packed.get(weight)
