@@ -53,7 +53,8 @@ def main() -> None:
         python = environment / "bin" / "python"
         run(python, "-m", "pip", "install", *quiet, f"torch=={OLDEST}", f"nvidia-cuda-runtime=={major}.*", wheel)
         (runtime,) = environment.rglob(f"libcudart.so.{major}")
-        run(python, "-c", PROOF.replace("OLDEST", repr(OLDEST)), LD_LIBRARY_PATH=str(runtime.parent))
+        # -P: not this clone's fastvit, which would be found first
+        run(python, "-P", "-c", PROOF.replace("OLDEST", repr(OLDEST)), LD_LIBRARY_PATH=str(runtime.parent))
 
 
 if __name__ == "__main__":
