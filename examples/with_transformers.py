@@ -8,12 +8,13 @@ import tempfile
 
 import torch
 from digits import MODEL, load
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 import fastvit.acceleration.transformers
 
 fastvit.acceleration.transformers.register()  # from now on attn_implementation="fastvit" is a name that models take
 
+set_seed(0)
 training, test = load()
 model = ViTForImageClassification(
     ViTConfig(

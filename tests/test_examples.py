@@ -14,10 +14,10 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Script: its argument (epochs, or steps), and what its last line says more than.
 TRAINING = {
     "train.py": ("12", 55),
-    "with_accelerate.py": ("4", 20),
+    "with_accelerate.py": ("8", 20),
     "with_lightning.py": ("4", 20),
     "with_timm.py": ("4", 20),
-    "with_transformers.py": ("4", 20),
+    "with_transformers.py": ("8", 20),
 }
 
 
