@@ -274,11 +274,10 @@ __global__ void __launch_bounds__(kThreads, (kQueryBlocks<DIM, M>)) query_gradie
     float s[1][2 * kPairs][4], dp[1][2 * kPairs][4];
     uint32_t ds[kPairs][1][4];
     walk.template scores<FULL>(s, dp, step, part, count);
-    if constexpr (M::kModified) {
-      if (around.relative()) {
-        around.template load_window<DIM>(window<T, DIM>(), walk.start(step) + part);
-        add_diagonals<T, DIM>(s[0][0], s[0][1], SharedRows<T, DIM>{walk.owned_tile(0)}, window<T, DIM>());
-      }
+    if constexpr (M::kRelative) {
+      static_assert(kPairs == 1, "one window at a time");
+      around.template load_window<DIM>(window<T, DIM>(), walk.start(step) + part);
+      add_diagonals<T, DIM>(s[0][0], s[0][1], SharedRows<T, DIM>{walk.owned_tile(0)}, window<T, DIM>());
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
@@ -303,9 +302,7 @@ __global__ void __launch_bounds__(kThreads, (kQueryBlocks<DIM, M>)) query_gradie
       }
       pack_pair<T>(ds[j][0], dp[0][2 * j], dp[0][2 * j + 1]);
     }
-    if constexpr (M::kModified) {
-      if (around.relative()) add_spread<T, DIM>(dq, dp[0][0], dp[0][1], window<T, DIM>());
-    }
+    if constexpr (M::kRelative) add_spread<T, DIM>(dq, dp[0][0], dp[0][1], window<T, DIM>());
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       if (j >= kSure && kPair * j >= count) break;
@@ -367,11 +364,10 @@ __global__ void __launch_bounds__(kThreads, 2) key_value_gradient_kernel(const K
     constexpr int kSure = FULL ? kPairs : 1;
     float s[1][2 * kPairs][4], dp[1][2 * kPairs][4];
     walk.template scores<FULL>(s, dp, step, part, count);
-    if constexpr (M::kModified) {
-      if (around.relative()) {
-        around.template load_window<DIM>(window<T, DIM>(), walk.start(step) + part);
-        add_transposed_diagonals<T, DIM>(s[0][0], s[0][1], walk.tile(step, 0) + part * DIM, window<T, DIM>());
-      }
+    if constexpr (M::kRelative) {
+      static_assert(kPairs == 1, "one window at a time");
+      around.template load_window<DIM>(window<T, DIM>(), walk.start(step) + part);
+      add_transposed_diagonals<T, DIM>(s[0][0], s[0][1], walk.tile(step, 0) + part * DIM, window<T, DIM>());
     }
     const float* column = statistics + step % kStages * 2 * kRows + part + lane_id() % 4 * 2;
 #pragma unroll
@@ -422,15 +418,15 @@ Problem<T, M> problem_of(
           static_cast<float>(scale)};
 }
 
-// f.template operator()<T, DIM>(Plain or Modified, whether packed, bytes of shared memory).
+// f.template operator()<T, DIM>(Plain, Modified or Relative, bytes of shared memory).
 template <class F>
 void with_modifiers(
     const Device& device, const AttentionModifiers& modifiers, const Array& q, const Array& k, double scale, const F& f) {
   with_dtype_and_dim(q, [&]<class T, int DIM>() {
-    if (!modifiers.any()) return f.template operator()<T, DIM>(Plain(), kSharedBytes<DIM>);
-    Modified m = modified(modifiers, q, k, scale);
-    const size_t shared = stage_table_or_windows<DIM>(device, kSharedBytes<DIM>, kWarps, m);
-    f.template operator()<T, DIM>(m, shared);
+    with_kind(modifiers, q, k, scale, [&](auto m) {
+      const size_t shared = stage<DIM>(device, kSharedBytes<DIM>, kWarps, m);
+      f.template operator()<T, DIM>(m, shared);
+    });
   });
 }
 

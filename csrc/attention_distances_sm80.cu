@@ -20,7 +20,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
 
 template <class T>
-struct Problem : Modified {
+struct Problem : Relative {
   Heads<const T> q, k, v, dout;  // (B, T, H, d)
   const float *lse, *delta;      // (B, H, T)
   int images, heads, tokens;
@@ -29,17 +29,16 @@ struct Problem : Modified {
 };
 
 // The block's rows of R, and for each warp 16 rows of q and of dout and a window of keys, then of values.
-template <int DIM>
 constexpr int kWarpRows = 2 * kPair + kWindow;
 template <int DIM>
-constexpr size_t kSharedBytes = (kPair + kWarps * kWarpRows<DIM>) * DIM * sizeof(uint16_t);
+constexpr size_t kSharedBytes = (kPair + kWarps * kWarpRows) * DIM * sizeof(uint16_t);
 
 template <class T, int DIM>
 __global__ void __launch_bounds__(kThreads, 2) distances_gradient_kernel(const Problem<T> problem) {
   const int warp = threadIdx.x / kLanes, g = lane_id() / 4, column = lane_id() % 4 * 2;
   const int tokens = problem.tokens, count = 2 * tokens - 1, first = blockIdx.x * kPair, own_head = blockIdx.y;
   T* own = reinterpret_cast<T*>(shared_memory());      // (16, DIM) of R
-  T* q = own + (kPair + warp * kWarpRows<DIM>) * DIM;  // (16, DIM)
+  T* q = own + (kPair + warp * kWarpRows) * DIM;  // (16, DIM)
   T* dout = q + kPair * DIM;                           // (16, DIM)
   T* window = dout + kPair * DIM;                      // (kWindow, DIM)
   if (warp == 0) {
@@ -133,7 +132,7 @@ void attention_distances_gradient(
   with_dtype_and_dim(q, [&]<class T, int DIM>() {
     const int heads = static_cast<int>(q.size[2]), own = static_cast<int>(ddistances.size[0]);
     const Problem<T> problem{
-        modified(modifiers, q, k, scale), heads_of<const T>(q), heads_of<const T>(k), heads_of<const T>(v),
+        relative(modifiers, q, k, scale), heads_of<const T>(q), heads_of<const T>(k), heads_of<const T>(v),
         heads_of<const T>(dout), lse.as<const float>(), delta.as<const float>(), static_cast<int>(q.size[0]), heads,
         static_cast<int>(q.size[1]), heads / own, ddistances.as<float>()};
     const dim3 grid(static_cast<unsigned>(ceil_div(a.size[1], kPair)), static_cast<unsigned>(own));

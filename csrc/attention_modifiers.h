@@ -1,6 +1,7 @@
 // What attention's kernels for compute capability 8.0 take besides q, k and v: a bias, a table of relative positions,
-// keys of distances (attention_diagonals.h), a key mask, sequences packed in one row, dropout. A kernel is instantiated
-// twice: with Plain, which is empty and costs nothing, and with Modified, where each of them is there or a null pointer.
+// keys of distances, a key mask, sequences packed in one row, dropout. A kernel is instantiated three times: with
+// Plain, which is empty and costs nothing; with Modified, where each of them is there or a null pointer; and, for the
+// registers that they take, with Relative, which is Modified with keys of distances (attention_diagonals.h).
 //
 //     x = scale * q k^T + bias, or + table[place(i, j)], or + scale * q R[i - j + T - 1]; -inf where the mask is 0
 //     p = exp(x - lse)
@@ -29,7 +30,7 @@ struct Rows {
 };
 
 struct Plain {
-  static constexpr bool kModified = false;
+  static constexpr bool kModified = false, kRelative = false;
 
   template <bool TRANSPOSED>
   struct Warp {
@@ -89,7 +90,7 @@ __device__ __forceinline__ void philox(
 }
 
 struct Modified {
-  static constexpr bool kModified = true;
+  static constexpr bool kModified = true, kRelative = false;
 
   float scale;
 
@@ -104,9 +105,6 @@ struct Modified {
   int prefix;                  // 1 where a class token comes first and the last 3 entries are its own, else 0
   Divisor per_line;            // w
   bool staged;                 // the head's entries lie in shared memory, as float32
-
-  const void* distances;    // (2T - 1, d) in q's dtype, or null
-  int64_t distances_head;  // elements to the next head's
 
   const uint8_t* mask;  // (B, Tk), or null
   int64_t mask_image, mask_key;
@@ -145,7 +143,7 @@ struct Modified {
     DType table_dtype;
     int64_t table_entry;
     const uint8_t* mask;
-    int head, queries, keys, first;
+    int queries, keys;
     uint64_t seed;
     uint32_t plane;  // image * H + head
     Token rows[2];   // the lane's
@@ -153,8 +151,7 @@ struct Modified {
     __device__ __forceinline__ Warp(
         const Modified& all, int64_t image, int head, int heads, int queries, int keys, const float* staged, int first)
         : all(all), bias(all.bias), table(all.table), table_dtype(all.table_dtype), table_entry(all.table_entry),
-          mask(all.mask), head(head), queries(queries), keys(keys), first(first), seed(0),
-          plane(static_cast<uint32_t>(image * heads + head)) {
+          mask(all.mask), queries(queries), keys(keys), seed(0), plane(static_cast<uint32_t>(image * heads + head)) {
       const auto advanced = [](const void* from, int64_t elements, DType dtype) {
         return static_cast<const void*>(static_cast<const char*>(from) + elements * (dtype == DType::float32 ? 4 : 2));
       };
@@ -220,16 +217,6 @@ struct Modified {
       });
     }
 
-    __device__ __forceinline__ bool relative() const { return all.distances != nullptr; }
-
-    // Where `relative`: brings to the warp's window (kWindow, DIM) the keys of distances of its rows and 16 columns.
-    template <int DIM, class T>
-    __device__ __forceinline__ void load_window(T* window, int column) const {
-      const T* matrix = static_cast<const T*>(all.distances) + head * all.distances_head;
-      const int centre = TRANSPOSED ? column - first : first - column;
-      load_rows<kWindow, DIM>(window, matrix, DIM, centre + keys - 1 - kPair, 2 * keys - 1);
-    }
-
     // The table's entry of a query and a key.
     __device__ __forceinline__ int entry(const Token& query, const Token& key) const {
       const bool class_query = query.index < all.prefix, class_key = key.index < all.prefix;
@@ -253,6 +240,31 @@ struct Modified {
       philox(words, key, query, plane, seed);
 #pragma unroll
       for (int i = 0; i < 4; ++i) kept[i] = words[i] >= all.threshold;
+    }
+  };
+};
+
+struct Relative : Modified {
+  static constexpr bool kRelative = true;
+
+  const void* distances;   // (2T - 1, d) in q's dtype
+  int64_t distances_head;  // elements to the next head's
+
+  template <bool TRANSPOSED>
+  struct Warp : Modified::Warp<TRANSPOSED> {
+    const void* matrix;  // the head's
+    int first;           // of the warp's rows
+
+    __device__ __forceinline__ Warp(
+        const Relative& all, int64_t image, int head, int heads, int queries, int keys, const float* staged, int first)
+        : Modified::Warp<TRANSPOSED>(all, image, head, heads, queries, keys, staged, first),
+          matrix(static_cast<const uint16_t*>(all.distances) + head * all.distances_head), first(first) {}
+
+    // Brings to the warp's window (kWindow, DIM) the keys of distances of its rows and 16 columns.
+    template <int DIM, class T>
+    __device__ __forceinline__ void load_window(T* window, int column) const {
+      const int distance = TRANSPOSED ? column - first : first - column, zero = this->keys - 1;  // whose row is `zero`
+      load_rows<kWindow, DIM>(window, static_cast<const T*>(matrix), DIM, distance + zero - kPair, 2 * zero + 1);
     }
   };
 };
@@ -303,17 +315,6 @@ inline Modified modified(const AttentionModifiers& m, const Array& q, const Arra
     to.entries = static_cast<int>(a.size[0]), to.width = static_cast<int>(w), to.per_line = Divisor(w);
     to.centre = static_cast<int>(entries / 2);
   }
-  if (m.distances) {
-    const Array& a = m.distances;
-    require(queries == keys && a.dims == 3 && a.size[0] == heads && a.size[1] == 2 * keys - 1 && a.size[2] == q.size[3] &&
-                a.dtype == q.dtype,
-            "attention: distances; accepted: (", heads, ", ", 2 * keys - 1, ", ", q.size[3], ") ", name(q.dtype),
-            " for as many queries as keys");
-    require(a.stride[2] == 1 && a.stride[1] == a.size[2] && a.stride[0] % 8 == 0 &&
-                reinterpret_cast<uintptr_t>(a.data) % 16 == 0,
-            "attention: distances; accepted: each head's contiguous, at a multiple of 16 bytes");
-    to.distances = a.data, to.distances_head = a.stride[0];
-  }
   if (m.key_mask) {
     const Array& a = m.key_mask;
     require(a.dims == 2 && a.size[0] == batch && a.size[1] == keys && a.dtype == DType::uint8,
@@ -340,6 +341,31 @@ inline Modified modified(const AttentionModifiers& m, const Array& q, const Arra
   return to;
 }
 
+inline Relative relative(const AttentionModifiers& m, const Array& q, const Array& k, double scale) {
+  const Array& a = m.distances;
+  const int64_t rows = 2 * k.size[1] - 1;
+  require(q.size[1] == k.size[1] && a.dims == 3 && a.size[0] == q.size[2] && a.size[1] == rows &&
+              a.size[2] == q.size[3] && a.dtype == q.dtype,
+          "attention: distances; accepted: (", q.size[2], ", ", rows, ", ", q.size[3], ") ", name(q.dtype),
+          " for as many queries as keys");
+  require(a.stride[2] == 1 && a.stride[1] == a.size[2] && a.stride[0] % 8 == 0 &&
+              reinterpret_cast<uintptr_t>(a.data) % 16 == 0,
+          "attention: distances; accepted: each head's contiguous, at a multiple of 16 bytes");
+  return {modified(m, q, k, scale), a.data, a.stride[0]};
+}
+
+// f(Plain, Modified or Relative): the kind that a call needs.
+template <class F>
+void with_kind(const AttentionModifiers& m, const Array& q, const Array& k, double scale, const F& f) {
+  if (m.distances) {
+    f(relative(m, q, k, scale));
+  } else if (m.any()) {
+    f(modified(m, q, k, scale));
+  } else {
+    f(Plain());
+  }
+}
+
 // What the gradient of something learned is written to.
 inline void check_gradient(const char* label, const Array& a) {
   int64_t dense = 1;
@@ -357,11 +383,16 @@ inline size_t stage_table(const Device& device, size_t bytes, Modified& modified
   return modified.staged ? all : bytes;
 }
 
-// The same for a kernel that goes through scores by `warps` warps: where there are keys of distances, behind lie windows.
-template <int DIM>
-size_t stage_table_or_windows(const Device& device, size_t bytes, int warps, Modified& modified) {
-  if (modified.distances) return bytes + warps * kWindow * DIM * sizeof(uint16_t);
-  return stage_table(device, bytes, modified);
+// The same for a kernel that goes through scores by `warps` warps, each of which has a window where a table would lie.
+template <int DIM, class M>
+size_t stage(const Device& device, size_t bytes, int warps, M& modifiers) {
+  if constexpr (M::kRelative) {
+    return bytes + warps * kWindow * DIM * sizeof(uint16_t);
+  } else if constexpr (M::kModified) {
+    return stage_table(device, bytes, modifiers);
+  } else {
+    return bytes;
+  }
 }
 
 }  // namespace fastvit::sm80

@@ -280,7 +280,6 @@ __global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Modi
     }
   };
   if constexpr (Modifiers::kModified) {
-    T* window = reinterpret_cast<T*>(table) + warp * kWindow * DIM;
     State<DIM, M> state(kNoScore);
     const typename Modifiers::template Warp<false> around(
         modifiers, place.image, place.head, gridDim.y, queries.count, keys.count, table, first);
@@ -292,7 +291,8 @@ __global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Modi
       const T* stage = stages + step % kOnlineStages * kStage;
       const int start = (step == 0 ? full : step - 1) * kOnlineKeys, count = step == 0 ? rest : kOnlineKeys;
       products<T, DIM, 1>(s, rows, stage, (count + 7) / 8);
-      if (around.relative()) {
+      if constexpr (Modifiers::kRelative) {
+        T* window = reinterpret_cast<T*>(table) + warp * kWindow * DIM;
 #pragma unroll
         for (int j = 0; j < kOnlinePairs; ++j) {
           if (kPair * j >= count) break;
@@ -382,14 +382,17 @@ void attention_forward(
               heads_of<T>(out, packed), lse.as<float>(), static_cast<int>(q.size[1]), static_cast<int>(k.size[1]),
               scale_log2, flip};
     };
-    if (modifiers.any()) {
-      const Extent all = extent(modifiers, q, k);
-      Modified m = modified(modifiers, q, k, scale);
-      const size_t shared = stage_table_or_windows<DIM>(device, kOnlineBytes<DIM>, kOnlineWarps, m);
-      return online<T, DIM>(device, problem(m, kLog2e, 0), all.images, q.size[2], all.queries, shared);
-    }
-    const float scale_log2 = std::fmax(static_cast<float>(std::fabs(scale)) * kLog2e, 1e-37f);
-    forward<T, DIM>(device, problem(Plain(), scale_log2, scale < 0 ? 0x80008000u : 0u), q);
+    with_kind(modifiers, q, k, scale, [&](auto m) {
+      using M = decltype(m);
+      if constexpr (M::kModified) {
+        const Extent all = extent(modifiers, q, k);
+        const size_t shared = stage<DIM>(device, kOnlineBytes<DIM>, kOnlineWarps, m);
+        online<T, DIM>(device, problem(m, kLog2e, 0), all.images, q.size[2], all.queries, shared);
+      } else {
+        const float scale_log2 = std::fmax(static_cast<float>(std::fabs(scale)) * kLog2e, 1e-37f);
+        forward<T, DIM>(device, problem(m, scale_log2, scale < 0 ? 0x80008000u : 0u), q);
+      }
+    });
   });
 }
 

@@ -73,7 +73,7 @@ def graphed(
         if found is None or images.dtype != dtype:
             raise ValueError(f"images {tuple(images.shape)} in {images.dtype}; captured: {list(graphs)} in {dtype}")
         own, replay = found
-        with torch.cuda.device(own.device):
+        with torch.cuda.device(own.device), torch.no_grad():
             own.copy_(images)
             return replay().clone()
 

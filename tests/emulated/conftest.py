@@ -35,3 +35,12 @@ def _poison() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def _eager_in_its_own_dtype() -> Iterator[None]:
+    """Where a mask has a gradient PyTorch's attention would compute in float32, which is no eager result in 16 bits."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    yield
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)

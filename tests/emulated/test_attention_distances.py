@@ -17,17 +17,10 @@ from fastvit.ops.attention_modifiers import Modifiers
 from head_dims import HEAD_DIMS
 from numerics import assert_same_bits_twice, check_op
 
+pytestmark = pytest.mark.usefixtures("_eager_in_its_own_dtype")
+
 HALF = (torch.float16, torch.bfloat16)
 DROPOUT = {"dropout_p": 0.3, "seed": torch.tensor([0x1234567_89ABCDEF])}
-
-
-@pytest.fixture(autouse=True)
-def _eager_in_its_own_dtype():
-    """As where a bias has a gradient: tests/emulated/test_attention_modifiers.py."""
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    yield
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def attention(**args: Any) -> Any:

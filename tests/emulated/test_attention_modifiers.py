@@ -3,7 +3,6 @@ relative positions, key mask, packed sequences, dropout, against the reference a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,17 +18,10 @@ from fastvit.ops.attention_modifiers import Modifiers
 from head_dims import HEAD_DIMS
 from numerics import assert_as_right_as_eager, assert_same_bits_twice, check_op, leaves_of
 
+pytestmark = pytest.mark.usefixtures("_eager_in_its_own_dtype")
+
 HALF = (torch.float16, torch.bfloat16)
 SEED = torch.tensor([0x1234567_89ABCDEF])
-
-
-@pytest.fixture(autouse=True)
-def _eager_in_its_own_dtype() -> Iterator[None]:
-    """Where a mask has a gradient PyTorch's attention would compute in float32, which is no eager result in 16 bits."""
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    yield
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def attention(**args: Any) -> tuple[Tensor, Tensor]:
