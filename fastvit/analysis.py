@@ -1,10 +1,11 @@
-"""What a Vision Transformer attends to: attention maps, attention rollout, mean attention distance.
+"""What a Vision Transformer has learned and what it attends to (section 4.5 of the ViT paper): the patch embedding's
+filters, how alike positions are, attention maps, attention rollout, mean attention distance.
 
-Every number comes out of the fused kernels: they run as in inference, save the log-sum-exp of each row, and the weights
-that are wanted are computed from it, a row or a block of rows at a time. No T x T matrix is ever in memory.
+What is about attention comes out of the fused kernels: they run as in inference, save the log-sum-exp of each row, and
+the weights that are wanted are computed from it, a row or a block of rows at a time. No T x T matrix is ever in memory.
 
 The functions take any :class:`fastvit.ViT` on any backend. The model runs in eval mode without gradients and is left as
-it was.
+it was. ``fastvit inspect`` draws what they return.
 """
 
 from __future__ import annotations
@@ -45,6 +46,52 @@ class _Heads(NamedTuple):
     def rows(self, rows: Sequence[int] | Tensor) -> Tensor:
         """(B, H, R, T)."""
         return ops.attention_rows(self.q, self.k, self.lse, rows, scale=self.scale)
+
+
+def patch_filters(model: ViT, count: int = 28) -> Tensor:
+    """The principal components of the patch embedding's filters (figure 7, left).
+
+    The D filters are D points in the space of a patch's pixels; the components are that space's directions in which
+    they spread most, each of length 1. Which way round a direction points is arbitrary: the largest value is positive.
+
+    Args:
+        model: the ViT.
+        count: at most so many.
+
+    Returns:
+        (count, C, p, p) float32, the first component first; fewer where a patch has fewer pixels or D is smaller.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count: {count}; accepted: 1 or more")
+    weight = model.patch_embed.proj.weight.detach().float()
+    flat = weight.flatten(1)
+    components = torch.linalg.svd(flat - flat.mean(0), full_matrices=False).Vh[:count]
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    return (components * largest.sign()).view(-1, *weight.shape[1:])
+
+
+def position_similarity(model: ViT) -> Tensor:
+    """The cosine of the angle between the position embeddings of every two patches (figure 7, centre).
+
+    Args:
+        model: the ViT.
+
+    Returns:
+        (h, w, h, w) float32: of the patch in a row and column, with the patch in another row and column.
+
+    Raises:
+        ValueError: the model learns no position embeddings.
+    """
+    grid = model.patch_embed.grid_size
+    positions = model._positions(grid)
+    if positions is None:
+        raise ValueError("the model has no position embeddings; accepted: one that adds learned ones to its tokens")
+    patches = positions.detach().float()[0, model._prefix_positions() :]
+    unit = nn.functional.normalize(patches, dim=1)
+    return (unit @ unit.T).view(*grid, *grid)
 
 
 def attention_maps(model: ViT, images: Tensor, rows: Sequence[int] = (0,)) -> Tensor:
@@ -97,7 +144,7 @@ def rollout(model: ViT, images: Tensor) -> Rollout:
 
 
 def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
-    """How far each head looks, in pixels (figures 7 and 11 of the ViT paper), see ``fastvit.ops.attention_distance``.
+    """How far each head looks, in pixels (figures 7 and 10 of the ViT paper), see ``fastvit.ops.attention_distance``.
 
     Args:
         model: the ViT.

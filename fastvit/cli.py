@@ -17,6 +17,10 @@ def _positive(text: str) -> int:
     return number
 
 
+def _size(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    return None if arguments.size is None else (arguments.size[0], arguments.size[-1])
+
+
 def _env(arguments: argparse.Namespace) -> int:
     from fastvit import env
 
@@ -70,11 +74,10 @@ def _embed(arguments: argparse.Namespace) -> int:
 
     from fastvit.embed import embed
 
-    size = None if arguments.size is None else (arguments.size[0], arguments.size[-1])
     try:
         count, unreadable = embed(
-            arguments.source, arguments.weights, arguments.out, size=size, mean=arguments.mean, std=arguments.std,
-            batch=arguments.batch, threads=arguments.threads, dtype=getattr(torch, arguments.dtype),
+            arguments.source, arguments.weights, arguments.out, size=_size(arguments), mean=arguments.mean,
+            std=arguments.std, batch=arguments.batch, threads=arguments.threads, dtype=getattr(torch, arguments.dtype),
             parquet=arguments.parquet,
         )  # fmt: skip
     except (ValueError, OSError, ImportError) as error:
@@ -82,6 +85,27 @@ def _embed(arguments: argparse.Namespace) -> int:
         return 2
     if count or unreadable:
         print(f"{count} images, {unreadable} unreadable; saved {arguments.out}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    for name, package in (("matplotlib", "matplotlib"), ("PIL", "Pillow")):
+        if importlib.util.find_spec(name) is None:
+            why = f"{package} is not installed (pip install 'fastvit[inspect]')"
+            print(f"fastvit inspect can't run: {why}", file=sys.stderr)
+            return 2
+    from fastvit.inspect import inspect
+
+    try:
+        found = inspect(
+            arguments.images, arguments.weights, arguments.out, size=_size(arguments), mean=arguments.mean,
+            std=arguments.std,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        print(f"fastvit inspect: {error}", file=sys.stderr)
+        return 2
+    for name, result in found.items():
+        print(f"no picture of {name}: {result}" if isinstance(result, str) else f"saved {result}")
     return 0
 
 
@@ -178,6 +202,21 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     embed.add_argument("--parquet", action="store_true", help="write OUT/features.parquet too")
     embed.set_defaults(run=_embed)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="pictures of what a model has learned and what it attends to",
+        description="Draw OUT/filters.png (principal components of the patch embedding's filters), positions.png "
+        "(similarity of position embeddings), attention_distance.png (mean attention distance of every head, over the "
+        "images given) and rollout.png (attention rollout over each image): figures 6, 7 and 10 of the ViT paper.",
+    )
+    inspect.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    inspect.add_argument("--weights", required=True, help="a file, a folder of Hugging Face, or hf-hub:org/name")
+    inspect.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
+    inspect.add_argument("--size", nargs="+", type=_positive, metavar="PIXELS", help="one, or height and width")
+    inspect.add_argument("--mean", nargs="+", type=float, default=[0.5], metavar="X", help="of the pixels, 0 to 1")
+    inspect.add_argument("--std", nargs="+", type=float, default=[0.5], metavar="X", help="of the pixels, 0 to 1")
+    inspect.set_defaults(run=_inspect)
     return top
 
 

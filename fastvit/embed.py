@@ -110,13 +110,17 @@ def _parquet(source: Path) -> Images:
     return Images(keys, read)
 
 
-def preprocess(data: bytes, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """An image file as (3, H, W) float32: the shorter side resized (bicubic) to cover H x W, the middle cut out."""
+def preprocess(
+    data: bytes, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], channels: int = 3
+) -> Tensor:
+    """An image file as (channels, H, W) float32, 3 of colour or 1 of grey: the shorter side resized (bicubic) to cover
+    H x W, the middle cut out."""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(data)) as image:
-        fitted = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
+        mode = {1: "L", 3: "RGB"}[channels]
+        fitted = ImageOps.fit(image.convert(mode), (size[1], size[0]), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).view(*size, channels)
     return ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)
 
 

@@ -147,3 +147,32 @@ def test_what_is_refused() -> None:
     model.blocks[1].attn = nn.Identity()
     with pytest.raises(TypeError, match="block 1 is a Block with Identity for its attention; accepted"):
         analysis.rollout(model, images)
+
+
+def test_filters_are_the_principal_components() -> None:
+    model = ViT(**SMALL)
+    weight = model.patch_embed.proj.weight.detach()
+    filters = analysis.patch_filters(model, 12)
+    assert filters.shape == (12, *weight.shape[1:])
+    centred = weight.flatten(1).double() - weight.flatten(1).double().mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    for i, component in enumerate(filters.flatten(1).double()):
+        expected = vectors[:, -1 - i]
+        torch.testing.assert_close(component, expected * (component @ expected).sign(), rtol=0, atol=1e-4)
+        assert component.max() == component.abs().max()
+    assert len(analysis.patch_filters(model, 1000)) == 32  # 32 filters
+    with pytest.raises(ValueError, match="count: 0; accepted: 1 or more"):
+        analysis.patch_filters(model, 0)
+
+
+@pytest.mark.parametrize("prefix", [{}, {"class_token": False, "global_pool": "avg"}, {"no_embed_class": True}])
+def test_similarity_is_of_patches(prefix: dict[str, Any]) -> None:
+    model = ViT(**SMALL | prefix)
+    nn.init.normal_(model.pos_embed)
+    found = analysis.position_similarity(model)
+    patches = model.pos_embed[0, -12:].unflatten(0, (3, 4))
+    for here in ((0, 0), (2, 1)):
+        expected = nn.functional.cosine_similarity(patches[here], patches, dim=-1)
+        torch.testing.assert_close(found[here], expected)
+    with pytest.raises(ValueError, match="no position embeddings"):
+        analysis.position_similarity(ViT(**SMALL, pos_embed="none"))

@@ -1,0 +1,198 @@
+"""Pictures of what a Vision Transformer has learned (figures 6, 7, 10 and 13 of its paper): ``fastvit inspect``.
+
+:mod:`fastvit.analysis` computes what is drawn here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+from torch.nn.functional import interpolate
+from tqdm import tqdm
+
+from fastvit import analysis
+from fastvit.checkpoints.load import Source
+from fastvit.embed import preprocess
+from fastvit.models import ViT, from_checkpoint
+
+__all__ = ["draw_distances", "draw_filters", "draw_rollout", "draw_similarity", "inspect"]
+
+_COLUMNS = 7
+_DPI = 150
+
+
+def draw_filters(filters: Tensor) -> Figure:
+    """The filters (N, C, p, q) of :func:`fastvit.analysis.patch_filters` as small images, each over its full range.
+
+    Raises:
+        ValueError: filters of neither 1 nor 3 channels.
+    """
+    count, channels = filters.shape[:2]
+    if channels not in (1, 3):
+        raise ValueError(f"filters of {channels} channels can't be drawn; accepted: 1 or 3")
+    low, high = filters.amin((1, 2, 3), keepdim=True), filters.amax((1, 2, 3), keepdim=True)
+    images = ((filters - low) / (high - low).clamp(min=1e-12)).expand(-1, 3, -1, -1)
+    rows = -(-count // _COLUMNS)
+    blank = images.new_ones(rows * _COLUMNS - count, *images.shape[1:])
+    canvas = _tiled(torch.cat([images, blank]).permute(0, 2, 3, 1).unflatten(0, (rows, _COLUMNS)), 1.0)
+    figure = Figure((_COLUMNS, rows * filters.shape[2] / filters.shape[3] + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(f"Filters of the patch embedding: the first {count} principal components", fontsize="medium")
+    axes.imshow(canvas.cpu().numpy(), interpolation="nearest")
+    axes.axis("off")
+    return figure
+
+
+def draw_similarity(similarity: Tensor) -> Figure:
+    """A tile for every patch of (h, w, h, w), :func:`fastvit.analysis.position_similarity`: its cosine with all others.
+
+    Of a large grid every second, third, ... row and column has a tile, so that there are at most 16.
+    """
+    h, w = similarity.shape[:2]
+    rows, columns = (range(0, n, -(-n // 16)) for n in (h, w))
+    canvas = _tiled(similarity[rows][:, columns], torch.nan)
+    figure = Figure((0.45 * len(columns) + 1.8, 0.45 * len(rows) * h / w + 1.2), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(canvas.cpu().numpy(), cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
+    for axis, size, shown, name in ((axes.xaxis, w, columns, "column"), (axes.yaxis, h, rows, "row")):
+        axis.set_ticks([(size + 1) * i + (size - 1) / 2 for i in range(len(shown))], [str(i + 1) for i in shown])
+        axis.set_label_text(f"{name} of the patch")
+    axes.tick_params(length=0, labelsize="small")
+    axes.spines[:].set_visible(False)
+    axes.set_title("Similarity of position embeddings", fontsize="medium")
+    figure.colorbar(image, ax=axes, fraction=0.04, shrink=0.8).set_label("cosine")
+    return figure
+
+
+def draw_distances(distances: Tensor) -> Figure:
+    """A dot for every head of (blocks, B, H), :func:`fastvit.analysis.mean_attention_distance`: the mean over B."""
+    of_heads = distances.mean(1).cpu().numpy()
+    blocks, heads = of_heads.shape
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    for head in range(heads):
+        axes.scatter(range(1, blocks + 1), of_heads[:, head], s=18, color=f"C{head % 10}", alpha=0.8)
+    axes.set(
+        title=f"Size of the attended area, mean of {distances.shape[1]} image{'s' * (distances.shape[1] > 1)}",
+        xlabel=f"block (a dot for each of {heads} heads)",
+        ylabel="mean attention distance (pixels)",
+        ylim=(0, None),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def draw_rollout(images: Tensor, grids: Tensor) -> Figure:
+    """Each image beside itself as lit by the attention that reaches the output.
+
+    Args:
+        images: (N, C, H, W), C of 1 or 3, 0 to 1.
+        grids: (N, h, w), the ``grid`` of :func:`fastvit.analysis.rollout`.
+    """
+    count, _, height, width = images.shape
+    light = interpolate(grids[:, None].float().cpu(), (height, width), mode="bilinear")
+    light = light / light.amax((2, 3), keepdim=True)
+    coloured = images.float().cpu().expand(-1, 3, -1, -1)
+    pairs = torch.stack([coloured, coloured * light], 1).clamp(0, 1).permute(0, 1, 3, 4, 2).numpy()
+    across = min(count, 3)  # pairs
+    rows = -(-count // across)
+    figure = Figure((4 * across, 2.1 * rows * height / width + 0.6), layout="compressed")
+    places = figure.subplots(rows, 2 * across, squeeze=False).reshape(-1, 2)
+    for place, pair in zip(places, pairs, strict=False):
+        for axes, pixels, title in zip(place, pair, ("input", "attention"), strict=True):
+            axes.imshow(pixels)
+            axes.set_title(title, fontsize="small")
+    for axes in figure.axes:
+        axes.axis("off")
+    figure.suptitle("Attention rollout: where the output comes from", fontsize="medium")
+    return figure
+
+
+def _tiled(tiles: Tensor, gap: float) -> Tensor:
+    """(rows, columns, h, w, ...) as one picture (rows (h + 1) - 1, columns (w + 1) - 1, ...), a pixel between tiles."""
+    rows, columns, h, w, *rest = tiles.shape
+    spaced = tiles.new_full((rows, h + 1, columns, w + 1, *rest), gap)
+    spaced[:, :h, :, :w] = tiles.transpose(1, 2)
+    return spaced.flatten(2, 3).flatten(0, 1)[:-1, :-1]
+
+
+def inspect(
+    images: Sequence[str | Path],
+    weights: Source | ViT,
+    out: str | Path,
+    *,
+    size: tuple[int, int] | None = None,
+    mean: Sequence[float] = (0.5,),
+    std: Sequence[float] = (0.5,),
+) -> dict[str, Path | str]:
+    """Draw a model's filters and positions, and what its attention makes of some images.
+
+    Args:
+        images: files; attention distances are the mean over them.
+        weights: what :func:`fastvit.from_checkpoint` takes, or a model.
+        out: a folder for the pictures.
+        size: (height, width) the images are cut to; by default the model's. Positions are resampled for another.
+        mean, std: of the pixels, in 0..1 units, as the model was trained with: one number for each channel, or for all.
+
+    Returns:
+        ``filters``, ``positions``, ``attention_distance`` and ``rollout``, each with its file, or why this model has
+        no such picture.
+
+    Raises:
+        ValueError: no images, an image that can't be read, or a model whose images have neither 1 channel nor 3.
+        OSError: a file that can't be opened.
+    """
+    if not images:
+        raise ValueError("no images; accepted: one file or more")
+    if isinstance(weights, ViT):
+        model = weights
+        if size is not None:
+            raise ValueError("size: accepted with weights; a model has its own (set_input_size changes it)")
+    else:
+        options: dict[str, Any] = {} if size is None else {"img_size": size}
+        model = from_checkpoint(weights, **options)
+    channels = model.in_chans
+    if channels not in (1, 3):
+        raise ValueError(f"the model takes images of {channels} channels; accepted: 1 or 3")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise ValueError(f"{name}: {len(values)} numbers; accepted: 1, or {channels} as the model's channels")
+    to = tuple(model.patch_embed.img_size)
+    pixels = torch.stack([_read(Path(path), to, channels) for path in images])
+    batch = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    parameter = next(model.parameters())
+    batch = batch.to(parameter.device, parameter.dtype)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    drawings = {
+        "filters": lambda: draw_filters(analysis.patch_filters(model)),
+        "positions": lambda: draw_similarity(analysis.position_similarity(model)),
+        "attention_distance": lambda: draw_distances(analysis.mean_attention_distance(model, batch)),
+        "rollout": lambda: draw_rollout(pixels, analysis.rollout(model, batch).grid),
+    }
+    found: dict[str, Path | str] = {}
+    for name, draw in tqdm(drawings.items(), desc="inspect", unit="picture", leave=False):
+        try:
+            figure = draw()
+        except (TypeError, ValueError) as error:  # of another kind of model
+            found[name] = str(error)
+            continue
+        found[name] = out / f"{name}.png"
+        figure.savefig(out / f"{name}.png", dpi=_DPI, bbox_inches="tight")
+    return found
+
+
+def _read(path: Path, size: tuple[int, int], channels: int) -> Tensor:
+    """(channels, H, W), 0 to 1."""
+    data = path.read_bytes()
+    try:
+        return preprocess(data, size, (0.0,), (1.0,), channels)
+    except OSError as error:
+        raise ValueError(f"{path} can't be read as an image: {error}") from error
