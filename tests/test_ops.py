@@ -56,14 +56,15 @@ def _parameters(dtype: torch.dtype, **shapes: tuple[int, ...]) -> dict[str, nn.P
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "quick_gelu", "swiglu"))
 @pytest.mark.parametrize("gamma", (True, False))
-@pytest.mark.parametrize("narrow", (False, True))
+@pytest.mark.parametrize(("narrow", "amx"), ((False, True), (True, False), (True, True)))
 def test_onednn_is_as_right_as_eager(
-    dtype: torch.dtype, activation: str, gamma: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, activation: str, gamma: bool, narrow: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    amx = amx and onednn.BFLOAT16_INSTRUCTIONS  # plain weights run with any of them
+    monkeypatch.setattr(onednn, "_AMX", amx)
     if narrow:
         monkeypatch.setattr(onednn, "_NARROW", (1024, 1280))
-        monkeypatch.setattr(onednn, "_AMX", onednn.BFLOAT16_INSTRUCTIONS)  # as if: plain weights run anywhere
-    packed = 0 if narrow and dtype == torch.bfloat16 and onednn.BFLOAT16_INSTRUCTIONS else 2
+    packed = 0 if narrow and amx and dtype == torch.bfloat16 else 2
     _check_packed_mlp(dtype, activation, gamma, packed)
 
 
