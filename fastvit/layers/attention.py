@@ -64,7 +64,7 @@ def between(queries: Sequences, keys: Sequences) -> dict[str, Any]:
     }
 
 
-def _biased(options: dict[str, Any], table: Tensor | None, window: Window | None) -> dict[str, Any]:
+def biased(options: dict[str, Any], table: Tensor | None, window: Window | None) -> dict[str, Any]:
     """Arguments of ops.attention with a table too; one bias where there is one already, T x T as that is."""
     if table is None or window is None:
         return options
@@ -174,7 +174,7 @@ class Attention(nn.Module):
             qkv = self._project_in(x, norm).unflatten(-1, (3, self.num_heads, self.head_dim))
             plain = rope is None and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm)
             if options is not None and plain:
-                packed: Any = ops.attention_qkvpacked(qkv, **_biased(options, table, window))
+                packed: Any = ops.attention_qkvpacked(qkv, **biased(options, table, window))
                 return self._project(leading(packed, tokens, sequences), merge)
             q, k, v = qkv.unbind(2)
             q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
@@ -192,7 +192,7 @@ class Attention(nn.Module):
         else:
             if queries is not None and sequences is not None:
                 options |= between(sequences.leading(queries), sequences)
-            out = ops.attention(q, k, v, **_biased(options, table, window))
+            out = ops.attention(q, k, v, **biased(options, table, window))
         return self._project(out if queries is not None else leading(out, tokens, sequences), merge)
 
     def _relative(self, positions: Positions | None) -> tuple[Tensor | None, Window | None]:
