@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "no class token": {"class_token": False, "global_pool": "avg"},
     "registers, qk norm, LayerScale": {"reg_tokens": 4, "qk_norm": True, "init_values": 0.5, "qkv_bias": False},
     "dropout": {"drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3, "patch_drop_rate": 0.3},
+    "rotary, dropout": {"rope": 100.0, "pos_embed": "none", "patch_drop_rate": 0.3},
     "any size": {"dynamic_img_size": True},
     "pixels": {"mean": (0.5,) * 3, "std": (0.2,) * 3},
     "relative positions": {"use_rel_pos_bias": True, "global_pool": "avg"},
