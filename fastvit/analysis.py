@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastvit import ops
+from fastvit import ops, reference
 from fastvit.layers import Attention, BeitAttention, BeitBlock, Block, Positions
-from fastvit.layers.attention import head_norm
+from fastvit.layers.attention import biased, head_norm
 from fastvit.layers.patch_embed import image_size
 from fastvit.models import ViT
 
@@ -41,11 +41,22 @@ class _Heads(NamedTuple):
     q: Tensor  # (B, T, H, d)
     k: Tensor
     lse: Tensor  # (B, H, T)
-    scale: float
+    options: dict[str, Any]  # the scale and, if it has one, its table of biases, as ops.attention takes them
 
     def rows(self, rows: Sequence[int] | Tensor) -> Tensor:
         """(B, H, R, T)."""
-        return ops.attention_rows(self.q, self.k, self.lse, rows, scale=self.scale)
+        return ops.attention_rows(self.q, self.k, self.lse, rows, **self.options)
+
+    def distance(self, grid: tuple[int, int], patch_size: tuple[float, float]) -> Tensor:
+        """(B, H), as ops.attention_distance, which knows no table: there by blocks of rows."""
+        if "rel_pos_table" not in self.options:
+            return ops.attention_distance(self.q, self.k, self.lse, grid, patch_size=patch_size, **self.options)
+        patches = torch.arange(grid[0] * grid[1], device=self.q.device)
+        prefix, sums = self.q.shape[1] - len(patches), []
+        for some in patches.split(ROWS):
+            weights = self.rows(prefix + some)[..., prefix:]
+            sums.append((weights * reference.patch_distances(some, grid, patch_size, weights.dtype)).sum((-2, -1)))
+        return torch.stack(sums).sum(0) / len(patches)
 
 
 def patch_filters(model: ViT, count: int = 28) -> Tensor:
@@ -159,15 +170,7 @@ def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
     grid = _grid(model, images)
     height, width = model.patch_embed.patch_size
     patch = (float(height), float(width))
-    return torch.stack(
-        _each_block(
-            model,
-            images,
-            lambda heads: ops.attention_distance(
-                heads.q, heads.k, heads.lse, grid, patch_size=patch, scale=heads.scale
-            ),
-        )
-    )
+    return torch.stack(_each_block(model, images, lambda heads: heads.distance(grid, patch)))
 
 
 def _through(heads: _Heads, weights: Tensor) -> Tensor:
@@ -207,15 +210,14 @@ def _heads(block: Any, index: int, x: Tensor, positions: Positions | None = None
             f"block {index} is a {type(block).__name__} with {type(attn).__name__} for its attention; "
             "accepted: fastvit.layers' Block or BeitBlock with Attention or BeitAttention"
         )
-    if attn._relative(positions)[0] is not None:
-        raise TypeError(f"block {index} has biases by relative position; accepted: attention without")
+    options = biased({"scale": attn.scale}, *attn._relative(positions))
     qkv = attn._project_in(x, block.norm1).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(2)
     q, k = head_norm(attn.q_norm, q), head_norm(attn.k_norm, k)
     if positions is not None and positions.rope is not None:
         q, k = ops.rotate(q, k, *positions.rope)
-    _, lse = ops.attention(q, k, v, scale=attn.scale, return_lse=True)
-    return _Heads(q, k, lse, attn.scale)
+    _, lse = ops.attention(q, k, v, return_lse=True, **options)
+    return _Heads(q, k, lse, options)
 
 
 @contextmanager

@@ -108,6 +108,7 @@ class PackedImages:
     patch_size: Pair  # (p, q)
     channels: int  # C
     max_patches: int  # of the largest image
+    grids: tuple[Pair, ...]  # (rows, columns) of each image's patches, on the host
 
     def __len__(self) -> int:
         return self.layout.starts.shape[0]
@@ -145,13 +146,14 @@ class PackedImages:
         return Sequences.of(self.layout.cu_seqlens(prefix), self.max_patches + prefix, total)
 
 
-def _flatten(packed: PackedImages) -> tuple[list[Any], tuple[Pair, int]]:
-    return [packed.pixels, packed.layout, packed.max_patches], (packed.patch_size, packed.channels)
+def _flatten(packed: PackedImages) -> tuple[list[Any], tuple[Pair, int, tuple[Pair, ...]]]:
+    return [packed.pixels, packed.layout, packed.max_patches], (packed.patch_size, packed.channels, packed.grids)
 
 
-def _unflatten(leaves: Any, context: tuple[Pair, int]) -> PackedImages:
+def _unflatten(leaves: Any, context: tuple[Pair, int, tuple[Pair, ...]]) -> PackedImages:
     pixels, layout, max_patches = leaves
-    return PackedImages(pixels, layout, *context, max_patches)
+    patch_size, channels, grids = context
+    return PackedImages(pixels, layout, patch_size, channels, max_patches, grids)
 
 
 _pytree.register_pytree_node(PackedImages, _flatten, _unflatten, serialized_type_name="fastvit.PackedImages")
@@ -202,6 +204,7 @@ def pack(images: Sequence[Tensor], patch_size: int | Pair, *, channels: int = 3,
         patch_size=(p, q),
         channels=channels,
         max_patches=int(patches.max()),
+        grids=tuple((rows, columns) for rows, columns in grids.tolist()),
     )
 
 

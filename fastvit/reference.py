@@ -455,10 +455,15 @@ def attention_distance(
     scale: float | None = None,
 ) -> Tensor:
     """See :func:`fastvit.ops.attention_distance`."""
-    tokens, (h, w) = q.shape[1], grid
-    patches = torch.arange(h * w, device=q.device)
-    prefix = tokens - h * w
+    patches = torch.arange(grid[0] * grid[1], device=q.device)
+    prefix = q.shape[1] - len(patches)
     weights = attention_rows(q, k, lse, prefix + patches, scale=scale)[..., prefix:]
-    down, across = (patches // w).to(weights.dtype) * patch_size[0], (patches % w).to(weights.dtype) * patch_size[1]
-    distance = torch.hypot(down[:, None] - down, across[:, None] - across)
-    return (weights * distance).sum(-1).mean(-1)
+    return (weights * patch_distances(patches, grid, patch_size, weights.dtype)).sum(-1).mean(-1)
+
+
+def patch_distances(rows: Tensor, grid: tuple[int, int], patch_size: tuple[float, float], dtype: torch.dtype) -> Tensor:
+    """Between the centres of some patches of a grid (h, w), by their index (R,), and all of them: (R, h * w)."""
+    patches, columns = torch.arange(grid[0] * grid[1], device=rows.device), grid[1]
+    down = (patches // columns).to(dtype) * patch_size[0]
+    across = (patches % columns).to(dtype) * patch_size[1]
+    return torch.hypot(down[rows].unsqueeze(1) - down, across[rows].unsqueeze(1) - across)

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import fastvit
 from fastvit import ViT, analysis, ops
+from parity import randomise
 
 SMALL: dict[str, Any] = {
     "img_size": (24, 40), "patch_size": (8, 10), "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5
@@ -22,8 +24,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "no class token": {"class_token": False, "global_pool": "avg"},
     "registers, qk norm, LayerScale": {"reg_tokens": 4, "qk_norm": True, "init_values": 0.5, "qkv_bias": False},
     "dropout": {"drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.3, "patch_drop_rate": 0.3},
+    "rotary, dropout": {"rope": 100.0, "pos_embed": "none", "patch_drop_rate": 0.3},
     "any size": {"dynamic_img_size": True},
     "pixels": {"mean": (0.5,) * 3, "std": (0.2,) * 3},
+    "relative positions": {"use_rel_pos_bias": True, "global_pool": "avg"},
+    "relative positions, any size": {
+        "use_rel_pos_bias": True,
+        "use_shared_rel_pos_bias": True,
+        "dynamic_img_size": True,
+    },
 }
 
 
@@ -32,7 +41,7 @@ def build(name: str) -> tuple[ViT, Tensor]:
     model = ViT(**SMALL | MODELS[name])
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    size = (32, 30) if name == "any size" else (24, 40)
+    size = (32, 30) if "any size" in name else (24, 40)
     images = torch.randn(2, 3, *size)
     return model, torch.randint(0, 256, images.shape, dtype=torch.uint8) if name == "pixels" else images
 
@@ -130,14 +139,45 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_no_more_rows_at_once_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_timms_beit_is_looked_into(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three of its own weights, which its attention materialises: with its indices and its sum of biases."""
+    monkeypatch.setattr(analysis, "ROWS", 5)
+    options = SMALL | {"use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared, "global_pool": "token"}
+    theirs, ours = randomise(timm.models.beit.Beit(**options)).eval(), ViT(**options)
+    with torch.no_grad():
+        for name, table in theirs.named_parameters():
+            if name.endswith("bias_table"):
+                table.normal_()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 24, 40)
+    with softmaxes(theirs) as found, torch.no_grad():
+        theirs.forward_features(images)
+    maps = analysis.attention_maps(ours, images, rows=range(13))
+    torch.testing.assert_close(maps, torch.stack(found), rtol=0, atol=1e-5)
+    product = torch.eye(13)
+    for block in found:
+        product = (block.mean(1) + torch.eye(13)) / 2 @ product
+    torch.testing.assert_close(analysis.rollout(ours, images).weights, product[:, 0], rtol=0, atol=1e-5)
+    centres = torch.cartesian_prod(torch.tensor([4.0, 12.0, 20.0]), torch.tensor([5.0, 15.0, 25.0, 35.0]))
+    distance = (centres[:, None] - centres).norm(dim=-1)
+    expected = torch.stack([(block[..., 1:, 1:] * distance).sum(-1).mean(-1) for block in found])
+    torch.testing.assert_close(analysis.mean_attention_distance(ours, images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("look", "name", "rows"),
+    [("rollout", "class token", 13), ("rollout", "relative positions", 13),
+     ("mean_attention_distance", "relative positions", 12)],
+)  # fmt: skip
+def test_no_more_rows_at_once_than_asked(look: str, name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of T x T is in memory: the largest piece of weights has ROWS rows."""
     monkeypatch.setattr(analysis, "ROWS", 3)
     seen: list[int] = []
-    rows = ops.attention_rows
-    monkeypatch.setattr(ops, "attention_rows", lambda *a, **kw: (seen.append(len(a[3])), rows(*a, **kw))[1])
-    analysis.rollout(*build("class token"))
-    assert max(seen) == 3 and sum(seen) == 3 * 13
+    op = ops.attention_rows
+    monkeypatch.setattr(ops, "attention_rows", lambda *a, **kw: (seen.append(len(a[3])), op(*a, **kw))[1])
+    getattr(analysis, look)(*build(name))
+    assert max(seen) == 3 and sum(seen) == 3 * rows
 
 
 def test_what_is_refused() -> None:

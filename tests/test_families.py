@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import analysis, flops, ops
-from fastvit.layers import BeitAttention, BeitBlock
+from fastvit.layers import BeitAttention, BeitBlock, PatchDropout
 from fastvit.models import ViT
 from parity import Calls, assert_same, gradients
 
@@ -31,7 +31,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "distilled": {"name": "deit_tiny_distilled_patch16_224"},
     "distilled, registers": {"name": "deit_tiny_distilled_patch16_224", "reg_tokens": 2, "no_embed_class": True},
 }  # fmt: skip
-PACKED = [family for family in FAMILIES if "BEiT" not in family]
+TABLES = [family for family in FAMILIES if "BEiT" in family]
+TURNED = [family for family in FAMILIES if "DINOv3" in family or "rope" in family]
+MIX = ((32, 32), (48, 24), (8, 16), (32, 32), (48, 24))
 
 
 def small(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> ViT:
@@ -66,13 +68,94 @@ def test_a_batch_of_sizes(family: str) -> None:
         assert_same(model(x), other(x))
 
 
-@pytest.mark.parametrize("family", PACKED)
-def test_packed_images_are_each_alone(family: str) -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_images_are_each_alone(family: str, fixed: bool) -> None:
+    """Of sizes in any order, in models that as a tensor take any size, or only their own."""
     model = small(family, dynamic_img_size=True)
-    sizes = [torch.randn(3, *size, dtype=torch.float64) for size in ((32, 32), (48, 24), (8, 16))]
-    alone = torch.cat([model(image[None]) for image in sizes])
-    assert_same(model(sizes), alone)
-    assert_same(gradients(model, model(sizes)), gradients(model, alone))
+    mix = [torch.randn(3, *size, dtype=torch.float64) for size in MIX]
+    alone = torch.cat([model(image[None]) for image in mix])
+    given = small(family, dynamic_img_size=not fixed)
+    given.load_state_dict(model.state_dict())
+    out = given(mix)
+    assert_same(out, alone)
+    wanted = gradients(model, alone)
+    assert_same(gradients(given, out), wanted)
+    given.set_grad_checkpointing()
+    assert_same(gradients(given, given(mix)), wanted)
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_packed_images_of_one_size_are_a_batch(family: str) -> None:
+    """With the same dropout; and of several sizes each draws its own."""
+    model, x, runs = small(family, attn_drop_rate=0.4, drop_path_rate=0.3), images(), []
+    for given in (x, list(x)):
+        torch.manual_seed(3)
+        out = model(given)
+        runs.append([out, *gradients(model, out)])
+    assert_same(*runs)
+    seeds: list[int] = []
+    for block in model.blocks:
+        fused = block.attn._fused
+
+        def watched(op: Any, heads: Any, *rest: Any, fused: Any = fused) -> Tensor:
+            def seen(*args: Any, **options: Any) -> Any:
+                seeds.append(options["seed"].item())
+                return op(*args, **options)
+
+            return fused(seen, heads, *rest)
+
+        block.attn._fused = watched
+    model([torch.randn(3, *size, dtype=torch.float64) for size in MIX])
+    assert len(seeds) == len(set(seeds)) == 3 * len(model.blocks)
+
+
+@pytest.mark.parametrize("watch", ["attn", "attn.qkv", "attn.proj", "mlp", "norm1"])
+@pytest.mark.parametrize("family", TABLES)
+def test_hooks_see_packed_images_in_their_order(family: str, watch: str) -> None:
+    model, mix, seen = small(family), [torch.randn(3, *size, dtype=torch.float64) for size in MIX], []
+    want, total = model(mix), sum(1 + h * w // 64 for h, w in MIX)
+    for block in model.blocks:
+        block.get_submodule(watch).register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
+    assert_same(model(mix), want)
+    assert seen == [(1, total)] * len(model.blocks)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", TURNED)
+def test_patches_that_stay_keep_their_angles(family: str, packed: bool) -> None:
+    """Dropping patches in training is masking them as keys in the whole image, of which the others are read."""
+    model = small(family, dynamic_img_size=True, patch_drop_rate=0.5)
+    prefix = model.num_prefix_tokens
+    mix = [torch.randn(3, *size, dtype=torch.float64) for size in (MIX if packed else ((48, 24),) * 3)]
+    given = fastvit.pack(mix, 8) if packed else torch.stack(mix)
+    torch.manual_seed(4)
+    got = model.forward_features(given)
+    torch.manual_seed(4)
+    if isinstance(given, Tensor):
+        stay = model.patch_drop.draw(torch.empty(3, prefix + 18, 1))
+        kept = [torch.cat([torch.arange(prefix), prefix + own]) for own in stay]
+        got = got.flatten(0, 1)[None]
+    else:
+        where = given.sequences(prefix)
+        _, after, index = model.patch_drop.of_packed(torch.empty(1, len(where.image), 1), where)
+        kept = [index[after.image == i] - where.cu_seqlens[i] for i in range(len(mix))]
+    model.eval()
+    want = []
+    for image, own in zip(mix, kept, strict=True):
+        mask = torch.zeros(prefix + image[0].numel() // 64, dtype=torch.bool)
+        mask[own] = True
+        assert prefix < len(own) and (image.shape[1] == 8 or not mask.all())
+        want.append(model.forward_features(image[None], attn_mask=mask[None, None, None])[:, own])
+    assert_same(got, torch.cat(want, dim=1))
+    assert_same(gradients(model, got), gradients(model, torch.cat(want, dim=1)))
+
+
+def test_patch_dropout_of_another_class_is_refused_with_rope() -> None:
+    model = small("DINOv3")
+    model.patch_drop = nn.Dropout(0.5)
+    with pytest.raises(ValueError, match="patch_drop is a Dropout; accepted with rope: fastvit.layers.PatchDropout"):
+        model(images())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -196,8 +279,8 @@ def test_masks(family: str, masked: str) -> None:
     assert (got - model(x)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", PACKED)
-def test_analysis_turns_the_heads(family: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_analysis_turns_the_heads_and_adds_the_tables(family: str) -> None:
     """Maps are the softmax of what a hook on the opened weights sees."""
     model, x, seen = small(family).eval(), images(), []
     maps = analysis.attention_maps(model, x, rows=range(model.num_prefix_tokens + 16))
@@ -226,10 +309,11 @@ def test_weights_start_anew(family: str) -> None:
 
 def test_what_biases_by_relative_position_are_not_with() -> None:
     model = small("BEiT")
-    with pytest.raises(ValueError, match="packed images can't pass blocks: biases by relative position are for one"):
+    model.patch_drop = PatchDropout(0.5)
+    with pytest.raises(ValueError, match="packed images can't pass patch_drop: biases by relative position are for wh"):
         model([torch.randn(3, 32, 32, dtype=torch.float64)])
-    with pytest.raises(TypeError, match="block 0 has biases by relative position"):
-        analysis.attention_maps(model, images())
+    with pytest.raises(ValueError, match="9 queries and 9 keys; a rel_pos_table of 52 rows for a window of 4x4"):
+        model(images())
     for options, message in (
         ({"reg_tokens": 2}, "class_token must be True and reg_tokens 0, got True and 2"),
         ({"class_token": False}, "class_token must be True and reg_tokens 0, got False and 0"),

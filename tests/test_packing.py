@@ -69,6 +69,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pre-norm": {"pre_norm": True},
     "embedding with a norm": {"embed_norm_layer": nn.LayerNorm},
     "oblong": {"img_size": (8, 20), "patch_size": (4, 2)},
+    "relative positions": {"use_rel_pos_bias": True, "img_size": (8, 20), "patch_size": (4, 2)},
+    "relative positions of all kinds": {"use_shared_rel_pos_bias": True, "rope": 100.0, "qk_norm": True},
 }
 
 
@@ -278,6 +280,18 @@ def test_launches_do_not_grow_with_the_images(training: bool) -> None:
     assert len(set(counts)) == 1, counts
 
 
+def test_launches_of_tables_grow_with_the_sizes_alone() -> None:
+    """One call of attention for each size that there is, and none of the others more."""
+    model = small(torch.bfloat16, use_rel_pos_bias=True).to("meta")
+    counts = []
+    for sizes in (MIX[:2] * 40, MIX[:2] * 80, MIX * 40):
+        packed = pack(mix(torch.bfloat16, sizes), 4).to("meta")
+        with static.trace(80) as trace, torch.no_grad():
+            model(packed)
+        counts.append([trace.count, sum(one.kernel.fn.__name__.startswith("attention") for one in trace.launches)])
+    assert counts[0] == counts[1] and counts[0][1] == 2 * 2 and counts[2][1] == 5 * 2
+
+
 @pytest.mark.parametrize("options", [{}, {"global_pool": "avg"}, {"global_pool": "map"}], ids=str)
 def test_compiles_once_for_every_mix(options: dict[str, Any]) -> None:
     torch._dynamo.reset()
@@ -306,8 +320,9 @@ def test_patch_dropout_keeps_prefixes_and_each_images_share(prefix: int, prob: f
     drop = layers.PatchDropout(prob, prefix).train()
     seen = set()
     for _ in range(3):
-        y, after = drop.of_packed(torch.arange(total).float().view(1, -1, 1), before)
+        y, after, index = drop.of_packed(torch.arange(total).float().view(1, -1, 1), before)
         kept = y[0, :, 0].long()
+        assert index is None or torch.equal(index, kept)
         assert len(kept) == len(kept.unique()) == int(after.cu_seqlens[-1]) == after.image.shape[0]
         for i, count in enumerate(counts):
             own = kept[after.cu_seqlens[i] : after.cu_seqlens[i + 1]]
@@ -321,7 +336,7 @@ def test_patch_dropout_keeps_prefixes_and_each_images_share(prefix: int, prob: f
         seen.add(tuple(kept.tolist()))
     assert len(seen) == (3 if prob else 1)
     unchanged = drop.eval().of_packed(y, after)
-    assert unchanged[0] is y and unchanged[1] is after
+    assert unchanged[0] is y and unchanged[1] is after and unchanged[2] is None
 
 
 @pytest.mark.parametrize(
@@ -335,7 +350,7 @@ def test_dropped_patches_are_as_if_each_image_had_lost_them_alone(options: dict[
     torch.manual_seed(5)
     logits = model(packed)
     torch.manual_seed(5)
-    kept, after = model.patch_drop.of_packed(numbers, where)
+    kept, after, _ = model.patch_drop.of_packed(numbers, where)
     model.eval()
     assert model._tokens(packed)[0].shape[1] > kept.shape[1]
 
@@ -387,6 +402,7 @@ def test_packed_images() -> None:
     leaves, spec = torch.utils._pytree.tree_flatten(packed)
     again = torch.utils._pytree.tree_unflatten(leaves, spec)
     assert isinstance(again, PackedImages) and again.patch_size == (4, 4) and torch.equal(again.pixels, packed.pixels)
+    assert again.grids == packed.grids == packed.to("meta").grids == ((2, 3), (4, 4), (1, 1), (5, 7), (4, 1))
 
 
 def test_sequences() -> None:

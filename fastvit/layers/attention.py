@@ -14,7 +14,7 @@ from fastvit.layers import fuse
 from fastvit.layers.fuse import Merge
 from fastvit.layers.mlp import Mlp
 from fastvit.layers.packed import leading, reduce_tokens
-from fastvit.layers.positions import Positions
+from fastvit.layers.positions import Batches, Positions
 from fastvit.packing import Sequences
 
 Window = tuple[int, int]
@@ -64,7 +64,7 @@ def between(queries: Sequences, keys: Sequences) -> dict[str, Any]:
     }
 
 
-def _biased(options: dict[str, Any], table: Tensor | None, window: Window | None) -> dict[str, Any]:
+def biased(options: dict[str, Any], table: Tensor | None, window: Window | None) -> dict[str, Any]:
     """Arguments of ops.attention with a table too; one bias where there is one already, T x T as that is."""
     if table is None or window is None:
         return options
@@ -164,9 +164,10 @@ class Attention(nn.Module):
                 keys and values of all.
         """
         rope = None if positions is None else positions.rope
+        batches = None if positions is None else positions.batches
         table, window = self._relative(positions)
         options = self._options(x, attn_mask, is_causal, sequences)
-        queries = tokens if table is None else None  # a table is for as many queries as keys
+        queries = tokens if table is None and batches is None else None  # tables are for as many queries as keys
         if queries is not None and rope is None and fuse.intact(self.qkv, nn.Linear):
             q, k, v = self._few_queries(x, norm, queries, sequences)
             q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
@@ -174,7 +175,7 @@ class Attention(nn.Module):
             qkv = self._project_in(x, norm).unflatten(-1, (3, self.num_heads, self.head_dim))
             plain = rope is None and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm)
             if options is not None and plain:
-                packed: Any = ops.attention_qkvpacked(qkv, **_biased(options, table, window))
+                packed = self._fused(ops.attention_qkvpacked, [qkv], options, table, window, batches)
                 return self._project(leading(packed, tokens, sequences), merge)
             q, k, v = qkv.unbind(2)
             q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
@@ -188,16 +189,40 @@ class Attention(nn.Module):
                     above = torch.ones(bias.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
                     bias, is_causal = bias.masked_fill(above, float("-inf")), False
                 attn_mask = bias if attn_mask is None else bias + as_bias(attn_mask, q.dtype)
-            out: Any = self._attend(q, k, v, attn_mask, is_causal)
+            out = self._attend(q, k, v, attn_mask, is_causal)
         else:
             if queries is not None and sequences is not None:
                 options |= between(sequences.leading(queries), sequences)
-            out = ops.attention(q, k, v, **_biased(options, table, window))
+            out = self._fused(ops.attention, [q, k, v], options, table, window, batches)
         return self._project(out if queries is not None else leading(out, tokens, sequences), merge)
 
     def _relative(self, positions: Positions | None) -> tuple[Tensor | None, Window | None]:
         """The table of biases by relative position, and the window of patches that it is for."""
         return (None, None) if positions is None else (positions.table, positions.window)
+
+    def _fused(
+        self,
+        op: Callable[..., Any],
+        heads: list[Tensor],
+        options: dict[str, Any],
+        table: Tensor | None,
+        window: Window | None,
+        batches: Batches | None,
+    ) -> Tensor:
+        """op of heads (B, T, ...) with biases for a window, or packed (1, total, ...): one call for each window."""
+        if batches is None:
+            out: Tensor = op(*heads, **biased(options, table, window))
+            return out
+        options = {name: value for name, value in options.items() if name not in ("cu_seqlens", "max_seqlen")}
+        if batches.order is not None:
+            heads = [t.index_select(1, batches.order) for t in heads]
+        found, parts = [], [t[0].split([batch.images * batch.tokens for batch in batches.each]) for t in heads]
+        for i, (batch, *part) in enumerate(zip(batches.each, *parts, strict=True)):
+            own = options | ({"seed": options["seed"] + i} if "seed" in options else {})
+            given = (t.unflatten(0, (batch.images, batch.tokens)) for t in part)
+            found.append(op(*given, **biased(own, *self._relative(batch.positions))).flatten(0, 1))
+        out = torch.cat(found).unsqueeze(0)
+        return out if batches.back is None else out.index_select(1, batches.back)
 
     def _few_queries(
         self, x: Tensor, norm: nn.Module | None, tokens: int, sequences: Sequences | None

@@ -118,25 +118,33 @@ class PatchDropout(nn.Module):
         self.prob = prob
         self.num_prefix_tokens = num_prefix_tokens
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, T', D): the first patches of a random order, as timm keeps them."""
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Which patches of x (B, T, D) stay, (B, T' - P) int64: the first of a random order, as in timm; None: all."""
         if not self.training or self.prob == 0.0:
+            return None
+        count = x.shape[1] - self.num_prefix_tokens
+        keep = max(1, int(count * (1.0 - self.prob)))
+        return torch.randn(x.shape[0], count, device=x.device).argsort(dim=-1)[:, :keep]
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T', D), in the order of ``kept``, which ``draw`` returned, or now returns."""
+        kept = self.draw(x) if kept is None else kept
+        if kept is None:
             return x
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        count = patches.shape[1]
-        keep = max(1, int(count * (1.0 - self.prob)))
-        kept = torch.randn(x.shape[0], count, device=x.device).argsort(dim=-1)[:, :keep]
         patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return torch.cat([prefix, patches], dim=1)
 
-    def of_packed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, Sequences]:
-        """The same of packed images: x (1, total, D) -> (1, total', D), and where the images are in that.
+    def of_packed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, Sequences, Tensor | None]:
+        """The same of packed images: x (1, total, D) -> (1, total', D), where the images are in that, and which stayed.
+
+        These are the tokens of x by their index, (total',) int64, or None for all.
 
         How many stay in all must be known without a look at the sizes, which are on the device: of N patches of n
         images n + floor((N - n) (1 - prob)), and of each image its share of that to within one patch, one at least.
         """
         if not self.training or self.prob == 0.0:
-            return x, sequences
+            return x, sequences, None
         patches, places = sequences.without(self.num_prefix_tokens)
         images, share = sequences.images, 1.0 - self.prob
         one_each = torch.arange(images + 1, device=x.device)
@@ -154,4 +162,4 @@ class PatchDropout(nn.Module):
         index = torch.empty(rest.image.shape, dtype=torch.long, device=x.device)
         index[rest.leading_tokens(prefix)] = sequences.leading_tokens(prefix)
         index[rest.without(prefix)[1]] = kept
-        return x.index_select(1, index), rest
+        return x.index_select(1, index), rest, index

@@ -35,8 +35,8 @@ def images_of(model: ViT, images: Any) -> Tensor | PackedImages:
     return pack(images, embed.patch_size, channels=model.in_chans, pad=embed.dynamic_img_pad)
 
 
-def embed(model: ViT, packed: PackedImages) -> tuple[Tensor, Sequences]:
-    """The tokens that enter the blocks, (1, total, D), and where the images are in them.
+def embed(model: ViT, packed: PackedImages) -> tuple[Tensor, Sequences, Tensor | None]:
+    """The tokens that enter the blocks, (1, total, D), where the images are in them, and which patch dropout left.
 
     Raises:
         ValueError: uint8 images without the model's mean and std, or a module that takes no packed images.
@@ -60,10 +60,10 @@ def embed(model: ViT, packed: PackedImages) -> tuple[Tensor, Sequences]:
         x = layer(packed)
         x = x if positions is None else x + positions
         x = x if prefix is None else reference.with_prefix(x[0], packed.layout, prefix).unsqueeze(0)
-    x, sequences = model.pos_drop(x), packed.sequences(model.num_prefix_tokens)
+    x, sequences, kept = model.pos_drop(x), packed.sequences(model.num_prefix_tokens), None
     if isinstance(model.patch_drop, PatchDropout):
-        x, sequences = model.patch_drop.of_packed(x, sequences)
-    return model.norm_pre(x), sequences
+        x, sequences, kept = model.patch_drop.of_packed(x, sequences)
+    return model.norm_pre(x), sequences, kept
 
 
 def _check(model: ViT) -> None:
@@ -77,8 +77,6 @@ def _check(model: ViT) -> None:
     for method in ("_pos_embed", "_positions", "_prefix_tokens"):
         if not model._unchanged(method):
             refuse(method, "it is overridden")
-    if model.windowed:
-        refuse("blocks", "biases by relative position are for one window of patches")
     drop = model.patch_drop
     if type(drop) not in (PatchDropout, torch.nn.Identity):
         refuse("patch_drop", f"{type(drop).__name__} is no fastvit.layers.PatchDropout")
@@ -87,8 +85,8 @@ def _check(model: ViT) -> None:
             refuse("patch_drop", "it has hooks")
         if not model._unchanged("forward_features"):
             refuse("patch_drop", "forward_features is overridden, which can't say which patches stayed")
-        if model.rope is not None or model.windowed:
-            refuse("patch_drop", "attention with rope or relative positions reads all patches")
+        if model.windowed:
+            refuse("patch_drop", "biases by relative position are for whole windows")
     for i, block in enumerate(model.blocks):
         if not isinstance(block, Block):
             refuse(f"blocks.{i}", f"{type(block).__name__} is no fastvit.layers.Block")

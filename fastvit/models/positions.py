@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastvit.layers import Attention, Block, Positions
+from fastvit.layers import Attention, Block, PatchDropout, Positions
+from fastvit.layers.positions import Batch, Batches
 from fastvit.ops import rope
 from fastvit.packing import PackedImages
 
@@ -26,10 +28,9 @@ def check(model: ViT, head_dim: int, patch_drop_rate: float) -> None:
             "tables of biases by relative position have rows for one class token: class_token must be True and "
             f"reg_tokens 0, got {model.has_class_token} and {model.num_reg_tokens}"
         )
-    if patch_drop_rate and (model.rope is not None or model.windowed):
+    if patch_drop_rate and model.windowed:
         raise ValueError(
-            f"patch_drop_rate={patch_drop_rate}: attention with rope or relative positions reads all patches; "
-            "accepted: 0"
+            f"patch_drop_rate={patch_drop_rate}: biases by relative position are for whole windows; accepted: 0"
         )
 
 
@@ -58,25 +59,69 @@ def _turned(x: Tensor, grid: tuple[int, int], head_dim: int, base: float) -> tup
     return rope.axial(grid, head_dim, base=base, device=x.device, dtype=dtype)
 
 
-def of_grid(model: ViT, x: Tensor, grid: tuple[int, int]) -> Positions:
-    """Positions of tokens x (B, P + h * w, D), whose patches are a grid of (h, w)."""
+def drop_patches(model: ViT, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Patch dropout of tokens x (B, P + N, D); and which patches stayed, (B, N') int64, where rope asks; None: all.
+
+    Raises:
+        ValueError: a module of another class in a model with rope, which wouldn't know whose angles are whose.
+    """
+    drop = model.patch_drop
+    if model.rope is None or isinstance(drop, torch.nn.Identity):
+        return drop(x), None
+    if not isinstance(drop, PatchDropout):
+        raise ValueError(
+            f"patch_drop is a {type(drop).__name__}; accepted with rope: fastvit.layers.PatchDropout, which says which "
+            "patches stay"
+        )
+    kept = drop.draw(x)
+    return drop(x, kept), kept
+
+
+def of_grid(model: ViT, x: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Positions:
+    """Positions of tokens x (B, P + h * w, D), whose patches are a grid of (h, w), or those ``kept`` of it (B, N)."""
     angles = None
     if model.rope is not None:
         cos, sin = _turned(x, grid, _head_dim(model), model.rope)
-        angles = cos, sin
+        angles = (cos, sin) if kept is None else (cos[kept], sin[kept])
     table = None if model.rel_pos_bias is None else model.rel_pos_bias.table_for(grid)
     return Positions(angles, grid if model.windowed else None, table)
 
 
-def of_packed(model: ViT, x: Tensor, images: PackedImages) -> Positions:
-    """Positions of packed tokens x (1, total, D): patches turned as in their own image, prefix tokens not at all."""
-    layout, prefix, head_dim = images.layout, model.num_prefix_tokens, _head_dim(model)
-    assert model.rope is not None
-    dtype = torch.promote_types(x.dtype, torch.float32)
+def of_packed(model: ViT, x: Tensor, images: PackedImages, kept: Tensor | None = None) -> Positions:
+    """Positions of packed tokens x (1, total, D), or where patches were dropped, of those ``kept`` of them (total,)."""
+    turned = None
+    if model.rope is not None:
+        turned = _turned_packed(images, model.num_prefix_tokens, _head_dim(model), model.rope, x.dtype)
+        turned = turned if kept is None else (turned[0][kept], turned[1][kept])
+    return Positions(turned, batches=_batches(model, images) if model.windowed else None)
+
+
+def _turned_packed(
+    images: PackedImages, prefix: int, head_dim: int, base: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of all tokens, (total, d): patches turned as in their own image, prefix tokens not at all."""
+    layout, device, dtype = images.layout, images.device, torch.promote_types(dtype, torch.float32)
     place = torch.stack([layout.row, layout.column], 1).to(dtype) + 0.5
-    grids = layout.sizes[layout.image] // torch.tensor(images.patch_size, device=x.device)
-    angles = rope.angles(2 * (place / grids) - 1, head_dim, base=model.rope)
-    at = layout.patch_tokens(prefix)
-    still = x.new_ones(x.shape[1], head_dim, dtype=dtype), x.new_zeros(x.shape[1], head_dim, dtype=dtype)
+    grids = layout.sizes[layout.image] // torch.tensor(images.patch_size, device=device)
+    angles = rope.angles(2 * (place / grids) - 1, head_dim, base=base)
+    at, total = layout.patch_tokens(prefix), layout.image.shape[0] + len(images) * prefix
+    still = (whole(total, head_dim, dtype=dtype, device=device) for whole in (torch.ones, torch.zeros))
     cos, sin = (whole.index_copy(0, at, part) for whole, part in zip(still, angles, strict=True))
-    return Positions(rope=(cos, sin))
+    return cos, sin
+
+
+def _batches(model: ViT, images: PackedImages) -> Batches:
+    """The images of each size as a batch, in the order in which sizes come."""
+    prefix, shared = model.num_prefix_tokens, model.rel_pos_bias
+    counts = Counter(images.grids)  # by first appearance
+    each = []
+    for grid, count in counts.items():
+        table = None if shared is None else shared.table_for(grid)
+        each.append(Batch(count, prefix + grid[0] * grid[1], Positions(window=grid, table=table)))
+    place = {grid: i for i, grid in enumerate(counts)}
+    batch_of = [place[grid] for grid in images.grids]
+    if batch_of == sorted(batch_of):
+        return Batches(None, None, tuple(each))
+    batch = torch.tensor(batch_of).to(images.device, non_blocking=True)  # on a GPU nothing waits for it
+    order = batch[images.sequences(prefix).image].argsort(stable=True)
+    return Batches(order, order.argsort(), tuple(each))

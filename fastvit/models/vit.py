@@ -388,7 +388,7 @@ class ViT(Intermediates, Head):
         return self.pos_drop(x)
 
     def _embed(self, images: Tensor) -> Tensor:
-        """images -> the tokens that enter the blocks, (B, T, D)."""
+        """images -> tokens (B, T, D), with all patches and before ``norm_pre``."""
         embed = self.patch_embed
         ours = fuse.intact(embed, PatchEmbed)
         fused = ours and embed.fusable() and self._unchanged("_pos_embed", "_positions", "_prefix_tokens")
@@ -407,10 +407,8 @@ class ViT(Intermediates, Head):
                 mean=mean,
                 std=std,
             )
-            x = self.pos_drop(x)
-        else:
-            x = self._pos_embed(embed(images))
-        return self.norm_pre(self.patch_drop(x))
+            return self.pos_drop(x)
+        return self._pos_embed(embed(images))
 
     def _unchanged(self, *methods: str) -> bool:
         """Whether these methods are the ones below, neither overridden nor replaced."""
@@ -460,11 +458,12 @@ class ViT(Intermediates, Head):
         """
         placed = self.rope is not None or self.windowed
         if isinstance(x, PackedImages):
-            tokens, sequences = packed.embed(self, x)
+            tokens, sequences, kept = packed.embed(self, x)
             told: dict[str, Any] = {"sequences": sequences}
-            return tokens, told | ({"positions": positions.of_packed(self, tokens, x)} if placed else {})
-        tokens = self._embed(x)
-        return tokens, {"positions": positions.of_grid(self, tokens, self._grid(x))} if placed else {}
+            return tokens, told | ({"positions": positions.of_packed(self, tokens, x, kept)} if placed else {})
+        tokens, kept = positions.drop_patches(self, self._embed(x))
+        tokens = self.norm_pre(tokens)
+        return tokens, {"positions": positions.of_grid(self, tokens, self._grid(x), kept)} if placed else {}
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         """(h, w): the patches of these images."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -121,17 +122,35 @@ def test_float32_products_are_refused() -> None:
                 case.kernel(**case.args(torch.float32, "cpu"))
 
 
+MODELS: dict[str, tuple[dict[str, Any], tuple[tuple[int, int], ...]]] = {
+    "images of one size": ({"depth": 2}, ()),
+    "packed with relative positions": (
+        {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": True, "depth": 1}, ((32, 16), (16, 16), (32, 16)),
+    ),
+    "packed with rope and patch dropout": (
+        {"rope": 100.0, "patch_drop_rate": 0.5, "depth": 1}, ((32, 16), (16, 16), (32, 16)),
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_model(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name: str, dtype: torch.dtype) -> None:
     """A whole ViT with LayerScale, forward and backward: as the reference, and within its rounding of float64."""
-    model = fastvit.ViT(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=8, init_values=0.5)
-    images = torch.randn(2, 3, 32, 32)
+    options, sizes = MODELS[name]
+    sized: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2, "num_classes": 8}
+    model = fastvit.ViT(**sized, **options, init_values=0.5)
+    for parameter in model.parameters():  # the zero-initialised ones would hide what multiplies them
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    images = [torch.randn(3, *size) for size in sizes] or torch.randn(2, 3, 32, 32).unbind()
     found = []
     for backend, kind in (("cuda", dtype), ("reference", dtype), ("reference", torch.float64)):
         with fastvit.backend(backend):
             network = model.to(kind)
             network.zero_grad()
-            logits = network(images.to(dtype).to(kind))
+            given = [image.to(dtype).to(kind) for image in images]
+            torch.manual_seed(2)  # patch dropout
+            logits = network(given if sizes else torch.stack(given))
             logits.square().sum().backward()
             found.append([logits.double(), *(p.grad.double() for p in network.parameters())])
     from numerics import assert_model_as_right_as_eager

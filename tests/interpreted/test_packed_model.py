@@ -12,11 +12,13 @@ import fastvit
 from numerics import assert_model_as_right_as_eager
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-MIX = ((8, 16), (24, 16), (8, 8))
+MIX = ((8, 16), (24, 16), (8, 8), (24, 16))
 OPTIONS: dict[str, dict[str, Any]] = {
     "class token, LayerScale": {"init_values": 0.5},
     "qk-norm, average pool": {"qk_norm": True, "global_pool": "avg", "reg_tokens": 2},
     "map pool": {"global_pool": "map", "no_embed_class": True},
+    "relative positions": {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": True, "init_values": 0.5},
+    "rotary, patch dropout": {"rope": 100.0, "patch_drop_rate": 0.5, "depth": 1},
 }
 
 
@@ -28,7 +30,7 @@ def _step(model: fastvit.ViT, images: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _model(**options: Any) -> fastvit.ViT:
-    model = fastvit.ViT(**SIZES, **options)
+    model = fastvit.ViT(**SIZES | options)
     with torch.no_grad():
         for p in model.parameters():  # the zero-initialised ones would hide what multiplies them
             p.add_(torch.randn_like(p) * 0.05)
@@ -48,8 +50,9 @@ def test_model_is_as_right_as_eager(name: str, dtype: torch.dtype) -> None:
     assert_model_as_right_as_eager(ours, theirs, truth)
 
 
-def test_drop_path_and_dropout_drop_the_same_on_every_backend() -> None:
-    model = _model(drop_path_rate=0.5, attn_drop_rate=0.3).train()
+@pytest.mark.parametrize("options", [{}, {"use_rel_pos_bias": True}], ids=str)
+def test_drop_path_and_dropout_drop_the_same_on_every_backend(options: dict[str, Any]) -> None:
+    model = _model(drop_path_rate=0.5, attn_drop_rate=0.3, **options).train()
     images = [torch.randn(3, *size) for size in MIX]
     runs = []
     for backend in ("triton", "reference"):
