@@ -110,7 +110,7 @@ def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
         TypeError: a block, or its attention, of another class than ours.
     """
     grid = _grid(model, images)
-    height, width = model.patch_embed.patch_size
+    height, width = model.patch_embed.feat_ratio(as_scalar=False)  # pixels, through a backbone too
     patch = (float(height), float(width))
     return torch.stack(
         _each_block(

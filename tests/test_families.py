@@ -1,9 +1,10 @@
-"""DINOv3, BEiT and distilled DeiT in everything that a ViT can do: what other kinds of attention must not break."""
+"""DINOv3, BEiT, distilled DeiT and hybrids in all that a ViT does: what other attention or stems must not break."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import fastvit
 from fastvit import analysis, flops, ops
 from fastvit.layers import BeitAttention, BeitBlock
 from fastvit.models import ViT
+from fastvit.models.hybrid import HybridEmbed
 from parity import Calls, assert_same, gradients
 
 SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "num_classes": 5}
@@ -30,8 +32,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "distilled": {"name": "deit_tiny_distilled_patch16_224"},
     "distilled, registers": {"name": "deit_tiny_distilled_patch16_224", "reg_tokens": 2, "no_embed_class": True},
+    "hybrid": {
+        "name": "vit_base_r50_s16_224", "embed_layer": partial(HybridEmbed, layers=(1, 1)), "patch_size": 1,
+    },
+    "hybrid, a stem alone": {"name": "vit_tiny_r_s16_p8_224", "patch_size": 2},
 }  # fmt: skip
-PACKED = [family for family in FAMILIES if "BEiT" not in family]
+PACKED = [family for family in FAMILIES if not family.startswith(("BEiT", "hybrid"))]
 
 
 def small(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> ViT:

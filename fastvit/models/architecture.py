@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fastvit.checkpoints.backbone import layers_of, stem_of
 from fastvit.checkpoints.layouts import blocks
 from fastvit.checkpoints.resample import window_of
 from fastvit.layers import BeitBlock, LayerNorm, SwiGLU
+from fastvit.models.hybrid import HybridEmbed, reduction
 
 log = logging.getLogger("fastvit")
 
@@ -76,6 +78,11 @@ def architecture(
     if hidden == 2 * fc2.shape[1]:
         found["mlp_layer"] = SwiGLU
         options.pop("act_layer", None)
+    layers = layers_of(state)
+    if layers is not None:
+        found["embed_layer"] = partial(HybridEmbed, layers=layers)
+        found["in_chans"] = state[f"{stem_of(state)}.conv.weight"].shape[1]
+        p, q = (reduction(layers) * side for side in (p, q))  # pixels
     if "pre_logits.fc.weight" in state:
         found["representation_size"] = state["pre_logits.fc.weight"].shape[0]
     if "eps" in options:

@@ -36,6 +36,7 @@ from fastvit.layers.patch_embed import Size, image_size, normalised, pixel_stati
 from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
 from fastvit.models import packed, positions
 from fastvit.models.head import Head, check_pool
+from fastvit.models.hybrid import HybridEmbed
 from fastvit.models.init import check_mode, init_vit
 from fastvit.models.intermediates import Images, Intermediates
 from fastvit.ops import backends, onednn
@@ -390,7 +391,7 @@ class ViT(Intermediates, Head):
     def _embed(self, images: Tensor) -> Tensor:
         """images -> the tokens that enter the blocks, (B, T, D)."""
         embed = self.patch_embed
-        ours = fuse.intact(embed, PatchEmbed)
+        ours = not isinstance(embed, HybridEmbed) and fuse.intact(embed, PatchEmbed)
         fused = ours and embed.fusable() and self._unchanged("_pos_embed", "_positions", "_prefix_tokens")
         dtype = next(embed.parameters()).dtype
         keep = fused and not embed.dynamic_img_pad
