@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer_hybrid import HybridEmbed as TimmHybridEmbed
 from timm.models.vision_transformer_hybrid import _resnetv2
 from torch import nn
@@ -264,3 +264,17 @@ def test_attention_distance_is_in_pixels_of_the_image() -> None:
     place = 8.0 * torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
     want = (maps * torch.cdist(place, place)).sum(-1).mean(-1)
     torch.testing.assert_close(analysis.mean_attention_distance(model, x)[0, 0], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_configuration_tells_the_images_size(tmp_path: Path) -> None:
+    """No square: the grid is of as many pixels as the backbone and the patch make one token of."""
+    theirs = shuffled(timms((1, 1), img_size=(64, 32)))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_args": {"num_heads": 2, "img_size": [64, 32]}}')
+    same, other = (fastvit.from_checkpoint(tmp_path, **options).eval() for options in ({}, {"img_size": 48}))
+    with torch.no_grad():
+        x = torch.randn(2, 3, 64, 32)
+        torch.testing.assert_close(same(x), theirs(x), rtol=1e-4, atol=2e-5)
+        theirs.set_input_size(48)
+        x = torch.randn(2, 3, 48, 48)
+        torch.testing.assert_close(other(x), theirs(x), rtol=1e-4, atol=2e-5)
