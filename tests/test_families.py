@@ -36,8 +36,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "name": "vit_base_r50_s16_224", "embed_layer": partial(HybridEmbed, layers=(1, 1)), "patch_size": 1,
     },
     "hybrid, a stem alone": {"name": "vit_tiny_r_s16_p8_224", "patch_size": 2},
+    "positions by axis": {"name": "vit_small_patch16_224", "pos_embed": "learn_2d"},
+    "positions by axis, shared": {"name": "vit_small_patch16_224", "pos_embed": "learn_2d", "pos_embed_at": "shared"},
+    "positions in layers": {
+        "name": "vit_small_patch16_224", "pos_embed_at": "layers", "reg_tokens": 2, "no_embed_class": True,
+    },
+    "relative": {"name": "vit_small_patch16_224", "pos_embed": "relative"},
 }  # fmt: skip
-PACKED = [family for family in FAMILIES if not family.startswith(("BEiT", "hybrid"))]
+PACKED = [family for family in FAMILIES if not family.startswith(("BEiT", "hybrid", "positions", "relative"))]
+ANY_SIZE = [family for family in FAMILIES if family != "relative"]
 
 
 def small(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> ViT:
@@ -62,7 +69,7 @@ def test_inference_is_training_without_gradients(family: str) -> None:
     assert model(x).requires_grad  # and nothing of inference mode is left
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ANY_SIZE)
 def test_a_batch_of_sizes(family: str) -> None:
     """With dynamic_img_size another size gives what a model built for it gives."""
     model = small(family, dynamic_img_size=True).eval()
@@ -142,9 +149,11 @@ def test_copies_pickles_and_dtypes(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiles_in_one_graph(family: str) -> None:
     torch._dynamo.reset()
-    model, x = small(family, torch.float32, dynamic_img_size=True), images(dtype=torch.float32)
+    model, x = small(family, torch.float32, dynamic_img_size=family in ANY_SIZE), images(dtype=torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    if model.pos_embed is None:  # PyTorch can't differentiate a resampling whose size is dynamic
+    if model.pos_embed is None and not family.startswith(
+        ("positions", "relative")
+    ):  # PyTorch can't differentiate a resampling whose size is dynamic
         other = images(48, 24, dtype=torch.float32)
         torch.testing.assert_close(compiled(other), model(other), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
@@ -155,6 +164,7 @@ def test_compiles_in_one_graph(family: str) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exports_and_traces(family: str, dynamic: bool) -> None:
+    dynamic = dynamic and family in ANY_SIZE
     model, x = small(family, dynamic_img_size=dynamic).eval(), images()
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=9)},))
     assert_same(program.module()(x[:1]), model(x[:1]))
@@ -202,7 +212,7 @@ def test_masks(family: str, masked: str) -> None:
     assert (got - model(x)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", [family for family in ANY_SIZE if "BEiT" not in family])
 def test_analysis_turns_the_heads(family: str) -> None:
     """Maps are the softmax of what a hook on the opened weights sees."""
     model, x, seen = small(family).eval(), images(), []

@@ -74,6 +74,10 @@ def _registers_after_positions(state: State) -> None:
         state["pos_embed"] = positions[:, 1:]
 
 
+_POSITIONS = (  # of fastvit's own models; timm's have none of these
+    *(f"{at}.{part}" for at in ("pos_embed_2d", "layer_pos_embed") for part in ("prefix", "patches", "x", "y")),
+    "blocks.{i}.attn.rel_pos_keys",
+)
 _OURS = (
     rename("cls_token", "cls_token"),
     rename("dist_token", "dist_token"),
@@ -104,6 +108,7 @@ _OURS = (
     rename("blocks.{i}.ls1.gamma", "blocks.{i}.ls1.gamma"),
     rename("blocks.{i}.ls2.gamma", "blocks.{i}.ls2.gamma"),
     *backbone.RULES,
+    *(rename(name, name) for name in _POSITIONS),
     rename("attn_pool.latent", "attn_pool.latent"),
     *same(*((f"attn_pool.{part}", f"attn_pool.{part}") for part in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2"))),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,13 +64,30 @@ def between(queries: Sequences, keys: Sequences) -> dict[str, Any]:
     }
 
 
-def _biased(options: dict[str, Any], table: Tensor | None, window: Window | None) -> dict[str, Any]:
-    """Arguments of ops.attention with a table too; one bias where there is one already, T x T as that is."""
-    if table is None or window is None:
-        return options
-    if "bias" in options:
-        return options | {"bias": options["bias"] + reference.table_bias(table, window)}
-    return options | {"rel_pos_table": table, "window": window}
+class Relative(NamedTuple):
+    """What is added to the scores by how far apart two tokens are: nothing, or by a table, or by keys of distances."""
+
+    table: Tensor | None = None  # with its window, as ops.attention takes them
+    window: Window | None = None
+    keys: Tensor | None = None  # ((H,) 2T-1, d)
+
+    def options(self) -> dict[str, Any]:
+        """The same as arguments of ops.attention."""
+        if self.keys is not None:
+            return {"rel_pos_keys": self.keys}
+        return {} if self.table is None else {"rel_pos_table": self.table, "window": self.window}
+
+    def bias(self, q: Tensor, scale: float) -> Tensor | None:
+        """The same as a bias of all queries q (B, T, H, d), of T x T."""
+        if self.keys is not None:
+            return reference.relative_bias(q, self.keys, scale).to(q.dtype)
+        return None if self.table is None or self.window is None else reference.table_bias(self.table, self.window)
+
+    def added_to(self, options: dict[str, Any], q: Tensor, scale: float) -> dict[str, Any]:
+        """Arguments of ops.attention with these; one bias where there is one already, T x T as that is."""
+        if "bias" in options and (bias := self.bias(q, scale)) is not None:
+            return options | {"bias": options["bias"] + bias}
+        return options | self.options()
 
 
 class Attention(nn.Module):
@@ -164,9 +181,9 @@ class Attention(nn.Module):
                 keys and values of all.
         """
         rope = None if positions is None else positions.rope
-        table, window = self._relative(positions)
+        relative = Relative(*self._relative(positions), self._distances())
         options = self._options(x, attn_mask, is_causal, sequences)
-        queries = tokens if table is None else None  # a table is for as many queries as keys
+        queries = None if relative.options() else tokens  # those are for as many queries as keys
         if queries is not None and rope is None and fuse.intact(self.qkv, nn.Linear):
             q, k, v = self._few_queries(x, norm, queries, sequences)
             q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
@@ -174,7 +191,7 @@ class Attention(nn.Module):
             qkv = self._project_in(x, norm).unflatten(-1, (3, self.num_heads, self.head_dim))
             plain = rope is None and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm)
             if options is not None and plain:
-                packed: Any = ops.attention_qkvpacked(qkv, **_biased(options, table, window))
+                packed: Any = ops.attention_qkvpacked(qkv, **relative.added_to(options, qkv[:, :, 0], self.scale))
                 return self._project(leading(packed, tokens, sequences), merge)
             q, k, v = qkv.unbind(2)
             q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
@@ -182,8 +199,7 @@ class Attention(nn.Module):
                 q, k = ops.rotate(q, k, *rope)
             q = leading(q, queries, sequences)
         if options is None:
-            if table is not None and window is not None:
-                bias = reference.table_bias(table, window)
+            if (bias := relative.bias(q, self.scale)) is not None:
                 if is_causal:
                     above = torch.ones(bias.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
                     bias, is_causal = bias.masked_fill(above, float("-inf")), False
@@ -192,12 +208,16 @@ class Attention(nn.Module):
         else:
             if queries is not None and sequences is not None:
                 options |= between(sequences.leading(queries), sequences)
-            out = ops.attention(q, k, v, **_biased(options, table, window))
+            out = ops.attention(q, k, v, **relative.added_to(options, q, self.scale))
         return self._project(out if queries is not None else leading(out, tokens, sequences), merge)
 
     def _relative(self, positions: Positions | None) -> tuple[Tensor | None, Window | None]:
         """The table of biases by relative position, and the window of patches that it is for."""
         return (None, None) if positions is None else (positions.table, positions.window)
+
+    def _distances(self) -> Tensor | None:
+        """Keys of the distances between tokens, ((H,) 2T-1, d)."""
+        return None
 
     def _few_queries(
         self, x: Tensor, norm: nn.Module | None, tokens: int, sequences: Sequences | None
