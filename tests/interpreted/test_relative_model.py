@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from test_pos_embed import SIZES, definition
+from pos_embed_cases import SIZES, definition
 from torch import Tensor, nn
 
 import fastvit
