@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops, reference
-from fastvit.layers import Attention, BeitAttention, BeitBlock, Block, Positions
-from fastvit.layers.attention import biased, head_norm
+from fastvit.layers import Attention, BeitAttention, BeitBlock, Block, Positions, RelativeAttention
+from fastvit.layers.attention import head_norm
 from fastvit.layers.patch_embed import image_size
 from fastvit.models import ViT
 
@@ -41,15 +41,15 @@ class _Heads(NamedTuple):
     q: Tensor  # (B, T, H, d)
     k: Tensor
     lse: Tensor  # (B, H, T)
-    options: dict[str, Any]  # the scale and, if it has one, its table of biases, as ops.attention takes them
+    options: dict[str, Any]  # the scale, and what its scores have by relative position, as ops.attention takes them
 
     def rows(self, rows: Sequence[int] | Tensor) -> Tensor:
         """(B, H, R, T)."""
         return ops.attention_rows(self.q, self.k, self.lse, rows, **self.options)
 
     def distance(self, grid: tuple[int, int], patch_size: tuple[float, float]) -> Tensor:
-        """(B, H), as ops.attention_distance, which knows no table: there by blocks of rows."""
-        if "rel_pos_table" not in self.options:
+        """(B, H), as ops.attention_distance, which knows no relative positions: with them by blocks of rows."""
+        if self.options.keys() == {"scale"}:
             return ops.attention_distance(self.q, self.k, self.lse, grid, patch_size=patch_size, **self.options)
         patches = torch.arange(grid[0] * grid[1], device=self.q.device)
         prefix, sums = self.q.shape[1] - len(patches), []
@@ -168,7 +168,7 @@ def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
         TypeError: a block, or its attention, of another class than ours.
     """
     grid = _grid(model, images)
-    height, width = model.patch_embed.patch_size
+    height, width = model.patch_embed.feat_ratio(as_scalar=False)  # pixels, through a backbone too
     patch = (float(height), float(width))
     return torch.stack(_each_block(model, images, lambda heads: heads.distance(grid, patch)))
 
@@ -205,17 +205,19 @@ def _heads(block: Any, index: int, x: Tensor, positions: Positions | None = None
     """The queries and keys that a block makes of its input x (B, T, D), and their log-sum-exp."""
     attn: Any = getattr(block, "attn", None)
     # Another class may do anything with its norm and qkv.
-    if type(block) not in (Block, BeitBlock) or type(attn) not in (Attention, BeitAttention):
+    if type(block) not in (Block, BeitBlock) or type(attn) not in (Attention, BeitAttention, RelativeAttention):
         raise TypeError(
             f"block {index} is a {type(block).__name__} with {type(attn).__name__} for its attention; "
-            "accepted: fastvit.layers' Block or BeitBlock with Attention or BeitAttention"
+            "accepted: fastvit.layers' Block or BeitBlock with Attention, BeitAttention or RelativeAttention"
         )
-    options = biased({"scale": attn.scale}, *attn._relative(positions))
+    relative = attn._relative(positions)
+    x = x if positions is None else positions.before(x, index)
     qkv = attn._project_in(x, block.norm1).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(2)
     q, k = head_norm(attn.q_norm, q), head_norm(attn.k_norm, k)
     if positions is not None and positions.rope is not None:
         q, k = ops.rotate(q, k, *positions.rope)
+    options = {"scale": attn.scale, **relative.options()}
     _, lse = ops.attention(q, k, v, return_lse=True, **options)
     return _Heads(q, k, lse, options)
 

@@ -1,9 +1,10 @@
-"""DINOv3, BEiT and distilled DeiT in everything that a ViT can do: what other kinds of attention must not break."""
+"""DINOv3, BEiT, distilled DeiT and hybrids in all that a ViT does: what other attention or stems must not break."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import fastvit
 from fastvit import analysis, flops, ops
 from fastvit.layers import BeitAttention, BeitBlock, PatchDropout
 from fastvit.models import ViT
+from fastvit.models.hybrid import HybridEmbed
 from parity import Calls, assert_same, gradients
 
 SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "num_classes": 5}
@@ -30,10 +32,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "distilled": {"name": "deit_tiny_distilled_patch16_224"},
     "distilled, registers": {"name": "deit_tiny_distilled_patch16_224", "reg_tokens": 2, "no_embed_class": True},
+    "hybrid": {
+        "name": "vit_base_r50_s16_224", "embed_layer": partial(HybridEmbed, layers=(1, 1)), "patch_size": 1,
+    },
+    "hybrid, a stem alone": {"name": "vit_tiny_r_s16_p8_224", "patch_size": 2},
+    "positions by axis": {"name": "vit_small_patch16_224", "pos_embed": "learn_2d"},
+    "positions by axis, shared": {"name": "vit_small_patch16_224", "pos_embed": "learn_2d", "pos_embed_at": "shared"},
+    "positions in layers": {
+        "name": "vit_small_patch16_224", "pos_embed_at": "layers", "reg_tokens": 2, "no_embed_class": True,
+    },
+    "relative": {"name": "vit_small_patch16_224", "pos_embed": "relative"},
 }  # fmt: skip
 TABLES = [family for family in FAMILIES if "BEiT" in family]
 TURNED = [family for family in FAMILIES if "DINOv3" in family or "rope" in family]
 MIX = ((32, 32), (48, 24), (8, 16), (32, 32), (48, 24))
+PACKED = [family for family in FAMILIES if not family.startswith(("hybrid", "positions", "relative"))]
+ANY_SIZE = [family for family in FAMILIES if family != "relative"]
 
 
 def small(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> ViT:
@@ -58,7 +72,7 @@ def test_inference_is_training_without_gradients(family: str) -> None:
     assert model(x).requires_grad  # and nothing of inference mode is left
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ANY_SIZE)
 def test_a_batch_of_sizes(family: str) -> None:
     """With dynamic_img_size another size gives what a model built for it gives."""
     model = small(family, dynamic_img_size=True).eval()
@@ -219,9 +233,11 @@ def test_copies_pickles_and_dtypes(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiles_in_one_graph(family: str) -> None:
     torch._dynamo.reset()
-    model, x = small(family, torch.float32, dynamic_img_size=True), images(dtype=torch.float32)
+    model, x = small(family, torch.float32, dynamic_img_size=family in ANY_SIZE), images(dtype=torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    if model.pos_embed is None:  # PyTorch can't differentiate a resampling whose size is dynamic
+    if model.pos_embed is None and not family.startswith(
+        ("positions", "relative")
+    ):  # PyTorch can't differentiate a resampling whose size is dynamic
         other = images(48, 24, dtype=torch.float32)
         torch.testing.assert_close(compiled(other), model(other), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
@@ -232,6 +248,7 @@ def test_compiles_in_one_graph(family: str) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exports_and_traces(family: str, dynamic: bool) -> None:
+    dynamic = dynamic and family in ANY_SIZE
     model, x = small(family, dynamic_img_size=dynamic).eval(), images()
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=9)},))
     assert_same(program.module()(x[:1]), model(x[:1]))

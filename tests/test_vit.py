@@ -606,8 +606,8 @@ def test_state_dict_files(suffix: str, tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert len(list_models("vit_*_224")) == 36
-    assert list_models("vit_base*_224") == [f"vit_base_patch{p}_224" for p in (8, 14, 16, 32)]
+    assert len(list_models("vit_*_patch*_224")) == 36
+    assert list_models("vit_base_patch*_224") == [f"vit_base_patch{p}_224" for p in (8, 14, 16, 32)]
     assert list_models("*patch32*") == list_models("patch32_224") != []
     with torch.device("meta"):
         for paper, name in (("ViT-B/16", "vit_base_patch16_224"), ("ViT-g/14", "vit_giant_patch14_224")):

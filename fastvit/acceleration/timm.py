@@ -29,6 +29,8 @@ def _vit(model: Any) -> dict[str, Any]:
         "pre_logits": nn.Identity(),
         "rope": None,
         "windowed": False,
+        "pos_embed_2d": None,
+        "layer_pos_embed": None,
         "dist_token": None,
         "head_dist": None,
     }

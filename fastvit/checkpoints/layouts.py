@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastvit.checkpoints import backbone
 from fastvit.checkpoints.rules import Config, Layout, Rule, State, block, gated, rename, same
 
 _ACTIVATIONS = {
@@ -73,6 +74,10 @@ def _registers_after_positions(state: State) -> None:
         state["pos_embed"] = positions[:, 1:]
 
 
+_POSITIONS = (  # of fastvit's own models; timm's have none of these
+    *(f"{at}.{part}" for at in ("pos_embed_2d", "layer_pos_embed") for part in ("prefix", "patches", "x", "y")),
+    "blocks.{i}.attn.rel_pos_keys",
+)
 _OURS = (
     rename("cls_token", "cls_token"),
     rename("dist_token", "dist_token"),
@@ -102,6 +107,8 @@ _OURS = (
     ),
     rename("blocks.{i}.ls1.gamma", "blocks.{i}.ls1.gamma"),
     rename("blocks.{i}.ls2.gamma", "blocks.{i}.ls2.gamma"),
+    *backbone.RULES,
+    *(rename(name, name) for name in _POSITIONS),
     rename("attn_pool.latent", "attn_pool.latent"),
     *same(*((f"attn_pool.{part}", f"attn_pool.{part}") for part in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2"))),
 )
@@ -522,7 +529,10 @@ LAYOUTS = (
 
 # What is seen to be a transformer that a ViT is not: a tensor of it, and why it is refused.
 _REFUSED = {
-    r"(.*\.)?(patch_embed\.backbone|conv_root|block1)\..*": "it is a hybrid, whose patches are a ResNet's features",
+    r"(.*\.)?patch_embed\.backbone\.(?!(stem\.|stages\.|conv\.|norm\.)).*": (
+        "its patches are the features of another network than BiT's ResNet"
+    ),
+    r"(.*\.)?(conv_root|block1)\..*": "it is a hybrid, whose patches are a ResNet's features, in names that none has",
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.checkpoints import files
+from fastvit.checkpoints.backbone import stem_of
 from fastvit.checkpoints.layouts import named, recognise, unwrapped
 from fastvit.checkpoints.npz import from_npz, to_npz
 from fastvit.checkpoints.resample import (
@@ -169,7 +170,10 @@ def _head(values: State, own: Mapping[str, Tensor], head: str, name: str) -> set
 
 def _resample(model: Any, values: State, own: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Positions, tables, patches and channels in the model's sizes."""
-    projection = values.get("patch_embed.proj.weight")
+    projection, stem = values.get("patch_embed.proj.weight"), f"{stem_of(own)}.conv.weight"
+    if stem in values and values[stem].shape != own[stem].shape:  # a hybrid's channels are those of its stem
+        values[stem] = adapt_channels(values[stem], own[stem].shape[1])
+        log.info("%s: %d channels adapted to %d", checkpoint.name, checkpoint.state[stem].shape[1], own[stem].shape[1])
     if projection is not None and projection.shape != own["patch_embed.proj.weight"].shape:
         _, channels, p, q = own["patch_embed.proj.weight"].shape
         values["patch_embed.proj.weight"] = resample_patch_embed(adapt_channels(projection, channels), (p, q))
@@ -177,7 +181,8 @@ def _resample(model: Any, values: State, own: Mapping[str, Tensor], checkpoint: 
     grid, old, size = model.patch_embed.grid_size, None, checkpoint.options.get("img_size")
     if size is not None and projection is not None:
         height, width = (size, size) if isinstance(size, int) else size
-        old = height // projection.shape[2], width // projection.shape[3]
+        pixels = getattr(model.patch_embed, "reduction", 1)  # of a pixel that is projected
+        old = height // (pixels * projection.shape[2]), width // (pixels * projection.shape[3])
     positions = values.get("pos_embed")
     tables = [name for name in values if name.endswith("relative_position_bias_table") and name in own]
     try:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvit.checkpoints import backbone
+
 PREFIXES = ("", "opt/target/", "params/", "params/img/")
 _MLP = ("Dense_0", "Dense_1")
 
@@ -52,11 +54,7 @@ def from_npz(arrays: Mapping[str, np.ndarray], path: Path, prefix: str = "") -> 
         wanted = " or ".join(f"{p}embedding/kernel" for p in prefixes)
         raise ValueError(f"{path} is no ViT checkpoint in Google's layout: it has no {wanted}")
     read = _Arrays(arrays, found, path)
-    if "conv_root/kernel" in read:
-        raise ValueError(
-            f"{path} is a hybrid (conv_root/kernel), whose patches are a ResNet's features: no ViT of ours"
-        )
-    out: dict[str, Tensor] = {}
+    out = backbone.from_npz(read)
 
     def dense(target: str, source: str, index: int | None = None, *, joined: int = 1) -> None:
         """``joined`` leading dimensions of the kernel are the input's; the others the output's."""
@@ -128,12 +126,13 @@ def to_npz(state: Mapping[str, Tensor], heads: int) -> dict[str, np.ndarray]:
         ValueError: some weights have no place there; they are listed.
     """
     left = {name: value.detach().to("cpu", torch.float32) for name, value in state.items()}
-    out: dict[str, Tensor] = {}
 
     def take(name: str) -> Tensor:
         if name not in left:
             raise ValueError(f"the layout 'npz' has no place for a model without {name}")
         return left.pop(name)
+
+    out = backbone.to_npz(state, take)
 
     def dense(source: str, target: str, *, joined: bool = False) -> None:
         kernel = take(f"{source}.weight").T

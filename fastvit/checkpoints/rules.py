@@ -1,8 +1,8 @@
 """What a layout of weights is: a list of renamings between a library's names and ours.
 
-``{i}`` stands for the number of a block, ``{p}`` for "weight" or "bias". Names are those inside the tower: whatever
-stands before the tower's own ("vit.", "visual.", "module.model.") is taken off first, and what is not in the tower (a
-classifier beside it, a text tower) has a "/" in front here.
+``{i}`` stands for the number of a block, ``{j}`` for another number, ``{p}`` for "weight" or "bias". Names are those
+inside the tower: whatever stands before the tower's own ("vit.", "visual.", "module.model.") is taken off first, and
+what is not in the tower (a classifier beside it, a text tower) has a "/" in front here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Config = Mapping[str, Any]
 
 @cache
 def _pattern(name: str) -> re.Pattern[str]:
-    text = re.escape(name).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", "(?P<p>weight|bias)")
+    text = re.escape(name).replace(r"\{p\}", "(?P<p>weight|bias)")
+    for number in "ij":
+        text = text.replace(rf"\{{{number}\}}", rf"(?P<{number}>\d+)")
     return re.compile(text)
 
 

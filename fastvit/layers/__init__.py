@@ -8,9 +8,10 @@ from fastvit.layers.misc import DropPath, LayerScale, PatchDropout
 from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
 from fastvit.layers.patch_embed import PatchEmbed
+from fastvit.layers.pos_embed import PosEmbed, RelativeAttention
 from fastvit.layers.positions import Positions
 
-remember_forward(Attention, BeitAttention, BeitBlock, Block, Blocks, Mlp, PatchEmbed, SwiGLU)
+remember_forward(Attention, BeitAttention, BeitBlock, Block, Blocks, Mlp, PatchEmbed, RelativeAttention, SwiGLU)
 
 __all__ = [
     "Attention",
@@ -27,8 +28,10 @@ __all__ = [
     "Mlp",
     "PatchDropout",
     "PatchEmbed",
+    "PosEmbed",
     "Positions",
     "QuickGELU",
+    "RelativeAttention",
     "RelativePositionBias",
     "SwiGLU",
     "Windowed",

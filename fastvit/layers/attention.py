@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,13 +64,30 @@ def between(queries: Sequences, keys: Sequences) -> dict[str, Any]:
     }
 
 
-def biased(options: dict[str, Any], table: Tensor | None, window: Window | None) -> dict[str, Any]:
-    """Arguments of ops.attention with a table too; one bias where there is one already, T x T as that is."""
-    if table is None or window is None:
-        return options
-    if "bias" in options:
-        return options | {"bias": options["bias"] + reference.table_bias(table, window)}
-    return options | {"rel_pos_table": table, "window": window}
+class Relative(NamedTuple):
+    """What is added to the scores by how far apart two tokens are: nothing, or by a table, or by keys of distances."""
+
+    table: Tensor | None = None  # with its window, as ops.attention takes them
+    window: Window | None = None
+    keys: Tensor | None = None  # ((H,) 2T-1, d)
+
+    def options(self) -> dict[str, Any]:
+        """The same as arguments of ops.attention."""
+        if self.keys is not None:
+            return {"rel_pos_keys": self.keys}
+        return {} if self.table is None else {"rel_pos_table": self.table, "window": self.window}
+
+    def bias(self, q: Tensor, scale: float) -> Tensor | None:
+        """The same as a bias of all queries q (B, T, H, d), of T x T."""
+        if self.keys is not None:
+            return reference.relative_bias(q, self.keys, scale).to(q.dtype)
+        return None if self.table is None or self.window is None else reference.table_bias(self.table, self.window)
+
+    def added_to(self, options: dict[str, Any], q: Tensor, scale: float) -> dict[str, Any]:
+        """Arguments of ops.attention with these; one bias where there is one already, T x T as that is."""
+        if "bias" in options and (bias := self.bias(q, scale)) is not None:
+            return options | {"bias": options["bias"] + bias}
+        return options | self.options()
 
 
 class Attention(nn.Module):
@@ -165,9 +182,11 @@ class Attention(nn.Module):
         """
         rope = None if positions is None else positions.rope
         batches = None if positions is None else positions.batches
-        table, window = self._relative(positions)
+        relative = self._relative(positions)
         options = self._options(x, attn_mask, is_causal, sequences)
-        queries = tokens if table is None and batches is None else None  # tables are for as many queries as keys
+        queries = (
+            tokens if batches is None and not relative.options() else None
+        )  # those are for as many queries as keys
         if queries is not None and rope is None and fuse.intact(self.qkv, nn.Linear):
             q, k, v = self._few_queries(x, norm, queries, sequences)
             q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
@@ -175,7 +194,7 @@ class Attention(nn.Module):
             qkv = self._project_in(x, norm).unflatten(-1, (3, self.num_heads, self.head_dim))
             plain = rope is None and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm)
             if options is not None and plain:
-                packed = self._fused(ops.attention_qkvpacked, [qkv], options, table, window, batches)
+                packed = self._fused(ops.attention_qkvpacked, [qkv], qkv[:, :, 0], options, relative, batches)
                 return self._project(leading(packed, tokens, sequences), merge)
             q, k, v = qkv.unbind(2)
             q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
@@ -183,8 +202,7 @@ class Attention(nn.Module):
                 q, k = ops.rotate(q, k, *rope)
             q = leading(q, queries, sequences)
         if options is None:
-            if table is not None and window is not None:
-                bias = reference.table_bias(table, window)
+            if (bias := relative.bias(q, self.scale)) is not None:
                 if is_causal:
                     above = torch.ones(bias.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
                     bias, is_causal = bias.masked_fill(above, float("-inf")), False
@@ -193,25 +211,25 @@ class Attention(nn.Module):
         else:
             if queries is not None and sequences is not None:
                 options |= between(sequences.leading(queries), sequences)
-            out = self._fused(ops.attention, [q, k, v], options, table, window, batches)
+            out = self._fused(ops.attention, [q, k, v], q, options, relative, batches)
         return self._project(out if queries is not None else leading(out, tokens, sequences), merge)
 
-    def _relative(self, positions: Positions | None) -> tuple[Tensor | None, Window | None]:
-        """The table of biases by relative position, and the window of patches that it is for."""
-        return (None, None) if positions is None else (positions.table, positions.window)
+    def _relative(self, positions: Positions | None) -> Relative:
+        """What the scores have by relative position."""
+        return Relative() if positions is None else Relative(positions.table, positions.window)
 
     def _fused(
         self,
         op: Callable[..., Any],
         heads: list[Tensor],
+        q: Tensor,
         options: dict[str, Any],
-        table: Tensor | None,
-        window: Window | None,
+        relative: Relative,
         batches: Batches | None,
     ) -> Tensor:
-        """op of heads (B, T, ...) with biases for a window, or packed (1, total, ...): one call for each window."""
+        """op of heads (B, T, ...), whose queries are q; or packed (1, total, ...), one call for each size of image."""
         if batches is None:
-            out: Tensor = op(*heads, **biased(options, table, window))
+            out: Tensor = op(*heads, **relative.added_to(options, q, self.scale))
             return out
         options = {name: value for name, value in options.items() if name not in ("cu_seqlens", "max_seqlen")}
         if batches.order is not None:
@@ -220,7 +238,7 @@ class Attention(nn.Module):
         for i, (batch, *part) in enumerate(zip(batches.each, *parts, strict=True)):
             own = options | ({"seed": options["seed"] + i} if "seed" in options else {})
             given = (t.unflatten(0, (batch.images, batch.tokens)) for t in part)
-            found.append(op(*given, **biased(own, *self._relative(batch.positions))).flatten(0, 1))
+            found.append(op(*given, **own, **self._relative(batch.positions).options()).flatten(0, 1))
         out = torch.cat(found).unsqueeze(0)
         return out if batches.back is None else out.index_select(1, batches.back)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.checkpoints.resample import resample_rel_pos_table
 from fastvit.layers import fuse
-from fastvit.layers.attention import Attention, Window
+from fastvit.layers.attention import Attention, Relative, Window
 from fastvit.layers.positions import Positions
 
 torch.fx.wrap("resample_rel_pos_table")  # symbolic tracing sees one call: it may not know the window
@@ -122,10 +122,10 @@ class BeitAttention(Windowed, Attention):
             return fuse.folded(ops.linear, x, self.qkv.weight, bias, norm=norm)
         return fuse.linear(self.qkv, x, norm=norm) + bias
 
-    def _relative(self, positions: Positions | None) -> tuple[Tensor | None, Window | None]:
-        shared, window = super()._relative(positions)
-        window = self.window_size if window is None else window
+    def _relative(self, positions: Positions | None) -> Relative:
+        shared = super()._relative(positions)
+        window = self.window_size if shared.window is None else shared.window
         own = None if window is None else self.table_for(window)
-        if own is None or shared is None:
-            return (shared if own is None else own), window
-        return own + shared, window
+        if own is None or shared.table is None:
+            return Relative(shared.table if own is None else own, window)
+        return Relative(own + shared.table, window)

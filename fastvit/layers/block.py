@@ -18,11 +18,12 @@ from fastvit.layers.misc import DropPath, LayerScale
 from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
 from fastvit.layers.packed import leading
+from fastvit.layers.pos_embed import RelativeAttention
 from fastvit.layers.positions import Positions
 from fastvit.packing import Sequences
 
 # A block made of these alone treats each token by itself, but for the attention's own sum over keys.
-_ATTENTIONS = (Attention, BeitAttention)
+_ATTENTIONS = (Attention, BeitAttention, RelativeAttention)
 _OURS = (
     *_ATTENTIONS,
     DropPath,
@@ -58,7 +59,7 @@ class Block(nn.Module):
         proj_drop, attn_drop, drop_path: dropout rates.
         init_values: start of LayerScale; None leaves it out.
         act_layer, norm_layer, mlp_layer, attn_layer: classes of the pieces. What is not ours runs as a module.
-        depth: index of the block, for an ``attn_layer`` that asks for it.
+        depth: index of the block, for an ``attn_layer`` that asks for it, and among the positions that blocks add.
         window_size: (h, w) of the patches, for an ``attn_layer`` with a table for them.
     """
 
@@ -93,6 +94,7 @@ class Block(nn.Module):
         asked: dict[str, Any] = {} if window_size is None else {"window_size": window_size}
         if "depth" in inspect.signature(attn_layer).parameters:
             asked["depth"] = depth
+        self.depth = depth
 
         def scale() -> nn.Module:
             return LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
@@ -166,6 +168,7 @@ class Block(nn.Module):
             options.update(sequences=sequences)
         if positions is not None:
             options.update(positions=positions)
+            x = positions.before(x, self.depth)
         scale1, scale2 = self._scales()
         kept = sequences if sequences is None or tokens is None else sequences.leading(tokens)
         merge = Merge(leading(x, tokens, sequences), scale1, self.drop_path1, kept)

@@ -125,6 +125,16 @@ def accept(
     return F.pad(images, (0, right, 0, down)) if down or right else images  # uint8 was converted before
 
 
+def resized(proj: nn.Conv2d, patch: tuple[int, int]) -> nn.Conv2d:
+    """The projection of patches of another size, resampled (FlexiViT)."""
+    new = nn.Conv2d(proj.in_channels, proj.out_channels, patch, patch, bias=proj.bias is not None, device="meta").train(
+        proj.training
+    )
+    weight = resample_patch_embed(proj.weight.detach(), patch)
+    new.weight, new.bias = nn.Parameter(weight, requires_grad=proj.weight.requires_grad), proj.bias
+    return new
+
+
 class PatchEmbed(nn.Module):
     """Cut images into patches and project each to a token, the ViT paper's equation 1; timm's arguments and keys.
 
@@ -189,18 +199,7 @@ class PatchEmbed(nn.Module):
         new_patch = before if patch_size is None else pair("patch_size", patch_size)
         self._resize(self.img_size if img_size is None else pair("img_size", img_size), new_patch)
         if new_patch != before:
-            old = self.proj
-            self.proj = nn.Conv2d(
-                old.in_channels,
-                old.out_channels,
-                new_patch,
-                new_patch,
-                bias=old.bias is not None,
-                device="meta",
-            ).train(old.training)
-            weight = resample_patch_embed(old.weight.detach(), new_patch)
-            self.proj.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
-            self.proj.bias = old.bias
+            self.proj = resized(self.proj, new_patch)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         """Pixels per token: the larger side of a patch, or (height, width)."""

@@ -30,3 +30,8 @@ class Positions(NamedTuple):
     window: tuple[int, int] | None = None  # (h, w): the grid of the patches, where biases go by relative position
     table: Tensor | None = None  # a table of such biases for that window which all blocks share, as ops.attention's
     batches: Batches | None = None  # of packed images, which have no window in common
+    added: tuple[Tensor, ...] = ()  # (T, D) that each block adds to its tokens first; one where they share it
+
+    def before(self, x: Tensor, depth: int) -> Tensor:
+        """Tokens x (B, T, D) as the block number ``depth`` starts with them."""
+        return x + self.added[depth % len(self.added)] if self.added else x

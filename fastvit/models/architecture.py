@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fastvit.checkpoints.backbone import layers_of, stem_of
 from fastvit.checkpoints.layouts import blocks
 from fastvit.checkpoints.resample import window_of
 from fastvit.layers import BeitBlock, LayerNorm, SwiGLU
+from fastvit.models.hybrid import HybridEmbed, reduction
 
 log = logging.getLogger("fastvit")
 
@@ -67,7 +69,6 @@ def architecture(
         "fc_norm": "fc_norm.weight" in state,
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         "global_pool": _pool(state),
-        "pos_embed": "learn" if "pos_embed" in state else "none",
         "use_rel_pos_bias": f"blocks.0.attn.{_TABLE}" in state,
         "use_shared_rel_pos_bias": f"rel_pos_bias.{_TABLE}" in state,
     }
@@ -76,6 +77,11 @@ def architecture(
     if hidden == 2 * fc2.shape[1]:
         found["mlp_layer"] = SwiGLU
         options.pop("act_layer", None)
+    layers = layers_of(state)
+    if layers is not None:
+        found["embed_layer"] = partial(HybridEmbed, layers=layers)
+        found["in_chans"] = state[f"{stem_of(state)}.conv.weight"].shape[1]
+        p, q = (reduction(layers) * side for side in (p, q))  # pixels
     if "pre_logits.fc.weight" in state:
         found["representation_size"] = state["pre_logits.fc.weight"].shape[0]
     if "eps" in options:
@@ -84,9 +90,11 @@ def architecture(
         options["num_heads"] = heads.get(width, max(width // 64, 1))
         known = "as models of that width have" if width in heads else "64 features each"
         log.info("%s: %d attention heads, %s; num_heads= says otherwise", name, options["num_heads"], known)
-    if "pos_embed" in state:
+    positions, rows = _positions(state, len(numbers), (p, q))
+    found |= positions
+    if rows:
         prefix = found["reg_tokens"] + found["class_token"] + found["distilled"]
-        found |= _grid(state["pos_embed"].shape[1], prefix, (p, q), options, name)
+        found |= _grid(rows, prefix, (p, q), options | positions, name)
     elif tables := [value for key, value in state.items() if key.endswith(_TABLE)]:
         found["img_size"] = _size(tables[0].shape[0], (p, q), options, name)
     return found | options
@@ -96,6 +104,26 @@ def _pool(state: Mapping[str, Tensor]) -> str:
     if "attn_pool.latent" in state:
         return "map"
     return "avg" if "fc_norm.weight" in state or "cls_token" not in state else "token"
+
+
+def _positions(state: Mapping[str, Tensor], depth: int, patch: tuple[int, int]) -> tuple[dict[str, Any], int]:
+    """What kind of position embeddings there are, and of how many tokens; see fastvit.layers.pos_embed."""
+    if "pos_embed" in state:
+        return {"pos_embed": "learn"}, state["pos_embed"].shape[1]
+    if "blocks.0.attn.rel_pos_keys" in state:
+        return {"pos_embed": "relative"}, (state["blocks.0.attn.rel_pos_keys"].shape[1] + 1) // 2
+    for at in ("pos_embed_2d", "layer_pos_embed"):
+        shapes = {key.removeprefix(f"{at}."): value.shape for key, value in state.items() if key.startswith(f"{at}.")}
+        if not shapes:
+            continue
+        tables, prefix = next(iter(shapes.values()))[0], shapes["prefix"][1] if "prefix" in shapes else 0
+        place = "stem" if at == "pos_embed_2d" else "layers" if tables == depth else "shared"
+        if "patches" in shapes:
+            return {"pos_embed": "learn", "pos_embed_at": place}, prefix + shapes["patches"][1]
+        h, w = shapes["y"][1], shapes["x"][1]
+        size = h * patch[0], w * patch[1]
+        return {"pos_embed": "learn_2d", "pos_embed_at": place, "img_size": size}, prefix + h * w
+    return {"pos_embed": "none"}, 0
 
 
 def _size(rows: int, patch: tuple[int, int], options: Mapping[str, Any], name: str) -> tuple[int, int]:

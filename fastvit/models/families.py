@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from fastvit.layers import BeitBlock, LayerNorm, SwiGLU
+from fastvit.models.hybrid import HybridEmbed
 
 
 class Variant(NamedTuple):
@@ -56,6 +57,33 @@ DINOV3 = {
     "huge_plus": (Variant("H+", 1280, 32, 5120, 20), True),
     "7b": (Variant("7B", 4096, 40, 8192, 32), True),
 }
+
+# Hybrids: the blocks of each stage, for a depth and how many pixels of the image are one of the feature map. With 16
+# the blocks of the last stage are in the one before it (section 4.1 of the paper). The first four are the paper's.
+_STAGES = {
+    ("50", 32): (3, 4, 6, 3),
+    ("50", 16): (3, 4, 9),
+    ("26", 32): (2, 2, 2, 2),
+    ("", 16): (),
+}
+HYBRIDS = (
+    ("base", "50", 32),
+    ("base", "50", 16),
+    ("large", "50", 32),
+    ("large", "50", 16),
+    ("small", "26", 32),
+    ("base", "26", 32),
+    ("tiny", "", 16),
+)
+
+
+def _hybrid(variant: Variant, layers: tuple[int, ...], img_size: int) -> dict[str, Any]:
+    return {
+        **variant.arguments,
+        "img_size": img_size,
+        "patch_size": 1 if layers else 8,
+        "embed_layer": partial(HybridEmbed, layers=layers),
+    }
 
 
 def _dinov3(variant: Variant, gated: bool, biases: bool) -> dict[str, Any]:
@@ -109,14 +137,26 @@ def _names() -> dict[str, dict[str, Any]]:
             found[f"beit{version}_{size}_patch16_{img_size}"] = _beit(VARIANTS[size], img_size, init_values)
     for size in ("tiny", "small", "base"):
         found[f"deit_{size}_distilled_patch16_224"] = {**VARIANTS[size].arguments, "patch_size": 16, "distilled": True}
+    for size, depth, stride in HYBRIDS:
+        layers = _STAGES[depth, stride]
+        for img_size in (224, 384):
+            name = f"vit_{size}_r{depth}_s{stride}{'' if layers else '_p8'}_{img_size}"
+            found[name] = _hybrid(VARIANTS[size], layers, img_size)
     return found
 
 
 FAMILIES = _names()
+# The paper's names of hybrids, which an image size may follow; the number is the total reduction.
+PAPERS = {
+    f"R{depth}+ViT-{VARIANTS[size].paper}/{stride}": f"vit_{size}_r{depth}_s{stride}{'' if depth else '_p8'}"
+    for size, depth, stride in HYBRIDS
+}
 
 
 def arguments(name: str) -> dict[str, Any] | None:
     """Arguments of :class:`fastvit.ViT` that a name stands for, None of no family; any image size may end one."""
+    if paper := re.fullmatch(r"(R\d*\+.*?)(?:[-_](\d+))?", name):
+        name = f"{PAPERS.get(paper[1], paper[1])}_{paper[2] or 224}"
     base = re.sub(r"_\d+$", "", name)
     known = next((options for one, options in FAMILIES.items() if re.sub(r"_\d+$", "", one) == base), None)
     size = re.search(r"_(\d+)$", name)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvit import ops, reference
 from fastvit.checkpoints.resample import resample_pos_embed_at
-from fastvit.layers import Attention, Block, DropPath, PatchDropout, PatchEmbed, fuse
+from fastvit.layers import Attention, Block, DropPath, PatchDropout, PatchEmbed, RelativeAttention, fuse
 from fastvit.layers.patch_embed import known_statistics, normalised
 from fastvit.packing import PackedImages, Sequences, pack
 
@@ -77,6 +77,8 @@ def _check(model: ViT) -> None:
     for method in ("_pos_embed", "_positions", "_prefix_tokens"):
         if not model._unchanged(method):
             refuse(method, "it is overridden")
+    if model.pos_embed_2d is not None or model.layer_pos_embed is not None:
+        refuse("pos_embed", "only one table at the stem has rows for images of any size")
     drop = model.patch_drop
     if type(drop) not in (PatchDropout, torch.nn.Identity):
         refuse("patch_drop", f"{type(drop).__name__} is no fastvit.layers.PatchDropout")
@@ -92,6 +94,8 @@ def _check(model: ViT) -> None:
             refuse(f"blocks.{i}", f"{type(block).__name__} is no fastvit.layers.Block")
         if not isinstance(block.attn, Attention):
             refuse(f"blocks.{i}.attn", f"{type(block.attn).__name__} is no fastvit.layers.Attention")
+        if isinstance(block.attn, RelativeAttention):
+            refuse(f"blocks.{i}.attn", "its keys of distances are for sequences of one length")
         for name in ("drop_path1", "drop_path2"):
             drop = getattr(block, name)
             if not isinstance(drop, (DropPath, torch.nn.Identity)):

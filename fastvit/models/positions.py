@@ -6,9 +6,10 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.layers import Attention, Block, PatchDropout, Positions
+from fastvit.layers import Attention, Block, PatchDropout, Positions, RelativeAttention
 from fastvit.layers.positions import Batch, Batches
 from fastvit.ops import rope
 from fastvit.packing import PackedImages
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from fastvit.models.vit import ViT
 
 
-def check(model: ViT, head_dim: int, patch_drop_rate: float) -> None:
+def check(model: ViT, head_dim: int, patch_drop_rate: float, pos_embed_at: str = "stem") -> None:
     """Raise a ValueError that names what a model's rope or tables of biases can't be with; it has no layers yet."""
     if model.rope is not None and model.rope <= 0:
         raise ValueError(f"rope must be the base of the periods, positive, or None, got {model.rope}")
@@ -28,21 +29,52 @@ def check(model: ViT, head_dim: int, patch_drop_rate: float) -> None:
             "tables of biases by relative position have rows for one class token: class_token must be True and "
             f"reg_tokens 0, got {model.has_class_token} and {model.num_reg_tokens}"
         )
+    if patch_drop_rate and pos_embed_at != "stem":
+        raise ValueError(
+            f"patch_drop_rate={patch_drop_rate} with pos_embed_at={pos_embed_at!r}: later blocks add positions to all "
+            "patches; accepted: 'stem'"
+        )
     if patch_drop_rate and model.windowed:
         raise ValueError(
             f"patch_drop_rate={patch_drop_rate}: biases by relative position are for whole windows; accepted: 0"
         )
 
 
+def check_relative(model: ViT, other_attention: bool) -> None:
+    """Raise a ValueError that names what keys of distances, which are for sequences of one length, are not with."""
+    given = {
+        "dynamic_img_size": model.dynamic_img_size,
+        "patch_drop_rate": isinstance(model.patch_drop, PatchDropout),
+        "biases by relative position": model.windowed,
+        "an attn_layer": other_attention,
+    }
+    if wrong := [name for name, here in given.items() if here]:
+        raise ValueError(f"pos_embed='relative' has keys for the distances in one grid: not with {', '.join(wrong)}")
+
+
+def check_resize(model: ViT) -> None:
+    """Raise a ValueError where a model has keys of distances, which nothing resamples."""
+    if any(isinstance(module, RelativeAttention) for module in model.modules()):
+        raise ValueError(
+            "pos_embed='relative' has keys for the distances along one sequence, which another grid has not; build the "
+            "model with the other img_size"
+        )
+
+
+def told(model: ViT) -> bool:
+    """Whether blocks are told where their tokens are."""
+    return model.rope is not None or model.windowed or model.layer_pos_embed is not None
+
+
 def check_blocks(model: ViT) -> None:
     """Raise a ValueError that names a block which asks for no positions, where the model has some for it."""
-    if model.rope is None and not model.windowed:
+    if not told(model):
         return
     for i, block in enumerate(model.blocks):
         if not isinstance(block, Block) or not isinstance(block.attn, Attention):
             attention = type(getattr(block, "attn", None)).__name__
             raise ValueError(
-                f"blocks.{i} is a {type(block).__name__} with {attention}: rope and tables of biases go with "
+                f"blocks.{i} is a {type(block).__name__} with {attention}: rope, tables and positions go with "
                 "fastvit.layers' Block or BeitBlock, and Attention or BeitAttention"
             )
 
@@ -84,7 +116,12 @@ def of_grid(model: ViT, x: Tensor, grid: tuple[int, int], kept: Tensor | None = 
         cos, sin = _turned(x, grid, _head_dim(model), model.rope)
         angles = (cos, sin) if kept is None else (cos[kept], sin[kept])
     table = None if model.rel_pos_bias is None else model.rel_pos_bias.table_for(grid)
-    return Positions(angles, grid if model.windowed else None, table)
+    added: tuple[Tensor, ...] = ()
+    if model.layer_pos_embed is not None:  # 0 for prefix tokens that have no positions
+        without = model.num_prefix_tokens - model._prefix_positions()
+        tables = F.pad(model.layer_pos_embed(grid), (0, 0, without, 0))
+        added = tuple(tables[i] for i in range(model.layer_pos_embed.tables))
+    return Positions(angles, grid if model.windowed else None, table, added=added)
 
 
 def of_packed(model: ViT, x: Tensor, images: PackedImages, kept: Tensor | None = None) -> Positions:

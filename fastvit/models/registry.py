@@ -42,6 +42,7 @@ def _parse(name: str) -> tuple[type[ViT] | type[ResNetV2], dict[str, Any]]:
     size = timm["size"] if timm else _BY_PAPER.get(paper["size"], "") if paper else ""
     if match is None or size not in VARIANTS or int(match["patch"]) not in PATCHES:
         papers = [f"ViT-{v.paper}/{p}" for v in VARIANTS.values() for p in PATCHES] + [f"R{size}" for size in RESNETS]
+        papers += families.PAPERS
 
         def likeness(other: str) -> float:
             return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
@@ -80,6 +81,8 @@ def create_model(
             "vit_{tiny, small, small_plus, base, large, huge_plus, 7b}_patch16_dinov3", which may end in "_qkvb";
             "beit_{base, large}_patch16_{image size}", "beitv2_{base, large}_patch16_{image size}";
             "deit_{tiny, small, base}_distilled_patch16_{image size}";
+            "vit_{base, large}_r50_{s16, s32}_{image size}" or "R50+ViT-{B, L}/{16, 32}", and timm's other hybrids,
+            "vit_{small, base}_r26_s32_{image size}", "vit_tiny_r_s16_p8_{image size}";
             "resnetv2_{50x1, 50x2, 50x3, 101x1, 101x3, 152x1, 152x2, 152x4, 200x3}_bit" or "R{50x1, ...}".
         pretrained: must be False: weights come from a file.
         checkpoint_path: weights to load into a ViT with :func:`fastvit.load_checkpoint`; into a ResNet, .safetensors or

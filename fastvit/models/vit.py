@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +28,8 @@ from fastvit.layers import (
     Mlp,
     PatchDropout,
     PatchEmbed,
+    PosEmbed,
+    RelativeAttention,
     RelativePositionBias,
     Windowed,
     fuse,
@@ -33,9 +37,11 @@ from fastvit.layers import (
 from fastvit.layers.attention import head_dim_of
 from fastvit.layers.misc import count, positive, rate
 from fastvit.layers.patch_embed import Size, image_size, normalised, pixel_statistics
+from fastvit.layers.pos_embed import check_pos_embed
 from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
 from fastvit.models import packed, positions
 from fastvit.models.head import Head, check_pool
+from fastvit.models.hybrid import HybridEmbed
 from fastvit.models.init import check_mode, init_vit
 from fastvit.models.intermediates import Images, Intermediates
 from fastvit.ops import backends, onednn
@@ -63,7 +69,8 @@ class ViT(Intermediates, Head):
         qk_norm, scale_attn_norm, scale_mlp_norm: extra norms: queries and keys, before the projection, in the MLP.
         init_values: start of LayerScale; None leaves it out.
         class_token, reg_tokens: a class token, and how many register tokens, before the patches.
-        pos_embed: "learn", or "none" or "" for no positions.
+        pos_embed: "learn", "learn_2d" (a half by column and a half by row), "relative" (keys of distances along the
+            sequence, in each block), or "none" or "" for no positions (table 8 of the paper).
         no_embed_class: positions for the patches only.
         pre_norm, final_norm, fc_norm: a norm before the blocks; after them; after the pool instead (None: as it needs).
         pool_include_prefix: let "avg" and "max" pools read the class and register tokens too.
@@ -74,6 +81,8 @@ class ViT(Intermediates, Head):
         embed_layer, embed_norm_layer, norm_layer, act_layer, block_fn, mlp_layer, attn_layer: classes (or names) of the
             pieces. timm's become ours where they mean the same; any other runs as the module it is, unfused.
         device, dtype: of the parameters.
+        pos_embed_at: where learned positions are added: "stem", or before each block its own ("layers"), or the same
+            ones before each ("shared").
         rope: base of the periods by which queries and keys of the patches are turned (rotary position embeddings, as
             DINOv3 has them: its base is 100; see :func:`fastvit.ops.rope.axial`), or None.
         use_rel_pos_bias, use_shared_rel_pos_bias: a table of biases by relative position in each block, and one that
@@ -133,6 +142,7 @@ class ViT(Intermediates, Head):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        pos_embed_at: str = "stem",
         rope: float | None = None,
         use_rel_pos_bias: bool = False,
         use_shared_rel_pos_bias: bool = False,
@@ -148,8 +158,7 @@ class ViT(Intermediates, Head):
         check_pool(global_pool, class_token, distilled)
         if distilled and representation_size is not None:
             raise ValueError(f"representation_size={representation_size}: a distilled model has no pre-training head")
-        if pos_embed not in ("", "none", "learn"):
-            raise ValueError(f"unknown pos_embed {pos_embed!r}; accepted: 'learn', 'none', ''")
+        check_pos_embed(pos_embed, pos_embed_at, embed_dim)
         reg_tokens, num_classes = count("reg_tokens", reg_tokens), count("num_classes", num_classes)
         if mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be positive, got {mlp_ratio}")
@@ -173,7 +182,7 @@ class ViT(Intermediates, Head):
         self.grad_checkpointing = False
         self.rope = rope
         self.windowed = use_rel_pos_bias or use_shared_rel_pos_bias
-        positions.check(self, head_dim, patch_drop_rate)
+        positions.check(self, head_dim, patch_drop_rate, pos_embed_at)
 
         embed_options: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
         if embed_norm_layer is not None:
@@ -197,11 +206,21 @@ class ViT(Intermediates, Head):
         self.cls_token = tokens(int(class_token))
         self.dist_token = tokens(int(distilled))
         self.reg_token = tokens(reg_tokens)
-        self.pos_embed = tokens(rows if pos_embed == "learn" else 0)
+        at_stem = pos_embed_at == "stem"
+
+        def tables(count: int) -> PosEmbed:
+            return PosEmbed(grid, rows - grid[0] * grid[1], embed_dim, count, axes=pos_embed == "learn_2d", **dd)
+
+        self.pos_embed = tokens(rows if pos_embed == "learn" and at_stem else 0)
+        self.pos_embed_2d = tables(1) if pos_embed == "learn_2d" and at_stem else None
+        self.layer_pos_embed = None if at_stem else tables(depth if pos_embed_at == "layers" else 1)
         self.pos_drop = nn.Dropout(rate("pos_drop_rate", pos_drop_rate))
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
         self.norm_pre = norm_layer(embed_dim, **dd) if pre_norm else nn.Identity()
         self.rel_pos_bias = RelativePositionBias(grid, num_heads, **dd) if use_shared_rel_pos_bias else None
+        if pos_embed == "relative":
+            positions.check_relative(self, attn_layer is not None)
+            attn_layer = partial(RelativeAttention, tokens=grid[0] * grid[1] + self.num_prefix_tokens)
         block_layer = resolve("block_fn", block_fn, {}, BeitBlock if self.windowed else Block)
         attn_layer = resolve("attn_layer", attn_layer, ATTENTIONS, getattr(block_layer, "default_attn", Attention))
         drop_paths = torch.linspace(0, rate("drop_path_rate", drop_path_rate), depth, device="cpu").tolist()
@@ -315,12 +334,14 @@ class ViT(Intermediates, Head):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave out."""
-        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        learned = re.compile(r"pos_embed_2d\.|layer_pos_embed\.|.*(relative_position_bias_table|rel_pos_keys)$")
+        tables = {name for name, _ in self.named_parameters() if learned.match(name)}
         return {"pos_embed", "cls_token", "reg_token", "dist_token"} | tables
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
         more = "|rel_pos_bias" * self.windowed + "|dist_token" * (self.dist_token is not None)
+        more += "|layer_pos_embed" * (self.layer_pos_embed is not None)
         return {
             "stem": rf"^cls_token|reg_token|pos_embed|patch_embed|norm_pre{more}",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
@@ -340,6 +361,7 @@ class ViT(Intermediates, Head):
         Raises:
             ValueError: a size that patches don't tile; the model stays as it was.
         """
+        positions.check_resize(self)
         before = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         grid = self.patch_embed.grid_size
@@ -351,6 +373,8 @@ class ViT(Intermediates, Head):
         for module in self.modules():
             if isinstance(module, Windowed):
                 module.set_window_size(grid)
+            elif isinstance(module, PosEmbed):
+                module.set_grid(grid)
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -368,16 +392,18 @@ class ViT(Intermediates, Head):
 
     def _positions(self, grid: tuple[int, int]) -> Tensor | None:
         """Position embeddings for a grid of patches, (1, N or P + N, D)."""
+        if self.pos_embed_2d is not None:
+            return cast(Tensor, self.pos_embed_2d(grid))
         if self.pos_embed is None or not self.dynamic_img_size:
             return self.pos_embed
         return resample_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, self._prefix_positions())
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Add positions and prefix tokens to patch tokens: (B, N, D) or (B, h, w, D) -> (B, P + N, D)."""
-        positions: Tensor | None = self.pos_embed
+        grid = self.patch_embed.grid_size
         if self.dynamic_img_size:
-            positions = self._positions((x.shape[1], x.shape[2]))
-            x = x.flatten(1, 2)
+            grid, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
+        positions = self._positions(grid)
         if positions is not None and self.no_embed_class:
             x = x + positions
         prefix = self._prefix_tokens()
@@ -390,7 +416,7 @@ class ViT(Intermediates, Head):
     def _embed(self, images: Tensor) -> Tensor:
         """images -> tokens (B, T, D), with all patches and before ``norm_pre``."""
         embed = self.patch_embed
-        ours = fuse.intact(embed, PatchEmbed)
+        ours = not isinstance(embed, HybridEmbed) and fuse.intact(embed, PatchEmbed)
         fused = ours and embed.fusable() and self._unchanged("_pos_embed", "_positions", "_prefix_tokens")
         dtype = next(embed.parameters()).dtype
         keep = fused and not embed.dynamic_img_pad
@@ -456,7 +482,7 @@ class ViT(Intermediates, Head):
 
         That is where the images are ("sequences"), if packed, and where the tokens are ("positions"), if they ask.
         """
-        placed = self.rope is not None or self.windowed
+        placed = positions.told(self)
         if isinstance(x, PackedImages):
             tokens, sequences, kept = packed.embed(self, x)
             told: dict[str, Any] = {"sequences": sequences}
