@@ -307,6 +307,18 @@ def test_compiles_once_for_every_mix(options: dict[str, Any]) -> None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_tables_compile_for_each_mix() -> None:
+    torch._dynamo.reset()
+    model = small(torch.float32, depth=1, use_rel_pos_bias=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for sizes in ((MIX[0], MIX[1], MIX[0]), MIX[:2]):
+        packed = pack(mix(torch.float32, sizes), 4)
+        got, want = compiled(packed), model(packed)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        for a, b in zip(gradients(model, got), gradients(model, want), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 # -- patch dropout ------------------------------------------------------------------------------------------------
 
 
@@ -364,9 +376,10 @@ def test_dropped_patches_are_as_if_each_image_had_lost_them_alone(options: dict[
         torch.testing.assert_close(a, b)
 
 
-def test_patch_dropout_compiles_once_for_every_mix() -> None:
+@pytest.mark.parametrize("options", [{}, {"rope": 100.0}], ids=str)
+def test_patch_dropout_compiles_once_for_every_mix(options: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    model = small(torch.float32, depth=1, patch_drop_rate=0.5).train()
+    model = small(torch.float32, depth=1, patch_drop_rate=0.5, **options).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for i, sizes in enumerate((MIX, MIX[1:], ((40, 8), (8, 8)) * 4)):
         packed = pack(mix(torch.float32, sizes), 4)
