@@ -74,9 +74,9 @@ def test_keys_and_shapes(size: str) -> None:
 
 def test_names() -> None:
     assert set(PUBLISHED) | set(PAPERS) == set(RESNETS)
-    assert fastvit.list_models("resnet") == [f"resnetv2_{size}_bit" for size in RESNETS]
-    others = set(fastvit.list_models()) - set(fastvit.list_models("resnet"))
-    assert others and all(name.startswith(("beit", "deit", "vit_")) for name in others)
+    assert fastvit.list_models("resnetv2") == [f"resnetv2_{size}_bit" for size in RESNETS]
+    others = set(fastvit.list_models()) - set(fastvit.list_models("resnetv2"))
+    assert others and all(name.startswith(("axial", "beit", "deit", "vit_")) for name in others)
     assert fastvit.resnet.ResNetV2 is ResNetV2
     with torch.device("meta"):
         assert fastvit.create_model("R101x1", num_classes=3, in_chans=1).head.fc.weight.shape == (3, 2048, 1, 1)

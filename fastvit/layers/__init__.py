@@ -1,6 +1,7 @@
 """The layers of a Vision Transformer, with timm's arguments and state_dict keys, on :mod:`fastvit.ops`."""
 
 from fastvit.layers.attention import Attention, AttentionPoolLatent, AttentionPoolPrr
+from fastvit.layers.axial import AxialAttention
 from fastvit.layers.beit import BeitAttention, RelativePositionBias, Windowed
 from fastvit.layers.block import BeitBlock, Block, Blocks
 from fastvit.layers.fuse import GELUTanh, QuickGELU, remember_forward
@@ -11,12 +12,15 @@ from fastvit.layers.patch_embed import PatchEmbed
 from fastvit.layers.pos_embed import PosEmbed, RelativeAttention
 from fastvit.layers.positions import Positions
 
-remember_forward(Attention, BeitAttention, BeitBlock, Block, Blocks, Mlp, PatchEmbed, RelativeAttention, SwiGLU)
+remember_forward(
+    Attention, AxialAttention, BeitAttention, BeitBlock, Block, Blocks, Mlp, PatchEmbed, RelativeAttention, SwiGLU
+)
 
 __all__ = [
     "Attention",
     "AttentionPoolLatent",
     "AttentionPoolPrr",
+    "AxialAttention",
     "BeitAttention",
     "BeitBlock",
     "Block",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastvit.layers import fuse
 from fastvit.layers.attention import Attention, Window
+from fastvit.layers.axial import AxialAttention
 from fastvit.layers.beit import BeitAttention
 from fastvit.layers.fuse import Merge
 from fastvit.layers.misc import DropPath, LayerScale
@@ -23,7 +24,7 @@ from fastvit.layers.positions import Positions
 from fastvit.packing import Sequences
 
 # A block made of these alone treats each token by itself, but for the attention's own sum over keys.
-_ATTENTIONS = (Attention, BeitAttention, RelativeAttention)
+_ATTENTIONS = (Attention, AxialAttention, BeitAttention, RelativeAttention)
 _OURS = (
     *_ATTENTIONS,
     DropPath,

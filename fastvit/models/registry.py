@@ -14,6 +14,7 @@ import torch
 from fastvit.checkpoints.load import Checkpoint, Source, fit, load_checkpoint, read_checkpoint
 from fastvit.models import families
 from fastvit.models.architecture import architecture
+from fastvit.models.axial import AxialResNet, AxialViT
 from fastvit.models.families import VARIANTS
 from fastvit.models.resnet import ResNetV2
 from fastvit.models.vit import ViT
@@ -27,6 +28,8 @@ RESNET_LAYERS = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3),
 _BY_PAPER = {variant.paper: name for name, variant in VARIANTS.items()}
 _TIMM = re.compile(r"vit_(?P<size>[a-z0-9]+)_patch(?P<patch>\d+)(?:_(?P<image>\d+))?")
 _PAPER = re.compile(r"ViT-(?P<size>[A-Za-z0-9]+)/(?P<patch>\d+)(?:[-_](?P<image>\d+))?")
+_AXIAL = re.compile("axial_(?=vit_)|Axial-(?=ViT-)")
+_AXIAL_RESNETS = {name: depth for depth in ("50",) for name in (f"axial_resnet{depth}", f"AxialResNet{depth}")}
 _RESNET_SIZES = {name: size for size in RESNETS for name in (f"resnetv2_{size}_bit", f"R{size}")}
 
 
@@ -35,9 +38,12 @@ def _parse(name: str) -> tuple[type[ViT] | type[ResNetV2], dict[str, Any]]:
     if name in _RESNET_SIZES:
         depth, width = _RESNET_SIZES[name].split("x")
         return ResNetV2, {"layers": RESNET_LAYERS[depth], "width_factor": int(width)}
+    if name in _AXIAL_RESNETS:
+        return AxialResNet, {"layers": RESNET_LAYERS[_AXIAL_RESNETS[name]]}
     if (of_family := families.arguments(name)) is not None:
         return ViT, of_family
-    timm, paper = _TIMM.fullmatch(name), _PAPER.fullmatch(name)
+    plain = _AXIAL.sub("", name)
+    timm, paper = _TIMM.fullmatch(plain), _PAPER.fullmatch(plain)
     match = timm or paper
     size = timm["size"] if timm else _BY_PAPER.get(paper["size"], "") if paper else ""
     if match is None or size not in VARIANTS or int(match["patch"]) not in PATCHES:
@@ -50,7 +56,7 @@ def _parse(name: str) -> tuple[type[ViT] | type[ResNetV2], dict[str, Any]]:
         near = sorted([*list_models(), *papers], key=likeness, reverse=True)[:4]
         raise ValueError(f"unknown model {name!r}; the nearest names are {', '.join(near)} (list_models() has all)")
     variant = VARIANTS[size]
-    return ViT, {
+    return ViT if plain == name else AxialViT, {
         "img_size": int(match["image"] or 224),
         "patch_size": int(match["patch"]),
         **variant.arguments,
@@ -65,6 +71,7 @@ def list_models(filter: str = "") -> list[str]:
     """
     names = [f"vit_{size}_patch{patch}_224" for size in VARIANTS for patch in PATCHES]
     names += families.FAMILIES
+    names += ["axial_vit_base_patch16_224", "axial_vit_base_patch32_224", "axial_resnet50"]
     names += [f"resnetv2_{size}_bit" for size in RESNETS]
     pattern = filter if any(c in filter for c in "*?[") else f"*{filter}*"
     return fnmatch.filter(names, pattern)
@@ -83,6 +90,7 @@ def create_model(
             "deit_{tiny, small, base}_distilled_patch16_{image size}";
             "vit_{base, large}_r50_{s16, s32}_{image size}" or "R50+ViT-{B, L}/{16, 32}", and timm's other hybrids,
             "vit_{small, base}_r26_s32_{image size}", "vit_tiny_r_s16_p8_{image size}";
+            "axial_" before a ViT's name or "Axial-" before the paper's ("Axial-ViT-B/16"), and "axial_resnet50";
             "resnetv2_{50x1, 50x2, 50x3, 101x1, 101x3, 152x1, 152x2, 152x4, 200x3}_bit" or "R{50x1, ...}".
         pretrained: must be False: weights come from a file.
         checkpoint_path: weights to load into a ViT with :func:`fastvit.load_checkpoint`; into a ResNet, .safetensors or
@@ -101,7 +109,7 @@ def create_model(
             "load_state_dict(timm.create_model(..., pretrained=True).state_dict())"
         )
     model_class, sizes = _parse(name)
-    if model_class is ResNetV2 and checkpoint_path is not None and Path(checkpoint_path).suffix == ".npz":
+    if issubclass(model_class, ResNetV2) and checkpoint_path is not None and Path(checkpoint_path).suffix == ".npz":
         raise ValueError(f"{checkpoint_path}: .npz files are for ViTs; a ResNet takes .safetensors or a state_dict")
     model = model_class(**{**sizes, **kwargs})
     if checkpoint_path is not None:
