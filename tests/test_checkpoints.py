@@ -262,6 +262,9 @@ KINDS = {
     "DINOv3 plus": "vit_small_plus_patch16_dinov3_qkvb",
     "BEiT": "beitv2_large_patch16_224",
     "distilled": "deit_small_distilled_patch16_224",
+    "DINOv2": "vit_small_patch14_dinov2",
+    "DINOv2 with registers": "vit_base_patch14_reg4_dinov2",
+    "DINOv2 with registers, gated": "vit_giant_patch14_reg4_dinov2",
 }
 
 
@@ -269,7 +272,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_kinds_go_round_too(kind: str, layout: str, tmp_path: Path) -> None:
     """From timm's names to those that a library has for this kind of model, and back to timm's."""
-    model, _ = named(KINDS[kind], num_classes=7 if "DINO" not in kind else 0)
+    model, _ = named(KINDS[kind], num_classes=7 if "DINO" not in kind else 0, embed_dim=96)
     convert(model.state_dict(), tmp_path / "same.safetensors", "timm")
     convert(model.state_dict(), tmp_path / "there.safetensors", layout)
     convert(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "timm")
