@@ -173,15 +173,20 @@ def parser() -> argparse.ArgumentParser:
         "for bit.",
     )
     convert.add_argument("source", metavar="SOURCE", help="a file, a folder of Hugging Face, or hf-hub:org/name")
-    convert.add_argument("target", metavar="TARGET", help=".safetensors, .pth, or .npz for the layout npz")
+    convert.add_argument(
+        "target", metavar="TARGET", help=".safetensors, .pth, .npz for npz, or a folder for huggingface"
+    )
     convert.add_argument(
         "--to",
         default="timm",
         metavar="LAYOUT",
         help="timm (the default, and fastvit's own), torchvision, huggingface, huggingface-5 (names since transformers "
-        "5), or npz",
+        "5), or npz; in Hugging Face's a TARGET without a suffix is a folder with a config.json, as from_pretrained "
+        "takes it",
     )
-    convert.add_argument("--num-heads", type=_positive, metavar="N", help="attention heads, which an .npz needs")
+    convert.add_argument(
+        "--num-heads", type=_positive, metavar="N", help="attention heads, which an .npz and a folder need"
+    )
     convert.set_defaults(run=_convert)
 
     embed = commands.add_parser(

@@ -262,6 +262,9 @@ KINDS = {
     "DINOv3 plus": "vit_small_plus_patch16_dinov3_qkvb",
     "BEiT": "beitv2_large_patch16_224",
     "distilled": "deit_small_distilled_patch16_224",
+    "DINOv2": "vit_small_patch14_dinov2",
+    "DINOv2 with registers": "vit_base_patch14_reg4_dinov2",
+    "DINOv2 with registers, gated": "vit_giant_patch14_reg4_dinov2",
 }
 
 
@@ -269,7 +272,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_kinds_go_round_too(kind: str, layout: str, tmp_path: Path) -> None:
     """From timm's names to those that a library has for this kind of model, and back to timm's."""
-    model, _ = named(KINDS[kind], num_classes=7 if "DINO" not in kind else 0)
+    model, _ = named(KINDS[kind], num_classes=7 if "DINO" not in kind else 0, embed_dim=96)
     convert(model.state_dict(), tmp_path / "same.safetensors", "timm")
     convert(model.state_dict(), tmp_path / "there.safetensors", layout)
     convert(tmp_path / "there.safetensors", tmp_path / "back.safetensors", "timm")
@@ -425,21 +428,35 @@ def test_dtype_and_folders_in_parts(tmp_path: Path) -> None:
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and all(p.requires_grad for p in half.parameters())
 
 
-def test_a_file_is_not_in_memory_twice(tmp_path: Path) -> None:
-    """In a process of its own, the most that it ever held: a large file costs its size, within a tenth."""
-    sizes = {"embed_dim": 1280, "depth": 4, "num_heads": 16, "img_size": 32, "patch_size": 16, "num_classes": 10}
-    model = fastvit.ViT(**sizes)
-    save_file(model.state_dict(), tmp_path / "vit.safetensors")
-    convert(model.state_dict(), tmp_path / "hf.safetensors", "huggingface-5")
-    mib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+def peak(file: Path) -> float:
+    """MiB that a process of its own held at most, over what it held before it loaded a model and read its weights."""
     code = (
         "import resource, sys, fastvit; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024; "
         "before = peak(); model = fastvit.from_checkpoint(sys.argv[1]); "
         "sum(float(p.sum()) for p in model.parameters()); print(peak() - before)"
     )
+    return float(subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_file_is_not_in_memory_twice(tmp_path: Path) -> None:
+    """A large file costs its size, within a tenth."""
+    sizes = {"embed_dim": 1280, "depth": 4, "num_heads": 16, "img_size": 32, "patch_size": 16, "num_classes": 10}
+    model = fastvit.ViT(**sizes)
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    convert(model.state_dict(), tmp_path / "hf.safetensors", "huggingface-5")
+    mib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     for file, most in (("vit.safetensors", 1.1), ("hf.safetensors", 1.5)):  # q, k and v are joined into new memory
-        run = subprocess.run([sys.executable, "-c", code, tmp_path / file], capture_output=True, text=True, check=True)
-        assert float(run.stdout) <= most * mib + 40, file  # 40 MiB: what torch's own threads and libraries take
+        assert peak(tmp_path / file) <= most * mib + 40, file  # 40 MiB: what torch's own threads and libraries take
+
+
+@pytest.mark.slow
+def test_vit_h_takes_its_size_and_a_tenth(tmp_path: Path) -> None:
+    """ViT-H/14 in float32, 2.4 GiB."""
+    shapes = fastvit.create_model("vit_huge_patch14_224", device="meta").state_dict()
+    file = tmp_path / "vit_h.safetensors"
+    save_file({name: torch.rand(value.shape) for name, value in shapes.items()}, file)
+    assert file.stat().st_size > 2.3 * 2**30
+    assert peak(file) <= 1.1 * file.stat().st_size / 2**20
 
 
 # --- files that are none --------------------------------------------------------------------------------------

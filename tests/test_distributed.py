@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,9 +23,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.multiprocessing import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
 
 import fastvit
+from processes import spawn
 
 pytestmark = pytest.mark.slow  # a minute and a half: four times two or four processes, which import PyTorch first
 
@@ -85,21 +86,6 @@ def train(kind: str, folder: Path, begin: int = 0, dies: int | None = None) -> t
     return losses, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def _process(rank: int, world: int, out: Path, runs: list[tuple[str, str, Path, dict[str, Any]]]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=world)
-    found = {name: train(kind, folder, **options) for name, kind, folder, options in runs}
-    if rank == 0:
-        torch.save(found, out)
-    dist.destroy_process_group()
-
-
-def spawn(world: int, out: Path, *runs: tuple[str, str, Path, dict[str, Any]]) -> Any:
-    """What each run (name, kind, folder, options of :func:`train`) gives with so many processes."""
-    mp.spawn(_process, args=(world, out, list(runs)), nprocs=world)
-    return torch.load(out)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("distributed")
@@ -118,19 +104,18 @@ def alone() -> Iterator[tuple[list[float], dict[str, Tensor]]]:
 @pytest.fixture(scope="module")
 def four(folder: Path) -> Any:
     """Four processes; the FSDP run leaves a checkpoint."""
-    runs = [(kind, kind, folder / "of four", {}) for kind in ("ddp", "fsdp", "fsdp bfloat16")]
-    return spawn(4, folder / "four", *runs)
+    kinds = ("ddp", "fsdp", "fsdp bfloat16")
+    return spawn(4, folder / "four", {kind: (train, (kind, folder / "of four")) for kind in kinds})
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path, four: Any) -> Any:
     """Two processes: all steps, and those after the checkpoint of four."""
-    return spawn(
-        2,
-        folder / "two",
-        ("fsdp", "fsdp", folder / "of two", {}),
-        ("resumed", "fsdp", folder / "of four", {"begin": SAVED}),
-    )
+    jobs = {
+        "fsdp": (train, ("fsdp", folder / "of two")),
+        "resumed": (train, ("fsdp", folder / "of four", SAVED)),
+    }
+    return spawn(2, folder / "two", jobs)
 
 
 def check(found: tuple[list[float], dict[str, Tensor]], expected: tuple[list[float], dict[str, Tensor]]) -> None:
@@ -172,9 +157,9 @@ def test_a_checkpoint_of_four_goes_on_with_two(two: Any, alone: Any) -> None:
 def test_a_killed_run_ends_as_an_uninterrupted_one(folder: Path, two: Any) -> None:
     """A process is killed two steps after the checkpoint; from there the run goes on, bit for bit as it would have."""
     where = folder / "killed"
-    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
-        spawn(2, folder / "dead", ("killed", "fsdp", where, {"dies": SAVED + 1}))
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        spawn(2, folder / "dead", {"killed": (train, ("fsdp", where, 0, SAVED + 1))})
     assert not (folder / "dead").exists()
-    again = spawn(2, folder / "again", ("again", "fsdp", where, {"begin": SAVED}))["again"]
+    again = spawn(2, folder / "again", {"again": (train, ("fsdp", where, SAVED))})["again"]
     assert again[0] == two["fsdp"][0][SAVED:]
     assert all(torch.equal(value, two["fsdp"][1][name]) for name, value in again[1].items())

@@ -7,7 +7,8 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,7 @@ def _tensors(found: Any, name: str) -> dict[str, Tensor]:
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> None:
     """Write tensors as .safetensors, .npz or .pth, by the suffix; the file is there as a whole or not at all."""
     path = Path(path)
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
-    try:
+    with _whole(path) as part:
         if path.suffix == ".safetensors":
             save_file({name: value.contiguous() for name, value in tensors.items()}, part, {"format": "pt"})
         elif path.suffix == ".npz":
@@ -155,6 +155,22 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> None:
                 np.savez(file, **tensors)
         else:
             torch.save(dict(tensors), part)
+
+
+def write_folder(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors and their configuration as Hugging Face has them, each as a whole or not at all."""
+    path.mkdir(parents=True, exist_ok=True)
+    write(path / _WEIGHTS[0], tensors)
+    with _whole(path / _CONFIGS[0]) as part:
+        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``path`` when all is written."""
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -6,20 +6,22 @@ a library whose kinds of models have names of their own: which one it is, is see
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastvit.checkpoints import backbone
 from fastvit.checkpoints.rules import Config, Layout, Rule, State, block, gated, rename, same
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": "gelu",
     "quick_gelu": "quick_gelu",
-    "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "silu": "silu",
 }
@@ -31,9 +33,9 @@ def _huggingface(eps: float, activation: str) -> Callable[[Config], dict[str, An
     def options(config: Config) -> dict[str, Any]:
         config = config.get("vision_config", config)
         act = config.get("hidden_act", activation)
-        if act not in _ACTIVATIONS:
-            raise ValueError(f"config.json: hidden_act is {act!r}; accepted: {', '.join(_ACTIVATIONS)}")
-        found = {"eps": config.get("layer_norm_eps", eps), "act_layer": _ACTIVATIONS[act]}
+        if act not in ACTIVATIONS:
+            raise ValueError(f"config.json: hidden_act is {act!r}; accepted: {', '.join(ACTIVATIONS)}")
+        found = {"eps": config.get("layer_norm_eps", eps), "act_layer": ACTIVATIONS[act]}
         for theirs, ours in (("num_attention_heads", "num_heads"), ("image_size", "img_size")):
             if theirs in config:
                 found[ours] = config[theirs]
@@ -66,12 +68,28 @@ def _no_bias_is_zero(state: State) -> None:
         state.setdefault("head.bias", state["head.weight"].new_zeros(len(state["head.weight"])))
 
 
+def _zero_is_no_bias(state: State) -> None:
+    """The other direction of :func:`_no_bias_is_zero`."""
+    if "head.bias" in state and not state["head.bias"].any():
+        del state["head.bias"]
+
+
 def _registers_after_positions(state: State) -> None:
     """DINOv2 adds positions before its registers come in: the class token's is folded into the class token."""
     if "reg_token" in state:
         positions = state["pos_embed"]
         state["cls_token"] = state["cls_token"] + positions[:, :1]
         state["pos_embed"] = positions[:, 1:]
+
+
+def _no_position_is_zero(state: State) -> None:
+    """The other direction of :func:`_registers_after_positions`: the class token's position is part of it already."""
+    if "reg_token" in state and "pos_embed" in state:
+        positions = state["pos_embed"]
+        rows, patches = positions.shape[1], positions.shape[1] - 1 - state["reg_token"].shape[1]
+        if patches > 0 and math.isqrt(patches) ** 2 == patches and math.isqrt(rows) ** 2 != rows:
+            raise ValueError(f"{rows} positions, some of them for registers, which have none in transformers' DINOv2")
+        state["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
 
 
 _POSITIONS = (  # of fastvit's own models; timm's have none of these
@@ -132,7 +150,7 @@ _TABLES = tuple(
     rename(f"{module}.relative_position_bias_table", f"{module}.relative_position_bias_table")
     for module in ("blocks.{i}.attn", "rel_pos_bias")
 )
-_TIMM_GATED = gated("blocks.{i}", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
+_TIMM_GATED = gated("blocks.{i}", ("mlp.fc1_g", "mlp.fc1_x"), "mlp.fc2")
 
 TIMM_BEIT = Layout(  # and BEiT's own
     "timm",
@@ -178,7 +196,7 @@ DINOV3 = Layout(
         rename("storage_tokens", "reg_token"),
         rename("blocks.{i}.ls1.gamma", "blocks.{i}.gamma_1"),
         rename("blocks.{i}.ls2.gamma", "blocks.{i}.gamma_2"),
-        *gated("blocks.{i}", "mlp.w1", "mlp.w2", "mlp.w3"),
+        *gated("blocks.{i}", ("mlp.w1", "mlp.w2"), "mlp.w3"),
         *_OURS,
     ),
     also=r"storage_tokens|rope_embed\.periods",
@@ -240,8 +258,9 @@ def _vit_of_huggingface(
     dropped: str = r"(?!)",
     finish: Callable[[State], None] = lambda state: None,
     mark: str = "embeddings.patch_embeddings.projection.weight",
+    last: tuple[Rule, ...] = (),
 ) -> Layout:
-    """ViT's names in transformers, "huggingface-5" those of today, and for its relatives ``rules`` that go first."""
+    """ViT's names in transformers, "huggingface-5" today's; its relatives have ``rules`` that go first or last."""
     today = name == "huggingface-5"
     return Layout(
         name,
@@ -264,12 +283,14 @@ def _vit_of_huggingface(
                 mlp__fc1="mlp.fc1" if today else "intermediate.dense",
                 mlp__fc2="mlp.fc2" if today else "output.dense",
             ),
+            *last,
         ),
         also=also,
         dropped=rf"embeddings\.mask_token|pooler\..*|/decoder\..*|{dropped}",
         tower=tower,
         options=_huggingface(1e-12, "gelu"),
         finish=finish,
+        model_type=tower.removesuffix("."),
     )
 
 
@@ -323,10 +344,11 @@ def _beit_of_huggingface(name: str, layer: str, qkv: tuple[str, ...], own: str, 
             *(rename(f"{layer}.lambda_{k}", f"blocks.{{i}}.gamma_{k}") for k in (1, 2)),
             rename(f"{layer}.{own}.{table}", f"blocks.{{i}}.attn.{table}"),
             rename(f"{shared}.{table}", f"rel_pos_bias.{table}"),
-            *same(("pooler.layernorm", "fc_norm"), ("/layernorm", "norm")),  # the second is the pre-training head's
+            *same(("pooler.layernorm", "fc_norm")),
         ),
         tower="beit.",
         dropped=r".*\.relative_position_index|/lm_head\..*",
+        last=same(("/layernorm", "norm")),  # the pre-training model's, which has it beside the tower
     )
 
 
@@ -342,7 +364,8 @@ BEIT_HUGGINGFACE_5 = _beit_of_huggingface(
 )
 
 
-def _dinov2_of_huggingface(name: str, also: str, qkv: tuple[str, ...], proj: str) -> Layout:
+def _dinov2_of_huggingface(name: str, also: str, qkv: tuple[str, ...], proj: str, gates: tuple[Rule, ...]) -> Layout:
+    """``gates`` are the rules for its gated MLPs, as they are written."""
     layer = "encoder.layer.{i}"
     return Layout(
         name,
@@ -352,12 +375,11 @@ def _dinov2_of_huggingface(name: str, also: str, qkv: tuple[str, ...], proj: str
             rename("embeddings.register_tokens", "reg_token"),
             rename("embeddings.position_embeddings", "pos_embed"),
             *same(("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("layernorm", "norm")),
+            *gates,
             *block(
                 layer, norm1="norm1", norm2="norm2", attn__qkv=qkv, attn__proj=proj, mlp__fc1="mlp.fc1",
                 mlp__fc2="mlp.fc2",
             ),
-            *block(layer, mlp__fc1=("mlp.gate_proj", "mlp.up_proj"), mlp__fc2="mlp.down_proj"),
-            *block(layer, mlp__fc1="mlp.weights_in", mlp__fc2="mlp.weights_out"),
             rename(f"{layer}.layer_scale1.lambda1", "blocks.{i}.ls1.gamma"),
             rename(f"{layer}.layer_scale2.lambda1", "blocks.{i}.ls2.gamma"),
         ),
@@ -365,20 +387,26 @@ def _dinov2_of_huggingface(name: str, also: str, qkv: tuple[str, ...], proj: str
         dropped=r"embeddings\.mask_token|/classifier\..*",  # a classifier there reads the class token and the mean
         options=_huggingface(1e-6, "gelu"),
         finish=_registers_after_positions,
+        begin=_no_position_is_zero,
+        model_type="dinov2",
     )  # fmt: skip
 
 
+_DINOV2_GATED = gated("encoder.layer.{i}", ("mlp.weights_in",), "mlp.weights_out")
+_DINOV2_GATED_5 = gated("encoder.layer.{i}", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 DINOV2_HUGGINGFACE = _dinov2_of_huggingface(
     "dinov2-huggingface",
     r"encoder\.layer\.0\.layer_scale1\.lambda1",
     _HUGGINGFACE_QKV,
     "attention.output.dense",
+    (*_DINOV2_GATED, *_DINOV2_GATED_5),
 )
 DINOV2_HUGGINGFACE_5 = _dinov2_of_huggingface(
     "dinov2-huggingface-5",
     r"encoder\.layer\.0\.attention\.q_proj\.weight",
     _HUGGINGFACE_5_QKV,
     "attention.o_proj",
+    (*_DINOV2_GATED_5, *_DINOV2_GATED),
 )
 
 
@@ -402,7 +430,7 @@ def _dinov3_of_huggingface(name: str, layer: str) -> Layout:
             rename("embeddings.register_tokens", "reg_token"),
             *same(("embeddings.patch_embeddings", "patch_embed.proj"), ("norm", "norm")),
             *_apart(layer, *_HUGGINGFACE_5_QKV),
-            *gated(layer, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+            *gated(layer, ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
             *block(
                 layer, norm1="norm1", norm2="norm2", attn__proj="attention.o_proj", mlp__fc1="mlp.up_proj",
                 mlp__fc2="mlp.down_proj",
@@ -414,6 +442,7 @@ def _dinov3_of_huggingface(name: str, layer: str) -> Layout:
         dropped=r"embeddings\.mask_token",
         options=options,
         finish=_no_registers_are_none,
+        model_type="dinov3_vit",
     )  # fmt: skip
 
 
@@ -421,10 +450,10 @@ DINOV3_HUGGINGFACE = _dinov3_of_huggingface("huggingface", "layer.{i}")
 DINOV3_HUGGINGFACE_5 = _dinov3_of_huggingface("huggingface-5", "model.layer.{i}")
 
 
-def _tower_of_huggingface(name: str, rules: tuple[Rule, ...], also: str, eps: float, activation: str) -> Layout:
+def _tower_of_huggingface(kind: str, rules: tuple[Rule, ...], also: str, eps: float, activation: str) -> Layout:
     """The image tower of CLIP or SigLIP."""
     return Layout(
-        name,
+        f"{kind}-huggingface",
         "embeddings.patch_embedding.weight",
         (
             *same(("embeddings.patch_embedding", "patch_embed.proj"), ("post_layernorm", "norm")),
@@ -442,13 +471,16 @@ def _tower_of_huggingface(name: str, rules: tuple[Rule, ...], also: str, eps: fl
         ),
         also=also,
         dropped=r"embeddings\.position_ids|/text_.*|/logit_.*",
+        tower="vision_model.",
         options=_huggingface(eps, activation),
         finish=_no_bias_is_zero,
+        begin=_zero_is_no_bias,
+        model_type=f"{kind}_vision_model",
     )
 
 
 CLIP_HUGGINGFACE = _tower_of_huggingface(
-    "clip-huggingface",
+    "clip",
     (
         rename("embeddings.class_embedding", "cls_token", "token"),
         *same(("pre_layrnorm", "norm_pre")),  # their spelling
@@ -459,7 +491,7 @@ CLIP_HUGGINGFACE = _tower_of_huggingface(
     "quick_gelu",
 )
 SIGLIP_HUGGINGFACE = _tower_of_huggingface(
-    "siglip-huggingface",
+    "siglip",
     (
         rename("head.probe", "attn_pool.latent"),
         rename("head.attention.in_proj_{p}", ("attn_pool.q.{p}", "attn_pool.kv.{p}")),
@@ -563,9 +595,17 @@ def recognise(names: Sequence[str]) -> Layout:
     )
 
 
+# transformers' names for models other than its ViT have not changed, or are told apart.
+_OF_HUGGINGFACE = {
+    "huggingface": ("huggingface", "dinov2-huggingface", "clip-huggingface", "siglip-huggingface"),
+    "huggingface-5": ("huggingface-5", "dinov2-huggingface-5", "clip-huggingface", "siglip-huggingface"),
+}
+
+
 def named(name: str, state: Mapping[str, Tensor]) -> Layout:
     """The layout of that name that has names for all of ``state``, which is under ours; else the plainest."""
-    candidates = [layout for layout in reversed(LAYOUTS) if layout.name == name]
+    names = _OF_HUGGINGFACE.get(name, (name,))
+    candidates = [layout for one in names for layout in reversed(LAYOUTS) if layout.name == one]
     return next((layout for layout in candidates if layout.names(state)), candidates[0])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastvit.checkpoints import files
 from fastvit.checkpoints.backbone import stem_of
+from fastvit.checkpoints.huggingface import folder_of
 from fastvit.checkpoints.layouts import named, recognise, unwrapped
 from fastvit.checkpoints.npz import from_npz, to_npz
 from fastvit.checkpoints.resample import (
@@ -250,24 +251,34 @@ def convert(source: Source, path: str | os.PathLike[str], layout: str = "timm", 
 
     Args:
         source: as in :func:`load_checkpoint`.
-        path: .safetensors, .npz (of layout "npz" alone), else torch.save's.
+        path: .safetensors, .npz (of layout "npz" alone), else torch.save's. In Hugging Face's layouts a path without a
+            suffix is a folder, with the config.json that transformers' ``from_pretrained`` reads.
         layout: one of :data:`WRITTEN`.
-        num_heads: attention heads, which an .npz needs, where the source does not tell.
+        num_heads: attention heads, which an .npz and a folder need, where the source does not tell.
 
     Raises:
         ValueError: an unknown layout, or weights that it has no place for.
     """
     if layout not in WRITTEN:
         raise ValueError(f"layout {layout!r} can't be written; accepted: {', '.join(WRITTEN)}")
-    if (Path(path).suffix == ".npz") != (layout == "npz"):
+    path = Path(path)
+    if (path.suffix == ".npz") != (layout == "npz"):
         raise ValueError(f"{path} in layout {layout!r}: .npz files and the layout 'npz' go together")
     checkpoint = read_checkpoint(source)
     if layout == "npz":
-        heads = num_heads or checkpoint.options.get("num_heads")
-        if heads is None:
-            raise ValueError(
-                f"{checkpoint.name} does not tell its attention heads, which an .npz needs: give num_heads="
-            )
-        files.write(path, to_npz(checkpoint.state, heads))
+        files.write(path, to_npz(checkpoint.state, _heads(checkpoint, num_heads, "an .npz")))
+        return
+    found = named(layout, checkpoint.state)
+    if found.model_type and (path.is_dir() or not path.suffix):
+        heads = _heads(checkpoint, num_heads, "a config.json")
+        files.write_folder(path, *folder_of(checkpoint.state, found, checkpoint.options, heads, checkpoint.name))
     else:
-        files.write(path, named(layout, checkpoint.state).from_ours(checkpoint.state))
+        files.write(path, found.from_ours(checkpoint.state))
+
+
+def _heads(checkpoint: Checkpoint, num_heads: int | None, needs: str) -> int:
+    """The attention heads that the caller gives, else those that the source tells."""
+    heads = num_heads or checkpoint.options.get("num_heads")
+    if heads is None:
+        raise ValueError(f"{checkpoint.name} does not tell its attention heads, which {needs} needs: give num_heads=")
+    return int(heads)

@@ -90,13 +90,14 @@ def block(theirs: str, **names: str | tuple[str, ...]) -> tuple[Rule, ...]:
     return same(*pairs)
 
 
-def gated(theirs: str, gate: str, value: str, out: str) -> tuple[Rule, ...]:
-    """Rules for an MLP below ``theirs`` whose gate is a matrix of its own; ours is packed, the gate first."""
-    rules = block(theirs, mlp__fc1=(gate, value), mlp__fc2=out)
+def gated(theirs: str, first: tuple[str, ...], out: str) -> tuple[Rule, ...]:
+    """Rules for a gated MLP below ``theirs``, whose ``first`` may be two, gate and value; ours is packed so."""
+    rules = block(theirs, mlp__fc1=first, mlp__fc2=out)
     return tuple(replace(one, gated=True) for one in rules)
 
 
-def _is_gated(state: Mapping[str, Tensor]) -> bool:
+def is_gated(state: Mapping[str, Tensor]) -> bool:
+    """Whether the MLPs of weights under our names are."""
     fc1, fc2 = (state.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     return fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]
 
@@ -114,6 +115,8 @@ class Layout:
         tower: the prefix when such a file is written.
         options: arguments of :class:`fastvit.ViT` that shapes don't tell, from the file's configuration.
         finish: what is left to do to our names.
+        begin: what is to be done to them before they are written.
+        model_type: what transformers' configurations call this kind of model; "" in other libraries' layouts.
     """
 
     name: str
@@ -124,6 +127,8 @@ class Layout:
     tower: str = ""
     options: Callable[[Config], dict[str, Any]] = lambda config: {}
     finish: Callable[[State], None] = lambda state: None
+    begin: Callable[[State], None] = lambda state: None
+    model_type: str = ""
 
     def prefix(self, names: Sequence[str]) -> str | None:
         """What precedes the tower's names; None where these are names of another layout."""
@@ -163,7 +168,8 @@ class Layout:
         Raises:
             ValueError: some have no name in it; they are listed.
         """
-        left, with_gate = dict(state), _is_gated(state)
+        left, with_gate = dict(state), is_gated(state)
+        self.begin(left)
         out: State = {}
         for each in self.rules:
             for name in list(left):
@@ -181,7 +187,9 @@ class Layout:
     def names(self, state: Mapping[str, Tensor]) -> bool:
         """Whether it has names for all of these weights, which are under ours."""
         patterns = [_pattern(ours) for each in self.rules for ours in each.ours]
-        return all(any(pattern.fullmatch(name) for pattern in patterns) for name in state)
+        left = dict(state)
+        self.begin(left)
+        return all(any(pattern.fullmatch(name) for pattern in patterns) for name in left)
 
     def _written(self, name: str) -> str:
         return name.removeprefix("/") if name.startswith("/") else self.tower + name

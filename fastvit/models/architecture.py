@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fastvit.checkpoints.backbone import layers_of, stem_of
 from fastvit.checkpoints.layouts import blocks
-from fastvit.checkpoints.resample import window_of
+from fastvit.checkpoints.sizes import position_arguments
 from fastvit.layers import BeitBlock, LayerNorm, SwiGLU
 from fastvit.models.hybrid import HybridEmbed, reduction
 
@@ -90,64 +89,10 @@ def architecture(
         options["num_heads"] = heads.get(width, max(width // 64, 1))
         known = "as models of that width have" if width in heads else "64 features each"
         log.info("%s: %d attention heads, %s; num_heads= says otherwise", name, options["num_heads"], known)
-    positions, rows = _positions(state, len(numbers), (p, q))
-    found |= positions
-    if rows:
-        prefix = found["reg_tokens"] + found["class_token"] + found["distilled"]
-        found |= _grid(rows, prefix, (p, q), options | positions, name)
-    elif tables := [value for key, value in state.items() if key.endswith(_TABLE)]:
-        found["img_size"] = _size(tables[0].shape[0], (p, q), options, name)
-    return found | options
+    return found | position_arguments(state, (p, q), options, name) | options
 
 
 def _pool(state: Mapping[str, Tensor]) -> str:
     if "attn_pool.latent" in state:
         return "map"
     return "avg" if "fc_norm.weight" in state or "cls_token" not in state else "token"
-
-
-def _positions(state: Mapping[str, Tensor], depth: int, patch: tuple[int, int]) -> tuple[dict[str, Any], int]:
-    """What kind of position embeddings there are, and of how many tokens; see fastvit.layers.pos_embed."""
-    if "pos_embed" in state:
-        return {"pos_embed": "learn"}, state["pos_embed"].shape[1]
-    if "blocks.0.attn.rel_pos_keys" in state:
-        return {"pos_embed": "relative"}, (state["blocks.0.attn.rel_pos_keys"].shape[1] + 1) // 2
-    for at in ("pos_embed_2d", "layer_pos_embed"):
-        shapes = {key.removeprefix(f"{at}."): value.shape for key, value in state.items() if key.startswith(f"{at}.")}
-        if not shapes:
-            continue
-        tables, prefix = next(iter(shapes.values()))[0], shapes["prefix"][1] if "prefix" in shapes else 0
-        place = "stem" if at == "pos_embed_2d" else "layers" if tables == depth else "shared"
-        if "patches" in shapes:
-            return {"pos_embed": "learn", "pos_embed_at": place}, prefix + shapes["patches"][1]
-        h, w = shapes["y"][1], shapes["x"][1]
-        size = h * patch[0], w * patch[1]
-        return {"pos_embed": "learn_2d", "pos_embed_at": place, "img_size": size}, prefix + h * w
-    return {"pos_embed": "none"}, 0
-
-
-def _size(rows: int, patch: tuple[int, int], options: Mapping[str, Any], name: str) -> tuple[int, int]:
-    """The image size that tables of relative positions are for: what is said of the image, else a square."""
-    size = options.get("img_size")
-    height, width = size if isinstance(size, Sequence) else (size, size)
-    try:
-        h, w = window_of(rows, None if size is None else (height // patch[0], width // patch[1]))
-    except ValueError as error:
-        raise ValueError(f"{name} has {error}: give img_size=") from error
-    return h * patch[0], w * patch[1]
-
-
-def _grid(rows: int, prefix: int, patch: tuple[int, int], options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The image size, and whether prefix tokens have positions: from what is said of the image, else a square."""
-    size = options.get("img_size")
-    if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        patches = (height // patch[0]) * (width // patch[1])
-        if rows - patches in (0, prefix):
-            return {"img_size": size, "no_embed_class": bool(prefix) and rows == patches}
-    for no_embed_class in (False, True) if prefix else (False,):
-        patches = rows - (0 if no_embed_class else prefix)
-        side = math.isqrt(max(patches, 0))
-        if side and side * side == patches:
-            return {"img_size": (side * patch[0], side * patch[1]), "no_embed_class": no_embed_class}
-    raise ValueError(f"{name} has {rows} positions, {prefix} of them for prefix tokens, on no square: give img_size=")

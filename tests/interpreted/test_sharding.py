@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import socket
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
 
+import fastvit.parallel
 from fastvit import ops
 
 
@@ -21,8 +25,6 @@ def _block(x, qkv, proj, fc1, fc2, norm):
 
 
 def _worker(rank: int, port: int) -> None:
-    import fastvit.parallel
-
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
@@ -73,7 +75,29 @@ def _worker(rank: int, port: int) -> None:
             first = ops.attention_rows(*parts, distribute_tensor(torch.tensor([0]), mesh, [Replicate()]))
             assert first.placements == tuple(lse_place)
             torch.testing.assert_close(first.full_tensor(), ops.attention_rows(q, k, lse, (0,)))
+        _heads_and_hidden_features(mesh)
     dist.destroy_process_group()
+
+
+def _heads_and_hidden_features(mesh: DeviceMesh) -> None:
+    """A whole model by ``fastvit.parallel.plan``: each rank's part of a block runs on the same fused ops."""
+    alone = fastvit.ViT(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=3, init_values=0.5)
+    torch.nn.init.normal_(alone.head.weight)
+    model = copy.deepcopy(alone)
+    parallelize_module(model, mesh, fastvit.parallel.plan(model))
+    images = torch.randn(2, 3, 16, 16)
+    alone(images).square().sum().backward()
+    with (
+        mock.patch.object(ops, "attention_qkvpacked", wraps=ops.attention_qkvpacked) as attention,
+        mock.patch.object(ops, "mlp", wraps=ops.mlp) as mlp,
+    ):
+        logits = model(images)
+    assert attention.call_args.args[0].shape == (2, 5, 3, 1, 16)  # one head of two
+    assert mlp.call_args.args[1].shape == (64, 32)
+    torch.testing.assert_close(logits, alone(images), atol=1e-5, rtol=1e-5)
+    logits.square().sum().backward()
+    for part, whole in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(part.grad.full_tensor(), whole.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_two_processes_agree_with_one() -> None:
