@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +40,8 @@ from fastvit.models.init import check_mode, init_vit
 from fastvit.models.intermediates import Images, Intermediates
 from fastvit.ops import backends, onednn
 from fastvit.packing import PackedImages, Sequences
+
+Corruption = Callable[[Tensor], Tensor]
 
 # Symbolic tracing (torch.fx) sees a call of each, not its checks.
 for _name in ("image_size", "normalised", "pixel_statistics", "resample_pos_embed"):
@@ -387,11 +389,12 @@ class ViT(Intermediates, Head):
             x = x + positions
         return self.pos_drop(x)
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor, corrupt: Corruption | None = None) -> Tensor:
         """images -> the tokens that enter the blocks, (B, T, D)."""
         embed = self.patch_embed
         ours = fuse.intact(embed, PatchEmbed)
         fused = ours and embed.fusable() and self._unchanged("_pos_embed", "_positions", "_prefix_tokens")
+        fused = fused and corrupt is None  # which comes between the projection and the positions
         dtype = next(embed.parameters()).dtype
         keep = fused and not embed.dynamic_img_pad
         images = normalised(images, self.in_chans, self.mean, self.std, keep, dtype)
@@ -409,7 +412,10 @@ class ViT(Intermediates, Head):
             )
             x = self.pos_drop(x)
         else:
-            x = self._pos_embed(embed(images))
+            x = embed(images)
+            if corrupt is not None:
+                x = corrupt(x.flatten(1, -2)).reshape(x.shape)
+            x = self._pos_embed(x)
         return self.norm_pre(self.patch_drop(x))
 
     def _unchanged(self, *methods: str) -> bool:
@@ -440,9 +446,10 @@ class ViT(Intermediates, Head):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         tokens: int | None = None,
+        corrupt: Corruption | None = None,
     ) -> tuple[Tensor, Sequences | None]:
         """images -> normed tokens (B, T, D), or only the first ``tokens`` of each image; and, if packed, whose."""
-        x, told = self._tokens(x)
+        x, told = self._tokens(x, corrupt)
         unmasked = attn_mask is None and not is_causal
         whole = not told or isinstance(self.blocks, Blocks)  # a model of timm's has a plain Sequential
         if unmasked and tokens is None and whole and not self.grad_checkpointing:
@@ -453,17 +460,19 @@ class ViT(Intermediates, Head):
         sequences = told.get("sequences")
         return self.norm(x), sequences if sequences is None or tokens is None else sequences.leading(tokens)
 
-    def _tokens(self, x: Tensor | PackedImages) -> tuple[Tensor, dict[str, Any]]:
+    def _tokens(self, x: Tensor | PackedImages, corrupt: Corruption | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The tokens that enter the blocks, (B, T, D) or packed (1, total, D); and what blocks are told besides.
 
         That is where the images are ("sequences"), if packed, and where the tokens are ("positions"), if they ask.
         """
         placed = self.rope is not None or self.windowed
         if isinstance(x, PackedImages):
+            if corrupt is not None:
+                raise ValueError("corrupt= takes patches (B, N, D): give images as one tensor, not packed ones")
             tokens, sequences = packed.embed(self, x)
             told: dict[str, Any] = {"sequences": sequences}
             return tokens, told | ({"positions": positions.of_packed(self, tokens, x)} if placed else {})
-        tokens = self._embed(x)
+        tokens = self._embed(x, corrupt)
         return tokens, {"positions": positions.of_grid(self, tokens, self._grid(x))} if placed else {}
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
@@ -493,9 +502,20 @@ class ViT(Intermediates, Head):
             return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), chosen), **options)
         return block(x, **options)
 
-    def forward_features(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """images (B, C, H, W) -> all tokens after the last norm, (B, T, D); packed images -> (1, total, D)."""
-        return self._encode(packed.images_of(self, x), attn_mask, is_causal)[0]
+    def forward_features(
+        self,
+        x: Images,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        corrupt: Corruption | None = None,
+    ) -> Tensor:
+        """images (B, C, H, W) -> all tokens after the last norm, (B, T, D); packed images -> (1, total, D).
+
+        ``corrupt`` changes the patch embeddings (B, N, D) before positions and prefix tokens come in, as masked
+        pre-training does (:mod:`fastvit.pretraining`); not those of packed images.
+        """
+        return self._encode(packed.images_of(self, x), attn_mask, is_causal, corrupt=corrupt)[0]
 
     def forward(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to logits.
