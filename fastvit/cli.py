@@ -85,6 +85,15 @@ def _embed(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _train(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("torchvision") is None:
+        print("fastvit train can't run: torchvision is not installed (pip install 'fastvit[train]')", file=sys.stderr)
+        return 2
+    from fastvit.training import build
+
+    return build.main(arguments)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, so that ``--help`` suffices."""
     top = argparse.ArgumentParser(
@@ -178,6 +187,26 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     embed.add_argument("--parquet", action="store_true", help="write OUT/features.parquet too")
     embed.set_defaults(run=_embed)
+
+    train = commands.add_parser(
+        "train",
+        help="train or fine-tune a model on labelled images",
+        description="Train by a recipe of the ViT paper, or one of ours; weights, metrics and log go to DIR. The "
+        "same command goes on where a run was cut off. Under torchrun the processes share each batch: torchrun "
+        "--nproc-per-node 8 -m fastvit train ... See docs/training.md.",
+    )
+    train.add_argument("--data", required=True, help="digits, cifar10[:FOLDER], ..., a folder, .tar, .parquet, hf:NAME")
+    train.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    train.add_argument("--recipe", metavar="NAME", help="by default the data set's; digits, vit_imagenet, ...")
+    train.add_argument("--model", metavar="NAME", help="by default the recipe's; see `fastvit models`")
+    train.add_argument("--weights", help="to start from: a file, a folder (OUT of another run), or hf-hub:org/name")
+    train.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="of the recipe")
+    train.add_argument("--steps", type=_positive, metavar="N", help="in place of the recipe's steps or epochs")
+    train.add_argument("--seed", type=int, default=0, metavar="N")
+    train.add_argument("--checkpoint-every", type=_positive, default=500, metavar="STEPS", help="(default: 500)")
+    train.add_argument("--evaluate-every", type=_positive, metavar="STEPS", help="by default only after the last step")
+    train.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    train.set_defaults(run=_train)
     return top
 
 
