@@ -94,6 +94,17 @@ def _train(arguments: argparse.Namespace) -> int:
     return build.main(arguments)
 
 
+def _pretrain(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("torchvision") is None:
+        print(
+            "fastvit pretrain can't run: torchvision is not installed (pip install 'fastvit[train]')", file=sys.stderr
+        )
+        return 2
+    from fastvit.pretraining import build
+
+    return build.main(arguments)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, so that ``--help`` suffices."""
     top = argparse.ArgumentParser(
@@ -207,6 +218,37 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--evaluate-every", type=_positive, metavar="STEPS", help="by default only after the last step")
     train.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     train.set_defaults(run=_train)
+
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pre-train a model on images without labels",
+        description="Pre-train by masked patch prediction (the ViT paper's appendix B.1.2) or as BEiT; `fastvit train "
+        "--weights DIR` then fine-tunes. As for `fastvit train`, the same command goes on where a run was cut off, and "
+        "torchrun shares each batch. See docs/pretraining.md.",
+    )
+    pretrain.add_argument(
+        "--method",
+        required=True,
+        choices=("masked", "beit", "tokenizer"),
+        help="beit needs a tokenizer, which the method of that name trains, and beit itself where none is given",
+    )
+    pretrain.add_argument("--data", required=True, help="as `fastvit train` takes it; labels are not looked at")
+    pretrain.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    pretrain.add_argument("--model", metavar="NAME", help="by default the recipe's")
+    pretrain.add_argument(
+        "--target",
+        choices=("colour", "colours", "pixels"),
+        default="colour",
+        help="of masked: the mean colour of a patch, of 4 x 4 parts of it, or all pixels by L2 (default: colour)",
+    )
+    pretrain.add_argument("--tokenizer", metavar="DIR", help="of beit: OUT of a run of --method tokenizer")
+    pretrain.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="of the recipe")
+    pretrain.add_argument("--steps", type=_positive, metavar="N", help="in place of the recipe's steps or epochs")
+    pretrain.add_argument("--seed", type=int, default=0, metavar="N")
+    pretrain.add_argument("--checkpoint-every", type=_positive, default=500, metavar="STEPS", help="(default: 500)")
+    pretrain.add_argument("--evaluate-every", type=_positive, metavar="STEPS", help="by default only in the end")
+    pretrain.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    pretrain.set_defaults(run=_pretrain)
     return top
 
 

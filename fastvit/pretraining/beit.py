@@ -12,6 +12,7 @@ from fastvit.layers.misc import positive, rate
 from fastvit.models import ViT
 from fastvit.pretraining.dvae import DVAE
 from fastvit.pretraining.encoder import CorruptedImages
+from fastvit.training.objectives import Batch
 
 TRIES = 10  # blocks in a row that don't fit, after which a mask is done
 
@@ -78,7 +79,7 @@ class Beit(CorruptedImages):
         self.share, self.least, self.aspect = share, least, aspect
         self.predict = self.head(tokenizer.codes)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """batch["image"] (B, C, H, W) normalised -> "loss" and "accuracy" over the masked patches."""
         images = batch["image"]
         grid = self.model.patch_embed.dynamic_feat_size(tuple(images.shape[2:]))
@@ -86,6 +87,6 @@ class Beit(CorruptedImages):
         chosen = masks.flatten().nonzero().squeeze(1).to(images.device)  # found before it is copied: no waiting
         masks = masks.to(images.device).unsqueeze(-1)
         tokens = self.encode(images, lambda x: torch.where(masks, self.mask_token.to(x.dtype), x))
-        logits = self.predict(tokens.flatten(0, 1)[chosen])
+        logits = self.predict(tokens.flatten(0, 1)[chosen]).float()
         target = self.tokenizer.tokenize(images, grid).flatten()[chosen]
         return {"loss": F.cross_entropy(logits, target), "accuracy": (logits.argmax(-1) == target).float().mean()}

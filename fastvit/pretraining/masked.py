@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvit.layers.misc import positive, rate
 from fastvit.models import ViT
 from fastvit.pretraining.encoder import CorruptedImages, Pixels
+from fastvit.training.objectives import Batch
 
 MASKED, SWAPPED = 0.8, 0.1  # of the corrupted patches; the rest is kept as it is
 LEVELS = 8  # of a channel: 3 bits
@@ -149,7 +150,7 @@ class MaskedPatches(CorruptedImages):
             self.target.outputs(model.patch_embed.patch_size, positive("in_chans", model.in_chans))
         )
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """batch["image"] (B, C, H, W) normalised -> "loss", and of colours "accuracy", over the corrupted patches."""
         images = batch["image"]
         target = self.target.of(images, self.pixels(images), self.model.patch_embed.patch_size)
@@ -159,4 +160,4 @@ class MaskedPatches(CorruptedImages):
             return x.gather(1, corruption.chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
         tokens = self.encode(images, lambda x: corruption.apply(x, self.mask_token))
-        return self.target.scores(self.predict(at_chosen(tokens)), at_chosen(target))
+        return self.target.scores(self.predict(at_chosen(tokens)).float(), at_chosen(target))

@@ -221,7 +221,7 @@ class Run:
         pieces = iter(loader(examples, order, self.options.workers))
         with tqdm(total=self.steps, initial=self.step, unit="step", desc="train", disable=self.place.rank != 0) as bar:
             while self.step < self.steps:
-                lr = self.recipe.lr_at(self.step)
+                lr, self.objective.progress = self.recipe.lr_at(self.step), self.step / self.steps
                 scalars = self.one_step([next(pieces) for _ in range(-(-self.share // piece))], lr)
                 self.step += 1
                 bar.update()

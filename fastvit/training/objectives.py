@@ -17,9 +17,14 @@ class Objective(nn.Module):
     ``forward`` takes a batch, "image" (B, C, H, W) float and what else the data has, and returns scalars: "loss", which
     is minimised, and others, which are logged. In evaluation (``eval()``) all of them are averaged over the test set.
     Random numbers come from PyTorch's global generator alone, whose state is in checkpoints.
+
+    Attributes:
+        model: what is trained, and saved in the end.
+        progress: how much of the run is done, 0 to 1, which the loop sets before each step, for schedules of a loss.
     """
 
     model: Any
+    progress = 0.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """A batch -> {"loss": (), ...}."""
