@@ -94,6 +94,15 @@ def _train(arguments: argparse.Namespace) -> int:
     return build.main(arguments)
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("torchvision") is None:
+        print("fastvit evaluate can't run: torchvision is missing (pip install 'fastvit[train]')", file=sys.stderr)
+        return 2
+    from fastvit import evaluation
+
+    return evaluation.main(arguments)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, so that ``--help`` suffices."""
     top = argparse.ArgumentParser(
@@ -207,6 +216,21 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--evaluate-every", type=_positive, metavar="STEPS", help="by default only after the last step")
     train.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy of a classifier, or of probes on its features",
+        description="Print the accuracy on the test set: of the classifier, or with --probe of a least-squares probe "
+        "(few-shot, section 4.1 of the ViT paper) or of nearest neighbours (knn) on the features that it reads.",
+    )
+    evaluate.add_argument("--weights", required=True, help="a file, a folder (OUT of `fastvit train`), or hf-hub:name")
+    evaluate.add_argument("--data", required=True, help="as in `fastvit train`")
+    evaluate.add_argument("--probe", choices=("few-shot", "knn"), help="by default the classifier is judged")
+    evaluate.add_argument("--shots", type=_positive, metavar="N", help="training images of a class (default: all)")
+    evaluate.add_argument("--size", type=_positive, metavar="PIXELS", help="a side; by default the model's")
+    evaluate.add_argument("--middle", action="store_true", help="of each image 224 of 256 pixels, as for ImageNet")
+    evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    evaluate.set_defaults(run=_evaluate)
     return top
 
 
