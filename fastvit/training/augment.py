@@ -115,4 +115,5 @@ def loader(examples: Examples, batches: Any, workers: int) -> DataLoader[dict[st
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        multiprocessing_context="fork" if workers else None,  # splits read by closures, which can't be pickled
     )
