@@ -94,6 +94,15 @@ def _train(arguments: argparse.Namespace) -> int:
     return build.main(arguments)
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("torchvision") is None:
+        print("fastvit evaluate can't run: torchvision is missing (pip install 'fastvit[train]')", file=sys.stderr)
+        return 2
+    from fastvit import evaluation
+
+    return evaluation.main(arguments)
+
+
 def _pretrain(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("torchvision") is None:
         print(
@@ -103,6 +112,18 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     from fastvit.pretraining import build
 
     return build.main(arguments)
+
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    """How a run of the training loop is done, whatever it trains."""
+    command.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="of the recipe")
+    command.add_argument("--steps", type=_positive, metavar="N", help="in place of the recipe's steps or epochs")
+    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--checkpoint-every", type=_positive, default=500, metavar="STEPS", help="(default: 500)")
+    command.add_argument(
+        "--evaluate-every", type=_positive, metavar="STEPS", help="by default only after the last step"
+    )
+    command.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -211,13 +232,23 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", metavar="NAME", help="by default the data set's; digits, vit_imagenet, ...")
     train.add_argument("--model", metavar="NAME", help="by default the recipe's; see `fastvit models`")
     train.add_argument("--weights", help="to start from: a file, a folder (OUT of another run), or hf-hub:org/name")
-    train.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="of the recipe")
-    train.add_argument("--steps", type=_positive, metavar="N", help="in place of the recipe's steps or epochs")
-    train.add_argument("--seed", type=int, default=0, metavar="N")
-    train.add_argument("--checkpoint-every", type=_positive, default=500, metavar="STEPS", help="(default: 500)")
-    train.add_argument("--evaluate-every", type=_positive, metavar="STEPS", help="by default only after the last step")
-    train.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    _add_run_options(train)
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy of a classifier, or of probes on its features",
+        description="Print the accuracy on the test set: of the classifier, or with --probe of a least-squares probe "
+        "(few-shot, section 4.1 of the ViT paper) or of nearest neighbours (knn) on the features that it reads.",
+    )
+    evaluate.add_argument("--weights", required=True, help="a file, a folder (OUT of `fastvit train`), or hf-hub:name")
+    evaluate.add_argument("--data", required=True, help="as in `fastvit train`")
+    evaluate.add_argument("--probe", choices=("few-shot", "knn"), help="by default the classifier is judged")
+    evaluate.add_argument("--shots", type=_positive, metavar="N", help="training images of a class (default: all)")
+    evaluate.add_argument("--size", type=_positive, metavar="PIXELS", help="a side; by default the model's")
+    evaluate.add_argument("--middle", action="store_true", help="of each image 224 of 256 pixels, as for ImageNet")
+    evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    evaluate.set_defaults(run=_evaluate)
 
     pretrain = commands.add_parser(
         "pretrain",
@@ -242,12 +273,7 @@ def parser() -> argparse.ArgumentParser:
         help="of masked: the mean colour of a patch, of 4 x 4 parts of it, or all pixels by L2 (default: colour)",
     )
     pretrain.add_argument("--tokenizer", metavar="DIR", help="of beit: OUT of a run of --method tokenizer")
-    pretrain.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="of the recipe")
-    pretrain.add_argument("--steps", type=_positive, metavar="N", help="in place of the recipe's steps or epochs")
-    pretrain.add_argument("--seed", type=int, default=0, metavar="N")
-    pretrain.add_argument("--checkpoint-every", type=_positive, default=500, metavar="STEPS", help="(default: 500)")
-    pretrain.add_argument("--evaluate-every", type=_positive, metavar="STEPS", help="by default only in the end")
-    pretrain.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    _add_run_options(pretrain)
     pretrain.set_defaults(run=_pretrain)
     return top
 

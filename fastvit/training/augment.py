@@ -35,14 +35,14 @@ def training_transform(recipe: Recipe) -> Any:
     return v2.Compose([*steps, *_normalised()])
 
 
-def test_transform(recipe: Recipe) -> Any:
-    """The same without chance: the whole image as a square, or for "inception" its middle, 224 of 256."""
+def evaluation_transform(size: int, middle: bool = False) -> Any:
+    """The same without chance: the whole image as a square, or its middle, 224 of 256."""
     from torchvision.transforms import v2
 
-    size, bicubic = recipe.image_size, v2.InterpolationMode.BICUBIC
-    middle = [v2.Resize(round(size * 8 / 7), bicubic), v2.CenterCrop(size)]
+    bicubic = v2.InterpolationMode.BICUBIC
+    cut = [v2.Resize(round(size * 8 / 7), bicubic), v2.CenterCrop(size)]
     whole = [v2.Resize((size, size), bicubic)]
-    return v2.Compose([v2.ToImage(), *(middle if recipe.crop == "inception" else whole), *_normalised()])
+    return v2.Compose([v2.ToImage(), *(cut if middle else whole), *_normalised()])
 
 
 def _normalised() -> list[Any]:
@@ -115,4 +115,5 @@ def loader(examples: Examples, batches: Any, workers: int) -> DataLoader[dict[st
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        multiprocessing_context="fork" if workers else None,  # splits read by closures, which can't be pickled
     )

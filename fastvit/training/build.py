@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,19 @@ DEFAULTS = {
 }
 
 
-def recipe_for(name: str | None, data: str, settings: list[str], steps: int | None = None) -> Recipe:
+def recipe_for(
+    name: str | None, data: str, settings: list[str], steps: int | None = None, weights: str | None = None
+) -> Recipe:
     """The recipe that is named, or the data set's own, with what is overridden.
 
     Raises:
-        ValueError: no such recipe, none for this data set, or a setting that fits none.
+        ValueError: no such recipe, none for this data set, a setting that fits none, or fine-tuning without weights.
     """
     name = name or DEFAULTS.get(data.partition(":")[0])
     if name is None:
         raise ValueError(f"there is no recipe for {data} alone: give one with --recipe; see docs/training.md")
+    if name.startswith("finetune_") and weights is None:
+        raise ValueError(f"{name} is for a model that is trained: give its --weights, or another --recipe")
     return recipe_of(name).override([*settings, *([] if steps is None else [f"steps={steps}"])])
 
 
@@ -93,8 +98,10 @@ def main(arguments: argparse.Namespace) -> int:
     """``fastvit train``."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        recipe = recipe_for(arguments.recipe, arguments.data, arguments.set, arguments.steps)
+        recipe = recipe_for(arguments.recipe, arguments.data, arguments.set, arguments.steps, arguments.weights)
         data = open_data(arguments.data)
+        if arguments.model and arguments.weights:
+            raise ValueError(f"--model {arguments.model}: the model is that of --weights {arguments.weights}")
         name = arguments.model or recipe.model
         torch.manual_seed(arguments.seed)
         model = model_of(name, recipe, data, arguments.weights)
@@ -111,6 +118,7 @@ def main(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError, loop.Diverged) as error:
         print(f"fastvit train: {error}", file=sys.stderr)
         return 2
-    describe(model, arguments.out)
-    print(f"test accuracy: {found['test']['accuracy']:.2%}")
+    if os.environ.get("RANK", "0") == "0":
+        describe(model, arguments.out)
+        print(f"test accuracy: {found['test']['accuracy']:.2%}")
     return 0

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fastvit.checkpoints import files
-from fastvit.training.augment import Examples, Order, loader, test_transform, training_transform
+from fastvit.training.augment import Examples, Order, evaluation_transform, loader, training_transform
 from fastvit.training.data import Data
 from fastvit.training.objectives import Objective
 from fastvit.training.recipes import Recipe
@@ -283,7 +283,9 @@ class Run:
         numbers = range(self.place.rank, count, self.place.world)
         size = min(self.share, 256)
         batches = [[(i, i) for i in numbers[k : k + size]] for k in range(0, len(numbers), size)]
-        examples = Examples(self.data.test, test_transform(self.recipe), self.seed)
+        examples = Examples(
+            self.data.test, evaluation_transform(self.recipe.image_size, self.recipe.crop == "inception"), self.seed
+        )
         sums: dict[str, Tensor] = {}
         devices = [self.place.device] if self.place.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.autocast():
