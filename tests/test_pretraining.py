@@ -17,6 +17,7 @@ from fastvit.pretraining import DVAE, Beit, Corruption, MaskedPatches, Tokenizin
 from fastvit.pretraining.build import pretrain
 from fastvit.pretraining.recipes import RECIPES
 from fastvit.training import loop
+from fastvit.training.build import MODELS
 from fastvit.training.data import open_data
 from fastvit.training.objectives import Objective
 from parity import Calls, assert_same
@@ -288,7 +289,7 @@ def digits(count: int) -> Tensor:
 
 def test_the_tokenizer_learns_digits() -> None:
     """The bound falls, many codes come into use, and images come back from their codes."""
-    images, model = digits(256), DVAE(*HALF, codes=32, halvings=1, width=16)
+    images, model = digits(128), DVAE(*HALF, codes=32, halvings=1, width=16)
     objective = Tokenizing(model, divergence=0.2)
     optimizer = torch.optim.AdamW(objective.parameters(), 5e-3)
 
@@ -298,9 +299,9 @@ def test_the_tokenizer_learns_digits() -> None:
     objective.eval()
     before, untrained = {k: v.item() for k, v in objective({"image": images}).items()}, error()
     objective.train()
-    for step in range(120):
-        objective.progress = step / 120
-        objective({"image": images[torch.randperm(256)[:64]]})["loss"].backward()
+    for step in range(100):
+        objective.progress = step / 100
+        objective({"image": images[torch.randperm(128)[:32]]})["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     objective.eval()
@@ -381,24 +382,38 @@ def test_another_size_is_resampled_for_the_tokenizer() -> None:
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
+def short(steps: int, checkpoint_every: int = 500) -> dict[str, Any]:
+    """Arguments of a run of so many steps."""
+    settings = ["batch_size=16", "warmup_steps=1", f"steps={steps}"]
+    return {"settings": settings, "options": loop.Options(checkpoint_every=checkpoint_every)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tokenizer's run, which has not learnt much."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    pretrain("tokenizer", "digits", folder, **short(2))
+    return str(folder)
+
+
 @pytest.mark.parametrize("method", ["masked", "beit", "tokenizer"])
-def test_a_resumed_run_draws_what_it_would_have(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_draws_what_it_would_have(
+    method: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Masks, codes and schedules go on bit for bit: the weights are those of a run that nobody stopped."""
-    options = {"settings": ["batch_size=16", "warmup_steps=2", "steps=6"], "options": loop.Options(checkpoint_every=3)}
+    options = {**short(6, checkpoint_every=3), "tokenizer": tokenizer if method == "beit" else None}
     pretrain(method, "digits", tmp_path / "whole", **options)
-    save, saved = loop.Run.save, []
+    save = loop.Run.save
 
     def save_and_stop(run: loop.Run) -> None:
         save(run)
-        saved.append(run.step)
-        if run.out.name == "cut" and run.step == 3:
+        if run.step == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(loop.Run, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             pretrain(method, "digits", tmp_path / "cut", **options)
-    assert saved[-1] == 3
     torch.rand(7)
     pretrain(method, "digits", tmp_path / "cut", **options)
     whole, cut = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
@@ -406,34 +421,37 @@ def test_a_resumed_run_draws_what_it_would_have(method: str, tmp_path: Path, mon
         assert torch.equal(value, cut["objective"][name]), name
 
 
-def test_pretrain_and_fine_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the command line, both methods: `fastvit train --weights` takes up all but the classifier."""
-    short = ["--data", "digits", "--set", "batch_size=16", "warmup_steps=1", "--steps", "3"]
-    for method in ("masked", "beit"):
-        out = tmp_path / method
-        assert cli.main(["pretrain", "--method", method, "--out", str(out), *short]) == 0
-        assert "test loss" in capsys.readouterr().out
-        assert json.loads((out / "run.json").read_text())["method"] == method
-        model = fastvit.from_checkpoint(out)
-        assert model.windowed == (method == "beit") and model.num_classes == 0
-        fine = tmp_path / f"{method}-fine"
-        arguments = ["train", *short, "--weights", str(out), "--out", str(fine), "--set", "lr=1e-9", "polyak=0"]
-        assert cli.main(arguments) == 0
-        tuned = fastvit.from_checkpoint(fine)
-        for name, value in model.state_dict().items():  # which a learning rate of nothing leaves as they were
-            torch.testing.assert_close(tuned.state_dict()[name], value, rtol=0, atol=1e-6)
-        assert tuned.num_classes == 10
-        loaded = ViT(**{**_arguments(model), "num_classes": 10})
-        head = loaded.head.weight.clone()
-        fastvit.load_checkpoint(loaded, out)
-        assert torch.equal(loaded.head.weight, head)
-        assert_same(loaded.forward_features(digits(2)), model.forward_features(digits(2)))
+def test_beit_trains_its_tokenizer_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECIPES, "tokenizer_digits", RECIPES["tokenizer_digits"].override(short(2)["settings"]))
+    pretrain("beit", "digits", tmp_path, **short(2))
+    assert json.loads((tmp_path / "tokenizer" / "metrics.json").read_text())["steps"] == 2
+    trained = DVAE.from_checkpoint(tmp_path / "tokenizer").state_dict()
+    state = torch.load(tmp_path / "checkpoint.pt")["objective"]
+    assert all(torch.equal(value, state[f"tokenizer.{name}"]) for name, value in trained.items())
 
 
-def _arguments(model: ViT) -> dict[str, Any]:
-    from fastvit.training.build import MODELS
-
-    return {**MODELS["digits_beit" if model.windowed else "digits"], "in_chans": 1}
+@pytest.mark.parametrize("method", ["masked", "beit"])
+def test_pretrain_and_fine_tune(
+    method: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line: `fastvit train --weights` takes up all but the classifier, and so does load_checkpoint."""
+    brief = ["--data", "digits", "--steps", "3", "--set", "batch_size=16", "warmup_steps=1", "polyak=0"]
+    out, fine = tmp_path / "pretrained", tmp_path / "fine"
+    given = ["--tokenizer", tokenizer] if method == "beit" else []
+    assert cli.main(["pretrain", "--method", method, "--out", str(out), *brief, *given]) == 0
+    assert "test loss" in capsys.readouterr().out
+    model = fastvit.from_checkpoint(out)
+    assert model.windowed == (method == "beit") and model.num_classes == 0
+    assert cli.main(["train", "--weights", str(out), "--out", str(fine), *brief, "lr=1e-9"]) == 0
+    tuned = fastvit.from_checkpoint(fine)
+    assert tuned.num_classes == 10
+    for name, value in model.state_dict().items():  # which a learning rate of nothing leaves as they were
+        torch.testing.assert_close(tuned.state_dict()[name], value, rtol=0, atol=1e-6)
+    classifier = ViT(**{**MODELS["digits_beit" if model.windowed else "digits"], "in_chans": 1, "num_classes": 10})
+    head = classifier.head.weight.clone()
+    fastvit.load_checkpoint(classifier, out)
+    assert torch.equal(classifier.head.weight, head)
+    assert_same(classifier.forward_features(digits(2)), model.forward_features(digits(2)))
 
 
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
