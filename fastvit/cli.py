@@ -269,8 +269,7 @@ def parser() -> argparse.ArgumentParser:
     pretrain.add_argument(
         "--target",
         choices=("colour", "colours", "pixels"),
-        default="colour",
-        help="of masked: the mean colour of a patch, of 4 x 4 parts of it, or all pixels by L2 (default: colour)",
+        help="of masked: the mean colour of a patch (default), of 4 x 4 parts of it, or all its pixels by L2",
     )
     pretrain.add_argument("--tokenizer", metavar="DIR", help="of beit: OUT of a run of --method tokenizer")
     _add_run_options(pretrain)

@@ -421,6 +421,19 @@ def test_a_resumed_run_draws_what_it_would_have(
         assert torch.equal(value, cut["objective"][name]), name
 
 
+def test_the_loop_tells_an_objective_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, forward = [], Tokenizing.forward
+
+    def watched(self: Tokenizing, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.extend([self.progress] * self.training)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Tokenizing, "forward", watched)
+    settings = [*short(4)["settings"], "micro_batch=8"]
+    pretrain("tokenizer", "digits", tmp_path, settings=settings)
+    assert seen == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+
+
 def test_beit_trains_its_tokenizer_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECIPES, "tokenizer_digits", RECIPES["tokenizer_digits"].override(short(2)["settings"]))
     pretrain("beit", "digits", tmp_path, **short(2))
@@ -462,6 +475,8 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "no tokenizer 'vqgan'" in fails("--method", "tokenizer", "--model", "vqgan")
     assert "no checkpoint" in fails("--method", "beit", "--tokenizer", str(tmp_path / "nowhere"))
     assert "did you mean 'lr'" in fails("--method", "masked", "--set", "lrr=1")
+    assert "'masked' has" in fails("--method", "beit", "--target", "pixels")
+    assert "'beit' has" in fails("--method", "masked", "--tokenizer", "x")
     assert "no ViT" in fails("--method", "masked", "--model", "R50x1")
     with pytest.raises(ValueError, match=r"'mae'.*masked, beit, tokenizer"):
         pretrain("mae", "digits", tmp_path)

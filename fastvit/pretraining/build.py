@@ -63,7 +63,7 @@ def pretrain(
     out: str | Path,
     *,
     model: str | None = None,
-    target: str = "colour",
+    target: str | None = None,
     tokenizer: str | Path | None = None,
     settings: Sequence[str] = (),
     steps: int | None = None,
@@ -77,7 +77,7 @@ def pretrain(
         source: as :func:`fastvit.training.data.open_data` takes it.
         out: folder of the run; ``fastvit train --weights`` takes it.
         model: another model (or tokenizer) than the recipe's, by name.
-        target: what "masked" predicts; see :class:`fastvit.pretraining.MaskedPatches`.
+        target: what "masked" predicts, by default "colour"; see :class:`fastvit.pretraining.MaskedPatches`.
         tokenizer: folder of a trained one, for "beit"; None trains one in ``out``/tokenizer, by its own recipe.
         settings, steps: what is overridden in the recipe, "field=value".
 
@@ -89,6 +89,9 @@ def pretrain(
     """
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; accepted: {', '.join(METHODS)}")
+    for name, value, takes in (("target", target, "masked"), ("tokenizer", tokenizer, "beit")):
+        if value is not None and method != takes:
+            raise ValueError(f"{name}={str(value)!r} with method {method!r}, which has none; {takes!r} has")
     data, recipe = open_data(source), recipe_for(method, source, list(settings), steps)
     described = {"method": method, "data": source, "model": model or recipe.model}
     if method == "beit" and tokenizer is None:
@@ -99,10 +102,9 @@ def pretrain(
     if method == "tokenizer":
         objective = tokenizer_of(described["model"], data)
     elif method == "masked":
-        described["target"] = target
-        objective = MaskedPatches(
-            encoder_of(described["model"], recipe, data), [MEAN] * data.channels, [STD] * data.channels, target
-        )
+        described["target"] = target = target or "colour"
+        encoder = encoder_of(described["model"], recipe, data)
+        objective = MaskedPatches(encoder, [MEAN] * data.channels, [STD] * data.channels, target)
     else:
         assert tokenizer is not None
         described["tokenizer"] = str(tokenizer)
