@@ -17,6 +17,17 @@ def _positive(text: str) -> int:
     return number
 
 
+def _lacks(command: str, *modules: str, extra: str | None = None) -> bool:
+    """Say which of the modules that a command needs is missing, and what installs it."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            package = {"PIL": "Pillow"}.get(name, name)
+            why = f"{package} is not installed (pip install 'fastvit[{extra or command}]')"
+            print(f"fastvit {command} can't run: {why}", file=sys.stderr)
+            return True
+    return False
+
+
 def _size(arguments: argparse.Namespace) -> tuple[int, int] | None:
     return None if arguments.size is None else (arguments.size[0], arguments.size[-1])
 
@@ -43,11 +54,8 @@ def _models(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     from fastvit.ops import backends
 
-    missing = backends.TRITON_MISSING
-    if missing is None and importlib.util.find_spec("tqdm") is None:
-        missing = "tqdm is not installed (pip install tqdm)"
-    if missing is not None:
-        print(f"fastvit tune can't run: {missing}", file=sys.stderr)
+    if backends.TRITON_MISSING is not None:
+        print(f"fastvit tune can't run: {backends.TRITON_MISSING}", file=sys.stderr)
         return 2
     from fastvit import tune
 
@@ -67,8 +75,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _embed(arguments: argparse.Namespace) -> int:
-    if importlib.util.find_spec("PIL") is None:
-        print("fastvit embed can't run: Pillow is not installed (pip install 'fastvit[embed]')", file=sys.stderr)
+    if _lacks("embed", "PIL"):
         return 2
     import torch
 
@@ -89,11 +96,8 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    for name, package in (("matplotlib", "matplotlib"), ("PIL", "Pillow")):
-        if importlib.util.find_spec(name) is None:
-            why = f"{package} is not installed (pip install 'fastvit[inspect]')"
-            print(f"fastvit inspect can't run: {why}", file=sys.stderr)
-            return 2
+    if _lacks("inspect", "matplotlib", "PIL"):
+        return 2
     from fastvit.inspect import inspect
 
     try:
@@ -107,6 +111,42 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for name, result in found.items():
         print(f"no picture of {name}: {result}" if isinstance(result, str) else f"saved {result}")
     return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if _lacks("train", "torchvision", extra="train"):
+        return 2
+    from fastvit.training import build
+
+    return build.main(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    if _lacks("evaluate", "torchvision", extra="train"):
+        return 2
+    from fastvit import evaluation
+
+    return evaluation.main(arguments)
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    if _lacks("pretrain", "torchvision", extra="train"):
+        return 2
+    from fastvit.pretraining import build
+
+    return build.main(arguments)
+
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    """How a run of the training loop is done, whatever it trains."""
+    command.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="of the recipe")
+    command.add_argument("--steps", type=_positive, metavar="N", help="in place of the recipe's steps or epochs")
+    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--checkpoint-every", type=_positive, default=500, metavar="STEPS", help="(default: 500)")
+    command.add_argument(
+        "--evaluate-every", type=_positive, metavar="STEPS", help="by default only after the last step"
+    )
+    command.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -222,6 +262,61 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--mean", nargs="+", type=float, default=[0.5], metavar="X", help="of the pixels, 0 to 1")
     inspect.add_argument("--std", nargs="+", type=float, default=[0.5], metavar="X", help="of the pixels, 0 to 1")
     inspect.set_defaults(run=_inspect)
+
+    train = commands.add_parser(
+        "train",
+        help="train or fine-tune a model on labelled images",
+        description="Train by a recipe of the ViT paper, or one of ours; weights, metrics and log go to DIR. The "
+        "same command goes on where a run was cut off. Under torchrun the processes share each batch: torchrun "
+        "--nproc-per-node 8 -m fastvit train ... See docs/training.md.",
+    )
+    train.add_argument("--data", required=True, help="digits, cifar10[:FOLDER], ..., a folder, .tar, .parquet, hf:NAME")
+    train.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    train.add_argument("--recipe", metavar="NAME", help="by default the data set's; digits, vit_imagenet, ...")
+    train.add_argument("--model", metavar="NAME", help="by default the recipe's; see `fastvit models`")
+    train.add_argument("--weights", help="to start from: a file, a folder (OUT of another run), or hf-hub:org/name")
+    _add_run_options(train)
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy of a classifier, or of probes on its features",
+        description="Print the accuracy on the test set: of the classifier, or with --probe of a least-squares probe "
+        "(few-shot, section 4.1 of the ViT paper) or of nearest neighbours (knn) on the features that it reads.",
+    )
+    evaluate.add_argument("--weights", required=True, help="a file, a folder (OUT of `fastvit train`), or hf-hub:name")
+    evaluate.add_argument("--data", required=True, help="as in `fastvit train`")
+    evaluate.add_argument("--probe", choices=("few-shot", "knn"), help="by default the classifier is judged")
+    evaluate.add_argument("--shots", type=_positive, metavar="N", help="training images of a class (default: all)")
+    evaluate.add_argument("--size", type=_positive, metavar="PIXELS", help="a side; by default the model's")
+    evaluate.add_argument("--middle", action="store_true", help="of each image 224 of 256 pixels, as for ImageNet")
+    evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    evaluate.set_defaults(run=_evaluate)
+
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pre-train a model on images without labels",
+        description="Pre-train by masked patch prediction (the ViT paper's appendix B.1.2) or as BEiT; `fastvit train "
+        "--weights DIR` then fine-tunes. As for `fastvit train`, the same command goes on where a run was cut off, and "
+        "torchrun shares each batch. See docs/pretraining.md.",
+    )
+    pretrain.add_argument(
+        "--method",
+        required=True,
+        choices=("masked", "beit", "tokenizer"),
+        help="beit needs a tokenizer, which the method of that name trains, and beit itself where none is given",
+    )
+    pretrain.add_argument("--data", required=True, help="as `fastvit train` takes it; labels are not looked at")
+    pretrain.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    pretrain.add_argument("--model", metavar="NAME", help="by default the recipe's")
+    pretrain.add_argument(
+        "--target",
+        choices=("colour", "colours", "pixels"),
+        help="of masked: the mean colour of a patch (default), of 4 x 4 parts of it, or all its pixels by L2",
+    )
+    pretrain.add_argument("--tokenizer", metavar="DIR", help="of beit: OUT of a run of --method tokenizer")
+    _add_run_options(pretrain)
+    pretrain.set_defaults(run=_pretrain)
     return top
 
 

@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import os
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,101 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastvit.checkpoints.load import Source
+from fastvit.images import Images, open_images, preprocess
 from fastvit.models import ViT, from_checkpoint
 
 log = logging.getLogger("fastvit")
 
 SHARD = 1024
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images in a fixed order.
-
-    Args:
-        keys: a name of each, all different.
-        read: number -> the bytes of its file.
-    """
-
-    keys: Sequence[str]
-    read: Callable[[int], bytes]
-
-
-def open_images(source: str | Path) -> Images:
-    """The images of a folder (and those below it), a .tar, or a .parquet file.
-
-    In a .parquet they are the column "image" or the only binary one, as bytes or, as Hugging Face has them, a struct
-    with "bytes"; the key is the struct's "path" where every row has one of its own, else the row's number.
-
-    Raises:
-        ValueError: there is no image in it, or it is no such source.
-    """
-    source = Path(source)
-    if source.is_dir():
-        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        found = Images([str(p.relative_to(source)) for p in paths], lambda i: paths[i].read_bytes())
-    elif source.suffix == ".tar" and source.is_file():
-        found = _tar(source)
-    elif source.suffix == ".parquet" and source.is_file():
-        found = _parquet(source)
-    else:
-        raise ValueError(f"{source} is no folder, .tar or .parquet file that is there")
-    if not found.keys:
-        raise ValueError(f"{source} has no images; known are {', '.join(SUFFIXES)}")
-    return found
-
-
-def _tar(source: Path) -> Images:
-    with tarfile.open(source) as archive:
-        inside = [m for m in archive if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
-    places = {m.name: (m.offset_data, m.size) for m in inside}  # of two of one name the last, as tar unpacks them
-    keys = sorted(places)
-
-    def read(i: int) -> bytes:
-        offset, size = places[keys[i]]
-        with source.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    return Images(keys, read)
-
-
-def _parquet(source: Path) -> Images:
-    import pyarrow.parquet as pq
-    import pyarrow.types as kinds
-
-    file = pq.ParquetFile(source)
-    columns = [field.name for field in file.schema_arrow if kinds.is_struct(field.type) or kinds.is_binary(field.type)]
-    name = "image" if "image" in columns else columns[0] if len(columns) == 1 else None
-    if name is None:
-        raise ValueError(f"{source} has no column 'image', and its binary ones are {columns}: which holds images?")
-    column = file.read(columns=[name]).column(0)
-    struct = kinds.is_struct(column.type)
-    paths = [row["path"] for row in column.to_pylist()] if struct and column.type.get_field_index("path") >= 0 else []
-    own = bool(paths) and None not in paths and len(set(paths)) == len(paths)
-    keys = paths if own else [f"{i:09}" for i in range(len(column))]
-
-    def read(i: int) -> bytes:
-        value = column[i].as_py()
-        data: bytes = value["bytes"] if struct else value
-        return data
-
-    return Images(keys, read)
-
-
-def preprocess(
-    data: bytes, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], channels: int = 3
-) -> Tensor:
-    """An image file as (channels, H, W) float32, 3 of colour or 1 of grey: the shorter side resized (bicubic) to cover
-    H x W, the middle cut out."""
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(data)) as image:
-        mode = {1: "L", 3: "RGB"}[channels]
-        fitted = ImageOps.fit(image.convert(mode), (size[1], size[0]), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255).view(*size, channels)
-    return ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)
 
 
 @dataclass
@@ -202,8 +112,8 @@ class Job:
     def _decode(self, i: int) -> Tensor | str:
         try:
             return preprocess(self.images.read(i), self.size, self.mean, self.std)
-        except Exception as error:  # whatever a decoder makes of a broken file
-            return f"{type(error).__name__}: {error}"
+        except (ValueError, OSError) as error:
+            return str(error)
 
     def merge(self) -> tuple[int, int]:
         """Write features.npy, or features.parquet, from all shards -> (images, unreadable ones)."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fastvit import analysis
 from fastvit.checkpoints.load import Source
-from fastvit.embed import preprocess
+from fastvit.images import preprocess
 from fastvit.models import ViT, from_checkpoint
 
 __all__ = ["draw_distances", "draw_filters", "draw_rollout", "draw_similarity", "inspect"]
@@ -194,5 +194,5 @@ def _read(path: Path, size: tuple[int, int], channels: int) -> Tensor:
     data = path.read_bytes()
     try:
         return preprocess(data, size, (0.0,), (1.0,), channels)
-    except OSError as error:
+    except ValueError as error:
         raise ValueError(f"{path} can't be read as an image: {error}") from error

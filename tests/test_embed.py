@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 import fastvit
 from fastvit import embed as module
 from fastvit.cli import main
-from fastvit.embed import embed, open_images, preprocess
+from fastvit.embed import embed
+from fastvit.images import open_images, preprocess
 
 SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 1, "img_size": 32, "patch_size": 8, "num_classes": 3}
 

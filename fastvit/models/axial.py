@@ -17,7 +17,7 @@ from fastvit.layers.axial import AxialAttention
 from fastvit.layers.misc import pair
 from fastvit.layers.patch_embed import Size
 from fastvit.models.resnet import ResNetV2
-from fastvit.models.vit import ViT
+from fastvit.models.vit import Corruption, ViT
 from fastvit.packing import PackedImages
 
 Pair = tuple[int, int]
@@ -70,10 +70,10 @@ class AxialViT(ViT):
             raise ValueError(f"an AxialViT reads one whole grid of patches: {', '.join(wrong)} can't be with it")
         super().__init__(**{**options, "class_token": False, "global_pool": global_pool, "block_fn": AxialBlock})
 
-    def _tokens(self, x: Tensor | PackedImages) -> tuple[Tensor, dict[str, Any]]:
+    def _tokens(self, x: Tensor | PackedImages, corrupt: Corruption | None = None) -> tuple[Tensor, dict[str, Any]]:
         if isinstance(x, PackedImages):
             raise ValueError("packed images can't pass blocks: rows and columns are those of one grid of patches")
-        return self._embed(x), {"positions": Positions(window=self._grid(x))}
+        return self.norm_pre(self._embed(x, corrupt)), {"positions": Positions(window=self._grid(x))}
 
 
 class AxisAttention(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,8 @@ from fastvit.models.init import check_mode, init_vit
 from fastvit.models.intermediates import Images, Intermediates
 from fastvit.ops import backends, onednn
 from fastvit.packing import PackedImages, Sequences
+
+Corruption = Callable[[Tensor], Tensor]
 
 # Symbolic tracing (torch.fx) sees a call of each, not its checks.
 for _name in ("image_size", "normalised", "pixel_statistics", "resample_pos_embed"):
@@ -413,11 +415,12 @@ class ViT(Intermediates, Head):
             x = x + positions
         return self.pos_drop(x)
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor, corrupt: Corruption | None = None) -> Tensor:
         """images -> tokens (B, T, D), with all patches and before ``norm_pre``."""
         embed = self.patch_embed
         ours = not isinstance(embed, HybridEmbed) and fuse.intact(embed, PatchEmbed)
         fused = ours and embed.fusable() and self._unchanged("_pos_embed", "_positions", "_prefix_tokens")
+        fused = fused and corrupt is None  # which comes between the projection and the positions
         dtype = next(embed.parameters()).dtype
         keep = fused and not embed.dynamic_img_pad
         images = normalised(images, self.in_chans, self.mean, self.std, keep, dtype)
@@ -434,7 +437,10 @@ class ViT(Intermediates, Head):
                 std=std,
             )
             return self.pos_drop(x)
-        return self._pos_embed(embed(images))
+        x = embed(images)
+        if corrupt is not None:
+            x = corrupt(x.flatten(1, -2)).reshape(x.shape)
+        return self._pos_embed(x)
 
     def _unchanged(self, *methods: str) -> bool:
         """Whether these methods are the ones below, neither overridden nor replaced."""
@@ -464,9 +470,10 @@ class ViT(Intermediates, Head):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         tokens: int | None = None,
+        corrupt: Corruption | None = None,
     ) -> tuple[Tensor, Sequences | None]:
         """images -> normed tokens (B, T, D), or only the first ``tokens`` of each image; and, if packed, whose."""
-        x, told = self._tokens(x)
+        x, told = self._tokens(x, corrupt)
         unmasked = attn_mask is None and not is_causal
         whole = not told or isinstance(self.blocks, Blocks)  # a model of timm's has a plain Sequential
         if unmasked and tokens is None and whole and not self.grad_checkpointing:
@@ -477,17 +484,19 @@ class ViT(Intermediates, Head):
         sequences = told.get("sequences")
         return self.norm(x), sequences if sequences is None or tokens is None else sequences.leading(tokens)
 
-    def _tokens(self, x: Tensor | PackedImages) -> tuple[Tensor, dict[str, Any]]:
+    def _tokens(self, x: Tensor | PackedImages, corrupt: Corruption | None = None) -> tuple[Tensor, dict[str, Any]]:
         """The tokens that enter the blocks, (B, T, D) or packed (1, total, D); and what blocks are told besides.
 
         That is where the images are ("sequences"), if packed, and where the tokens are ("positions"), if they ask.
         """
         placed = positions.told(self)
         if isinstance(x, PackedImages):
+            if corrupt is not None:
+                raise ValueError("corrupt= takes patches (B, N, D): give images as one tensor, not packed ones")
             tokens, sequences, kept = packed.embed(self, x)
             told: dict[str, Any] = {"sequences": sequences}
             return tokens, told | ({"positions": positions.of_packed(self, tokens, x, kept)} if placed else {})
-        tokens, kept = positions.drop_patches(self, self._embed(x))
+        tokens, kept = positions.drop_patches(self, self._embed(x, corrupt))
         tokens = self.norm_pre(tokens)
         return tokens, {"positions": positions.of_grid(self, tokens, self._grid(x), kept)} if placed else {}
 
@@ -518,9 +527,20 @@ class ViT(Intermediates, Head):
             return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), chosen), **options)
         return block(x, **options)
 
-    def forward_features(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """images (B, C, H, W) -> all tokens after the last norm, (B, T, D); packed images -> (1, total, D)."""
-        return self._encode(packed.images_of(self, x), attn_mask, is_causal)[0]
+    def forward_features(
+        self,
+        x: Images,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        corrupt: Corruption | None = None,
+    ) -> Tensor:
+        """images (B, C, H, W) -> all tokens after the last norm, (B, T, D); packed images -> (1, total, D).
+
+        ``corrupt`` changes the patch embeddings (B, N, D) before positions and prefix tokens come in, as masked
+        pre-training does (:mod:`fastvit.pretraining`); not those of packed images.
+        """
+        return self._encode(packed.images_of(self, x), attn_mask, is_causal, corrupt=corrupt)[0]
 
     def forward(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to logits.

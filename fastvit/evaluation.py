@@ -1,0 +1,208 @@
+"""How good a model or its features are: accuracy, the paper's few-shot probe, nearest neighbours, ReaL labels."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from fastvit.models import ViT, from_checkpoint
+from fastvit.training.augment import Examples, evaluation_transform, loader
+from fastvit.training.data import Data, Split, open_data
+
+PENALTIES = tuple(2.0**power for power in range(-10, 21))  # of the few-shot probe, searched where none is given
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Share of images whose greatest score is the label's: scores (N, K), labels (N,)."""
+    return float((scores.argmax(1) == labels).double().mean())
+
+
+def real_accuracy(scores: Tensor, labels: Sequence[Sequence[int]]) -> float:
+    """ReaL accuracy (Beyer et al., 2020): the greatest score is of one of an image's labels.
+
+    Images without any are left out.
+
+    Args:
+        scores: (N, K).
+        labels: of each image, any number of them, as ReaL's real.json has them.
+
+    Raises:
+        ValueError: another number of images, or none with a label.
+    """
+    if len(labels) != len(scores):
+        raise ValueError(f"{len(scores)} rows of scores for {len(labels)} images with labels")
+    right = [guess in of for guess, of in zip(scores.argmax(1).tolist(), labels, strict=True) if len(of)]
+    if not right:
+        raise ValueError(f"none of {len(labels)} images has a label")
+    return sum(right) / len(right)
+
+
+def few_shot(features: Tensor, labels: Tensor, queries: Tensor, classes: int, penalty: float) -> Tensor:
+    """Section 4.1 of the paper: least squares from features to targets in {-1, 1}^K, in closed form, float64.
+
+    Features are standardised by those of the training images, and a bias is fitted, which is not penalised.
+
+    Args:
+        features, labels: (N, D) and (N,) of the training images.
+        queries: (M, D).
+        classes: K.
+        penalty: of the squared weights, positive.
+
+    Returns:
+        scores (M, K), float64.
+
+    Raises:
+        ValueError: a penalty that is not positive.
+    """
+    if not penalty > 0:
+        raise ValueError(f"penalty={penalty} is not positive")
+    x, mean, std = standardised(features)
+    y = F.one_hot(labels, classes).double() * 2 - 1
+    centre = y.mean(0)
+    count, width = x.shape
+    if width <= count:
+        weight = torch.linalg.solve(x.T @ x + penalty * torch.eye(width, dtype=x.dtype), x.T @ (y - centre))
+    else:  # the same by the N x N matrix, the smaller one
+        weight = x.T @ torch.linalg.solve(x @ x.T + penalty * torch.eye(count, dtype=x.dtype), y - centre)
+    return (queries.double() - mean) / std @ weight + centre
+
+
+def standardised(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(features of mean 0 and variance 1 in float64, their mean, their deviation); what is constant stays 0."""
+    x = features.double()
+    mean, std = x.mean(0), x.std(0, correction=0)
+    std = torch.where(std > 1e-12, std, torch.ones_like(std))
+    return (x - mean) / std, mean, std
+
+
+def best_penalty(features: Tensor, labels: Tensor, classes: int) -> float:
+    """The penalty of :data:`PENALTIES` that does best on a fifth of the images, fitted on the others."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    held, rest = order[: max(len(labels) // 5, 1)], order[max(len(labels) // 5, 1) :]
+
+    def right(penalty: float) -> float:
+        return accuracy(few_shot(features[rest], labels[rest], features[held], classes, penalty), labels[held])
+
+    return max(PENALTIES, key=right)
+
+
+def shots(labels: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Numbers of ``count`` images of each class, chosen by chance.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = []
+    for label in labels.unique():
+        of = order[labels[order] == label][:count]
+        if len(of) < count:
+            raise ValueError(f"class {int(label)} has {len(of)} training images; {count} shots are wanted")
+        chosen.append(of)
+    return torch.cat(chosen)
+
+
+def nearest(
+    features: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """k nearest neighbours by cosine, each voting with exp(cosine / temperature) (Wu et al., 2018) -> scores (M, K).
+
+    Raises:
+        ValueError: k is none of 1 to N.
+    """
+    if not 1 <= k <= len(labels):
+        raise ValueError(f"k={k}; accepted: 1 to {len(labels)}, the training images")
+    known = F.normalize(features.double(), dim=1)
+    scores = []
+    for part in F.normalize(queries.double(), dim=1).split(1024):
+        cosine, of = (part @ known.T).topk(k, dim=1)
+        votes = torch.zeros(len(part), classes, dtype=torch.float64)
+        scores.append(votes.scatter_add_(1, labels[of], ((cosine - 1) / temperature).exp()))
+    return torch.cat(scores)
+
+
+@torch.inference_mode()
+def outputs(
+    call: Callable[[Tensor], Tensor], split: Split, size: int, middle: bool = False, batch: int = 256, workers: int = 0
+) -> Tensor:
+    """What ``call`` makes of all images, batches (B, C, size, size) -> (N, ...) float32 on the CPU.
+
+    With ``middle`` it sees the middle of each image, 224 of 256 pixels; else the whole, as a square.
+    """
+    where = [[(i, i) for i in range(k, min(k + batch, len(split)))] for k in range(0, len(split), batch)]
+    batches = loader(Examples(split, evaluation_transform(size, middle), 0), where, workers)
+    return torch.cat([call(batch["image"]).float().cpu() for batch in tqdm(batches, desc="evaluate", unit="batch")])
+
+
+def evaluate(
+    model: ViT,
+    data: Data,
+    probe: str | None = None,
+    count: int | None = None,
+    *,
+    middle: bool = False,
+    workers: int = 0,
+) -> dict[str, float]:
+    """Name -> accuracy on the test set.
+
+    Args:
+        model: whose classifier is judged, or with ``probe`` the features that it reads.
+        probe: "few-shot" (the penalty is chosen on a fifth of the training images) or "knn"; None: the classifier.
+        count: with a probe, training images of each class, chosen by chance with seed 0; None: all.
+        middle, workers: as in :func:`outputs`.
+
+    Raises:
+        ValueError: another probe, or a model of other classes or channels, or of images that are no squares.
+    """
+    height, width = model.patch_embed.img_size
+    if height != width:
+        raise ValueError(f"the model takes images of {height} x {width} pixels; accepted: squares")
+    if model.in_chans != data.channels:
+        raise ValueError(f"the model takes {model.in_chans} channels, and the images have {data.channels}")
+    if probe not in (None, "few-shot", "knn"):
+        raise ValueError(f"probe={probe!r}; accepted: 'few-shot', 'knn', or none")
+    device = next(model.parameters()).device
+    model.eval()
+    if probe is None:
+        if model.num_classes != data.classes:
+            raise ValueError(f"the model has {model.num_classes} classes and the data {data.classes}; give a probe")
+        scores = outputs(lambda images: model(images.to(device)), data.test, height, middle, workers=workers)
+        return {"accuracy": accuracy(scores, data.test.labels)}
+
+    def features(images: Tensor) -> Tensor:
+        return model.forward_head(model.forward_features(images.to(device)), pre_logits=True)
+
+    train = data.train if count is None else data.train.subset(shots(data.train.labels, count).tolist())
+    known = outputs(features, train, height, middle, workers=workers)
+    queries = outputs(features, data.test, height, middle, workers=workers)
+    if probe == "knn":
+        scores = nearest(known, train.labels, queries, data.classes, min(20, len(train)))
+        return {"knn": accuracy(scores, data.test.labels)}
+    penalty = best_penalty(known, train.labels, data.classes)
+    scores = few_shot(known, train.labels, queries, data.classes, penalty)
+    return {"few-shot": accuracy(scores, data.test.labels)}
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """``fastvit evaluate``."""
+    try:
+        data = open_data(arguments.data)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        size = {} if arguments.size is None else {"img_size": arguments.size}
+        model = from_checkpoint(arguments.weights, device=device, **size)
+        found = evaluate(
+            model, data, arguments.probe, arguments.shots, middle=arguments.middle, workers=arguments.workers
+        )
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fastvit evaluate: {error}", file=sys.stderr)
+        return 2
+    print(f"{'':<12}{'test images':>12}{'accuracy':>12}")
+    for name, value in found.items():
+        print(f"{'classifier' if name == 'accuracy' else name:<12}{len(data.test):>12}{value:>12.2%}")
+    return 0

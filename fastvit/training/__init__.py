@@ -1,0 +1,1 @@
+"""Training as in the paper: recipes, data, objectives, and the loop that runs them: ``fastvit train``."""

@@ -1,0 +1,489 @@
+"""Masked patch prediction, BEiT and its tokenizer: what they draw, what they aim at, what they learn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvit
+from fastvit import cli
+from fastvit.models import ViT
+from fastvit.pretraining import DVAE, Beit, Corruption, MaskedPatches, Tokenizing, blockwise_masks, mean_colours
+from fastvit.pretraining.build import pretrain
+from fastvit.pretraining.recipes import RECIPES
+from fastvit.training import loop
+from fastvit.training.build import MODELS
+from fastvit.training.data import open_data
+from fastvit.training.objectives import Objective
+from parity import Calls, assert_same
+
+HALF = [0.5], [0.5]  # mean and std of one channel
+
+
+def small(channels: int = 1, **options: Any) -> ViT:
+    """16 patches of 4 x 4."""
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return ViT(**{**sizes, "in_chans": channels, **options})
+
+
+BEIT = {"global_pool": "avg", "init_values": 0.1, "pos_embed": "none", "use_rel_pos_bias": True}
+
+
+# -- corrupting patch embeddings --------------------------------------------------------------------------------------
+
+
+def test_shares_of_corrupted_patches() -> None:
+    """Half of each image's patches, exactly; of these 80, 10 and 10 percent, each drawn on its own."""
+    images, patches = 4000, 16
+    drawn = Corruption.draw(images, patches, 0.5)
+    assert drawn.chosen.shape == (images, 8)
+    assert all(len(set(row)) == 8 for row in drawn.chosen.tolist())
+    corrupted = torch.zeros(images, patches, dtype=torch.bool).scatter(1, drawn.chosen, True)
+    swapped = drawn.source != torch.arange(patches)
+    kept = corrupted & ~drawn.masked & ~swapped
+    assert not (drawn.masked & swapped).any()
+    assert not ((drawn.masked | swapped) & ~corrupted).any()
+    count = images * 8
+    for found, share in ((drawn.masked, 0.8), (swapped, 0.1), (kept, 0.1)):
+        spread = (share * (1 - share) * count) ** 0.5
+        assert abs(int(found.sum()) - share * count) < 5 * spread
+    # Each patch is as likely as any other, and so is each other patch to stand in for it.
+    assert (corrupted.double().mean(0) - 0.5).abs().max() < 5 * (0.25 / images) ** 0.5
+    offsets = ((drawn.source - torch.arange(patches)) % patches)[swapped].bincount(minlength=patches)
+    assert offsets[0] == 0 and abs(offsets[1:] / offsets.sum() - 1 / 15).max() < 5 * (1 / 15 / offsets.sum()) ** 0.5
+    # The number of masked patches of an image varies as that of independent draws does: variance 8 * 0.8 * 0.2.
+    assert abs(drawn.masked.sum(1).double().var().item() / (8 * 0.8 * 0.2) - 1) < 0.15
+    # Two patches are both corrupted as often as chance has it (7/15 of the time one is), and images differ.
+    both = (corrupted[:, 0] & corrupted[:, 9]).double().mean().item()
+    assert abs(both - 0.5 * 7 / 15) < 5 * (0.25 / images) ** 0.5
+    assert len(set(map(tuple, corrupted.tolist()))) > images / 2
+
+
+def test_corrupted_embeddings() -> None:
+    x, token = torch.randn(1, 4, 3), torch.full((3,), 7.0)
+    corruption = Corruption(
+        torch.tensor([[1, 3, 2]]), torch.tensor([[False, True, False, False]]), torch.tensor([[0, 1, 2, 0]])
+    )
+    assert_same(corruption.apply(x, token), torch.stack([x[0, 0], token, x[0, 2], x[0, 0]]).unsqueeze(0))
+
+
+@pytest.mark.parametrize(("share", "patches"), [(0.01, 16), (0.5, 1), (1.5, 16), (-0.1, 16)])
+def test_shares_that_corrupt_nothing_are_refused(share: float, patches: int) -> None:
+    with pytest.raises(ValueError, match="share"):
+        Corruption.draw(2, patches, share)
+
+
+@pytest.mark.parametrize("options", [{}, BEIT, {"rope": 100.0, "pos_embed": "none"}, {"dynamic_img_size": True}])
+def test_corrupt_comes_before_positions(options: dict[str, Any]) -> None:
+    """What a hook on the patch embedding would do."""
+    model, images = small(**options).double(), torch.randn(2, 1, 16, 16, dtype=torch.float64)
+    plain = model.forward_features(images)
+    assert_same(model.forward_features(images, corrupt=lambda x: x), plain)
+    token = torch.randn(32, dtype=torch.float64)
+    got = model.forward_features(images, corrupt=lambda x: torch.cat([token.expand(2, 1, 32), x[:, 1:]], 1))
+    assert not torch.allclose(got, plain)
+    model.patch_embed.register_forward_hook(lambda module, args, out: _with_first(out, token))
+    assert_same(got, model.forward_features(images))
+
+
+def _with_first(x: Tensor, token: Tensor) -> Tensor:
+    x = x.clone()
+    x.view(x.shape[0], -1, x.shape[-1])[:, 0] = token
+    return x
+
+
+def test_packed_images_are_not_corrupted() -> None:
+    with pytest.raises(ValueError, match="packed"):
+        small().forward_features([torch.randn(1, 16, 16)], corrupt=lambda x: x)
+
+
+def test_the_encoder_stays_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, model = Calls(monkeypatch), small()
+    MaskedPatches(model, *HALF)({"image": torch.randn(2, 1, 16, 16)})
+    block = ["linear", "attention_qkvpacked", "linear", "mlp"]
+    assert calls.names == ["patch_embed", *block * 2, "layer_norm"]
+    calls.made.clear()
+    model.forward_features(torch.randn(2, 1, 16, 16))
+    assert calls.names == ["patch_embed", *block * 2, "layer_norm"]
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_colours_by_hand() -> None:
+    """One 4 x 4 patch beside another, RGB in bytes: v >> 5 is a channel's level."""
+    pixels = torch.zeros(1, 3, 4, 8)
+    pixels[0, :, :, :4] = torch.tensor([255, 128, 31]).view(3, 1, 1) / 255  # levels 7, 4, 0
+    pixels[0, :, :2, 4:] = torch.tensor([64, 32, 254]).view(3, 1, 1) / 255  # levels 2, 1, 7; below it black
+    assert mean_colours(pixels, (4, 4)).tolist() == [[[7 * 64 + 4 * 8], [1 * 64 + 0 * 8 + 3]]]
+    black, bright = 0, 2 * 64 + 1 * 8 + 7
+    first = [7 * 64 + 4 * 8] * 4
+    assert mean_colours(pixels, (4, 4), 2).tolist() == [[first, [bright, bright, black, black]]]
+
+
+def test_parts_of_a_patch_are_in_reading_order() -> None:
+    pixels = torch.arange(16.0).view(1, 1, 4, 4) // 2 / 8  # levels 0 0 1 1 / 2 2 3 3 / ...
+    assert mean_colours(pixels, (4, 4), 4).tolist() == [[[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]]]
+    patches = mean_colours(pixels, (2, 2), 2)
+    assert patches.tolist() == [[[0, 0, 2, 2], [1, 1, 3, 3], [4, 4, 6, 6], [5, 5, 7, 7]]]
+
+
+def test_colours_are_of_pixels_before_normalisation() -> None:
+    objective = MaskedPatches(small(3), [0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
+    pixels = torch.full((1, 3, 16, 16), 0.7)
+    normal = (pixels - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
+    target = objective.target.of(normal, objective.pixels(normal), (4, 4))
+    assert target.unique().tolist() == [5 * 64 + 5 * 8 + 5]
+
+
+@pytest.mark.parametrize(("target", "outputs"), [("colour", 512), ("colours", 16 * 512), ("pixels", 48)])
+def test_targets(target: str, outputs: int) -> None:
+    """The head's width is the paper's, and a head that knows the answer has no loss."""
+    objective, images = MaskedPatches(small(3), [0.5] * 3, [0.5] * 3, target), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert objective.predict.out_features == outputs
+    want = objective.target.of(images, objective.pixels(images), (4, 4))
+    assert want.shape[:2] == (2, 16)
+    if target == "pixels":
+        assert_same(want[0, 1].view(3, 4, 4), images[0, :, :4, 4:8])
+        right = want
+    else:
+        right = 50.0 * nn.functional.one_hot(want, 512).flatten(2)
+    assert objective.target.scores(right, want)["loss"] < 1e-6
+    assert objective.target.scores(right.roll(1, 1), want)["loss"] > 0.1
+
+
+def test_targets_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'color'.*'colour'"):
+        MaskedPatches(small(), *HALF, "color")
+    with pytest.raises(ValueError, match="2x2 has no 4x4"):
+        MaskedPatches(small(patch_size=2), *HALF, "colours")
+    with pytest.raises(ValueError, match="num_classes=0"):
+        MaskedPatches(small(num_classes=3), *HALF)
+    with pytest.raises(ValueError, match="patch_drop_rate=0"):
+        MaskedPatches(small(patch_drop_rate=0.1), *HALF)
+    with pytest.raises(ValueError, match="std"):
+        MaskedPatches(small(), [0.5], [0.0])
+
+
+def test_only_corrupted_patches_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is that of the chosen patches, gathered by hand; the image's other patches may be anything."""
+    model, images = small(), torch.rand(3, 1, 16, 16) * 2 - 1
+    objective = MaskedPatches(model, *HALF)
+    drawn = Corruption.draw(3, 16, 0.5)
+    monkeypatch.setattr(Corruption, "draw", lambda *_: drawn)
+    tokens = model.forward_features(images, corrupt=lambda x: drawn.apply(x, objective.mask_token))[:, 1:]
+    target, losses = mean_colours(images / 2 + 0.5, (4, 4)), []
+    for i in range(3):
+        for j in drawn.chosen[i].tolist():
+            losses.append(nn.functional.cross_entropy(objective.predict(tokens[i, j])[None], target[i, j]))
+    torch.testing.assert_close(objective({"image": images})["loss"], torch.stack(losses).mean())
+
+
+# -- BEiT -------------------------------------------------------------------------------------------------------------
+
+
+def test_blockwise_masks() -> None:
+    """BEiT's 14 x 14: up to 40%, mostly close to it, in blocks, everywhere, each image its own."""
+    masks = blockwise_masks(300, (14, 14))
+    counts = masks.sum((1, 2))
+    assert masks.shape == (300, 14, 14) and counts.max() <= 78 and counts.min() >= 16
+    assert counts.double().mean() > 70
+    assert len(set(map(tuple, masks.flatten(1).tolist()))) == 300
+    assert masks.double().mean(0).min() > 0.02  # corners are rare, and not never
+    # Blocks: a masked patch has masked neighbours, far more than the 40% of masks drawn patch by patch.
+    beside = (masks[:, :, 1:] & masks[:, :, :-1]).sum() / masks[:, :, :-1].sum()
+    assert beside > 0.7
+
+
+def test_a_single_block() -> None:
+    """With the limit at one block, a mask begins with a rectangle of its area and sides."""
+    for mask in blockwise_masks(200, (14, 14), share=16.5 / 196, least=16):
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        height, width = len(rows), len(columns)
+        assert mask.sum() <= 16
+        if mask.sum() == height * width and height * width >= 14:
+            assert max(height, width) / min(height, width) <= 1 / 0.3 + 1
+    ratios = {(int(m.any(1).sum()), int(m.any(0).sum())) for m in blockwise_masks(200, (14, 14), 16.5 / 196, 16)}
+    assert {(4, 4), (2, 8), (8, 2)} & ratios and len(ratios) > 1
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    for options, name in (({"least": 79}, "least=79"), ({"aspect": 0.0}, "aspect"), ({"share": 1.2}, "share")):
+        with pytest.raises(ValueError, match=name):
+            blockwise_masks(1, (14, 14), **options)
+
+
+@pytest.mark.parametrize("options", [{}, BEIT])
+def test_only_masked_patches_tokens_are_predicted(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    model, images = small(**options), torch.rand(3, 1, 16, 16) * 2 - 1
+    tokenizer = DVAE(*HALF, codes=16, halvings=2, width=8)
+    objective = Beit(model, tokenizer, least=2)
+    masks = blockwise_masks(3, (4, 4), least=2)
+    monkeypatch.setattr("fastvit.pretraining.beit.blockwise_masks", lambda *_: masks)
+    codes, losses = tokenizer.tokenize(images, (4, 4)).flatten(1), []
+    flat = masks.flatten(1)
+    tokens = model.fc_norm(
+        model.forward_features(images, corrupt=lambda x: torch.where(flat[..., None], objective.mask_token, x))
+    )
+    for i, j in flat.nonzero().tolist():
+        losses.append(nn.functional.cross_entropy(objective.predict(tokens[i, 1 + j])[None], codes[i, j][None]))
+    torch.testing.assert_close(objective({"image": images})["loss"], torch.stack(losses).mean())
+
+
+def test_masked_pixels_are_not_seen() -> None:
+    """With every patch masked, the encoder's output is the same for any image; the mask token alone is there."""
+    model, images = small(), torch.randn(2, 1, 16, 16)
+    tokens = model.forward_features(images, corrupt=lambda x: torch.zeros_like(x))
+    assert_same(tokens[0], tokens[1])
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def objectives() -> dict[str, Objective]:
+    tokenizer = DVAE(*HALF, codes=16, halvings=2, width=8)
+    return {
+        "masked": MaskedPatches(small(), *HALF),
+        "pixels": MaskedPatches(small(**BEIT), *HALF, "pixels"),
+        "beit": Beit(small(**BEIT), tokenizer, least=2),
+        "tokenizer": Tokenizing(DVAE(*HALF, codes=16, halvings=2, width=8)),
+    }
+
+
+@pytest.mark.parametrize("name", objectives())
+def test_gradients_reach_what_they_should(name: str) -> None:
+    objective = objectives()[name]
+    objective.progress = 0.5
+    objective({"image": torch.rand(4, 1, 16, 16) * 2 - 1})["loss"].backward()
+    for key, parameter in objective.named_parameters():
+        if key.startswith("tokenizer."):
+            assert parameter.grad is None and not parameter.requires_grad, key
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+    if name != "tokenizer":
+        assert not any("mask" in key for key in objective.model.state_dict())
+
+
+def test_the_tokenizer_of_beit_does_not_change() -> None:
+    objective = objectives()["beit"].train()
+    before = {key: value.clone() for key, value in objective.tokenizer.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], 0.1)
+    for _ in range(2):
+        objective({"image": torch.rand(4, 1, 16, 16)})["loss"].backward()
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in objective.tokenizer.state_dict().items())
+
+
+# -- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def digits(count: int) -> Tensor:
+    split = open_data("digits").train
+    return torch.stack([split.image(i) for i in range(count)]) * 2 - 1
+
+
+def test_the_tokenizer_learns_digits() -> None:
+    """The bound falls, many codes come into use, and images come back from their codes."""
+    images, model = digits(128), DVAE(*HALF, codes=32, halvings=1, width=16)
+    objective = Tokenizing(model, divergence=0.2)
+    optimizer = torch.optim.AdamW(objective.parameters(), 5e-3)
+
+    def error() -> float:
+        return (model.decode(model.tokenize(images, (4, 4))) - (images / 2 + 0.5)).square().mean().item()
+
+    objective.eval()
+    before, untrained = {k: v.item() for k, v in objective({"image": images}).items()}, error()
+    objective.train()
+    for step in range(100):
+        objective.progress = step / 100
+        objective({"image": images[torch.randperm(128)[:32]]})["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    objective.eval()
+    after = {k: v.item() for k, v in objective({"image": images}).items()}
+    assert after["loss"] < before["loss"] - 0.5
+    assert after["perplexity"] > 3 and model.tokenize(images, (4, 4)).unique().numel() > 4
+    assert error() < untrained / 2
+
+
+def test_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DVAE(*HALF, codes=4, halvings=1, width=4)
+    objective, images, seen = Tokenizing(model, 2.0, warmup=0.2, anneal=0.5), torch.rand(2, 1, 8, 8), []
+    plain = model.forward
+
+    def watched(images: Tensor, temperature: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(temperature)
+        return plain(images, temperature)
+
+    monkeypatch.setattr(model, "forward", watched)
+    weights = []
+    for objective.progress in (0.0, 0.1, 0.25, 0.5, 1.0):
+        found = objective({"image": images})
+        weights.append(((found["loss"] - found["nll"]) / found["divergence"]).item())
+    assert seen == pytest.approx([1, 1 + (1 / 16 - 1) * (0.5 - 0.5 * 0.8090169943749475), 0.53125, 1 / 16, 1 / 16])
+    assert weights == pytest.approx([0, 1, 2, 2, 2], abs=1e-3)
+    objective.eval()({"image": images})
+    assert seen[-1] is None
+
+
+def test_divergence_from_the_uniform_prior() -> None:
+    model, images = DVAE(*HALF, codes=8, halvings=1, width=4), torch.rand(2, 1, 8, 8)
+    last = model.encoder[-1]
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    torch.testing.assert_close(model(images, 1.0)[1], torch.zeros(2))
+    with torch.no_grad():
+        last.bias[3] = 50.0  # one code, always: log(8) at each of 16 places
+    torch.testing.assert_close(model(images, 1.0)[1], torch.full((2,), 16 * 2.0794415))
+
+
+def test_the_likelihood_is_a_density() -> None:
+    """Of one pixel, integrated over all values that it is mapped to, it is 1 less the tails outside of (0.1, 0.9)."""
+    model = DVAE(*HALF, codes=2, halvings=0, width=4)
+    last = model.decoder[-1]
+    nn.init.zeros_(last.weight)
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor([0.3, -1.0]))
+    values = torch.linspace(0, 1, 2001)
+    nll = model((values * 2 - 1).view(-1, 1, 1, 1))[0]
+    mass = torch.trapezoid((-nll).exp(), values * 0.8)
+    laplace = torch.distributions.Laplace(0.3, torch.tensor(-1.0).exp() + 0.03)
+    edges = torch.tensor([0.1, 0.9]).logit()
+    torch.testing.assert_close(mass, laplace.cdf(edges[1]) - laplace.cdf(edges[0]), rtol=1e-4, atol=0)
+
+
+def test_a_tokenizer_from_its_file(tmp_path: Path) -> None:
+    model = DVAE([0.4, 0.5, 0.6], [0.2, 0.3, 0.4], codes=12, halvings=2, width=6)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    other, images = DVAE.from_checkpoint(tmp_path / "model.pth"), torch.rand(2, 3, 16, 8)
+    assert torch.equal(other.logits(images), model.logits(images)) and other.logits(images).shape == (2, 12, 4, 2)
+    assert_same(other.pixels(images), model.pixels(images))
+    torch.save(small().state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=r"vit\.pth holds no tokenizer"):
+        DVAE.from_checkpoint(tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match="halved 2 times"):
+        model.logits(torch.rand(1, 3, 6, 8))
+    with pytest.raises(ValueError, match="codes=1"):
+        DVAE(*HALF, codes=1)
+
+
+def test_another_size_is_resampled_for_the_tokenizer() -> None:
+    """BEiT's tokenizer reads 112 pixels of what the encoder reads 224 of."""
+    model, images = DVAE(*HALF, codes=4, halvings=1, width=4), torch.rand(2, 1, 32, 32)
+    assert model.tokenize(images, (8, 8)).shape == (2, 8, 8)
+    assert torch.equal(model.tokenize(images, (16, 16)), model.logits(images).argmax(1))
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def short(steps: int, checkpoint_every: int = 500) -> dict[str, Any]:
+    """Arguments of a run of so many steps."""
+    settings = ["batch_size=16", "warmup_steps=1", f"steps={steps}"]
+    return {"settings": settings, "options": loop.Options(checkpoint_every=checkpoint_every)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tokenizer's run, which has not learnt much."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    pretrain("tokenizer", "digits", folder, **short(2))
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", ["masked", "beit", "tokenizer"])
+def test_a_resumed_run_draws_what_it_would_have(
+    method: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks, codes and schedules go on bit for bit: the weights are those of a run that nobody stopped."""
+    options = {**short(6, checkpoint_every=3), "tokenizer": tokenizer if method == "beit" else None}
+    pretrain(method, "digits", tmp_path / "whole", **options)
+    save = loop.Run.save
+
+    def save_and_stop(run: loop.Run) -> None:
+        save(run)
+        if run.step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Run, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(method, "digits", tmp_path / "cut", **options)
+    torch.rand(7)
+    pretrain(method, "digits", tmp_path / "cut", **options)
+    whole, cut = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
+    for name, value in whole["objective"].items():
+        assert torch.equal(value, cut["objective"][name]), name
+
+
+def test_the_loop_tells_an_objective_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, forward = [], Tokenizing.forward
+
+    def watched(self: Tokenizing, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.extend([self.progress] * self.training)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Tokenizing, "forward", watched)
+    settings = [*short(4)["settings"], "micro_batch=8"]
+    pretrain("tokenizer", "digits", tmp_path, settings=settings)
+    assert seen == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+
+
+def test_beit_trains_its_tokenizer_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECIPES, "tokenizer_digits", RECIPES["tokenizer_digits"].override(short(2)["settings"]))
+    pretrain("beit", "digits", tmp_path, **short(2))
+    assert json.loads((tmp_path / "tokenizer" / "metrics.json").read_text())["steps"] == 2
+    trained = DVAE.from_checkpoint(tmp_path / "tokenizer").state_dict()
+    state = torch.load(tmp_path / "checkpoint.pt")["objective"]
+    assert all(torch.equal(value, state[f"tokenizer.{name}"]) for name, value in trained.items())
+
+
+@pytest.mark.parametrize("method", ["masked", "beit"])
+def test_pretrain_and_fine_tune(
+    method: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line: `fastvit train --weights` takes up all but the classifier, and so does load_checkpoint."""
+    brief = ["--data", "digits", "--steps", "3", "--set", "batch_size=16", "warmup_steps=1", "polyak=0"]
+    out, fine = tmp_path / "pretrained", tmp_path / "fine"
+    given = ["--tokenizer", tokenizer] if method == "beit" else []
+    assert cli.main(["pretrain", "--method", method, "--out", str(out), *brief, *given]) == 0
+    assert "test loss" in capsys.readouterr().out
+    model = fastvit.from_checkpoint(out)
+    assert model.windowed == (method == "beit") and model.num_classes == 0
+    assert cli.main(["train", "--weights", str(out), "--out", str(fine), *brief, "lr=1e-9"]) == 0
+    tuned = fastvit.from_checkpoint(fine)
+    assert tuned.num_classes == 10
+    for name, value in model.state_dict().items():  # which a learning rate of nothing leaves as they were
+        torch.testing.assert_close(tuned.state_dict()[name], value, rtol=0, atol=1e-6)
+    classifier = ViT(**{**MODELS["digits_beit" if model.windowed else "digits"], "in_chans": 1, "num_classes": 10})
+    head = classifier.head.weight.clone()
+    fastvit.load_checkpoint(classifier, out)
+    assert torch.equal(classifier.head.weight, head)
+    assert_same(classifier.forward_features(digits(2)), model.forward_features(digits(2)))
+
+
+def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(*arguments: str) -> str:
+        assert cli.main(["pretrain", "--data", "digits", "--out", str(tmp_path / "x"), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "no tokenizer 'vqgan'" in fails("--method", "tokenizer", "--model", "vqgan")
+    assert "no checkpoint" in fails("--method", "beit", "--tokenizer", str(tmp_path / "nowhere"))
+    assert "did you mean 'lr'" in fails("--method", "masked", "--set", "lrr=1")
+    assert "'masked' has" in fails("--method", "beit", "--target", "pixels")
+    assert "'beit' has" in fails("--method", "masked", "--tokenizer", "x")
+    assert "no ViT" in fails("--method", "masked", "--model", "R50x1")
+    with pytest.raises(ValueError, match=r"'mae'.*masked, beit, tokenizer"):
+        pretrain("mae", "digits", tmp_path)
+
+
+def test_the_papers_recipe() -> None:
+    """Appendix B.1.2."""
+    recipe = RECIPES["masked"]
+    assert (recipe.lr, recipe.steps, recipe.batch_size, recipe.warmup_steps) == (2e-4, 1_000_000, 4096, 10_000)
+    assert (recipe.optimizer, recipe.decay) == ("adam", "cosine")

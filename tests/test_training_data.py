@@ -1,0 +1,344 @@
+"""Data sets: every source, images of every mode, what can be wrong with them, and the order in which they come."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from fastvit.images import decode
+from fastvit.training.augment import Examples, Order, evaluation_transform, loader, training_transform
+from fastvit.training.data import Data, Split, open_data
+from fastvit.training.recipes import Recipe
+
+
+def png(value: int, size: tuple[int, int] = (12, 10)) -> bytes:
+    """An image of one colour, (value, 0, 100)."""
+    return saved(Image.new("RGB", size, (value, 0, 100)))
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def first_pixels(split: Split) -> list[int]:
+    return [split.image(i).getpixel((0, 0))[0] for i in range(len(split))]
+
+
+# -- pixels ---------------------------------------------------------------------------------------------------------
+
+
+def test_modes() -> None:
+    """8 and 16 bits, grey, alpha, palette and CMYK: the colour that was meant."""
+    grey16 = Image.fromarray(np.full((4, 4), 0xC8FF, dtype=np.uint16))
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 10, 30])
+    one_bit = Image.new("1", (4, 4), 1)
+    cases = [
+        (saved(Image.new("RGB", (4, 4), (200, 10, 30))), (200, 10, 30)),
+        (saved(Image.new("L", (4, 4), 200)), (200, 200, 200)),
+        (saved(Image.new("LA", (4, 4), (200, 9))), (200, 200, 200)),
+        (saved(Image.new("RGBA", (4, 4), (200, 10, 30, 40))), (200, 10, 30)),
+        (saved(palette), (200, 10, 30)),
+        (saved(palette, "GIF"), (200, 10, 30)),
+        (saved(Image.new("CMYK", (4, 4), (55, 245, 225, 0)), "TIFF"), (200, 10, 30)),
+        (saved(grey16), (200, 200, 200)),
+        (saved(grey16, "TIFF"), (200, 200, 200)),
+        (saved(one_bit), (255, 255, 255)),
+    ]
+    for data, colour in cases:
+        image = decode(data)
+        assert image.mode == "RGB"
+        assert image.getpixel((1, 2)) == colour
+        assert image.getcolors() == [(16, colour)]
+    jpeg = decode(saved(Image.new("CMYK", (8, 8), (55, 245, 225, 0)), "JPEG", quality=100))
+    assert np.abs(np.asarray(jpeg, dtype=int) - [200, 10, 30]).max() <= 6
+    assert decode(saved(grey16), "L").getpixel((0, 0)) == 200
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_without_a_range_are_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"mode '{mode}'"):
+        decode(saved(Image.new(mode, (4, 4), 7), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP"])
+def test_images_cut_short(kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    whole = saved(Image.fromarray(pixels), kind)
+    decode(whole)
+    for data in (whole[: len(whole) // 2], b"", b"no image"):
+        with pytest.raises(ValueError):
+            decode(data)
+
+
+# -- sources --------------------------------------------------------------------------------------------------------
+
+
+def test_digits() -> None:
+    data = open_data("digits")
+    assert (len(data.train), len(data.test), data.classes, data.channels) == (1437, 360, 10, 1)
+    again = open_data("digits")
+    assert torch.equal(data.test.labels, again.test.labels)
+    everything = [
+        tuple(split.image(i).flatten().tolist()) for split in (data.train, data.test) for i in range(len(split))
+    ]
+    from sklearn.datasets import load_digits
+
+    assert Counter(everything) == Counter(tuple(row) for row in (load_digits().data / 16).tolist())
+    assert min(min(e) for e in everything) == 0
+    assert max(max(e) for e in everything) == 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes in train, of 3 and 2 images, and both in val."""
+    for part, name, values in (
+        ("train", "cat", (1, 2, 3)),
+        ("train", "dog", (4, 5)),
+        ("val", "dog", (6,)),
+        ("val", "cat", (7,)),
+    ):
+        (tmp_path / part / name).mkdir(parents=True)
+        for value in values:
+            (tmp_path / part / name / f"{value}.png").write_bytes(png(value))
+    return tmp_path
+
+
+def test_folders(folder: Path) -> None:
+    data = open_data(str(folder))
+    assert first_pixels(data.train) == [1, 2, 3, 4, 5]
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert (first_pixels(data.test), data.test.labels.tolist()) == ([7, 6], [0, 1])
+    assert (data.classes, data.channels) == (2, 3)
+
+
+def test_folder_mistakes(folder: Path, tmp_path: Path) -> None:
+    (folder / "val" / "bird").mkdir()
+    (folder / "val" / "bird" / "8.png").write_bytes(png(8))
+    with pytest.raises(ValueError, match=r"classes that .*train has not: bird"):
+        open_data(str(folder))
+    (folder / "val" / "bird" / "8.png").rename(folder / "val" / "8.png")
+    with pytest.raises(ValueError, match=r"8\.png is in no folder of a class"):
+        open_data(str(folder))
+    (folder / "val").rename(folder / "elsewhere")
+    with pytest.raises(ValueError, match="none for testing; accepted: test, val"):
+        open_data(str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no images"):
+        open_data(str(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match=r"no data 'nothing'.*digits, mnist"):
+        open_data("nothing")
+
+
+def test_an_unreadable_image_is_named(folder: Path) -> None:
+    (folder / "train" / "dog" / "5.png").write_bytes(png(5)[:50])
+    data = open_data(str(folder))
+    with pytest.raises(ValueError, match=r"train/dog/5\.png can't be read"):
+        data.train.image(4)
+    examples = Examples(data.train, evaluation_transform(8), 0)
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"train/dog/5\.png can't be read"):
+            list(loader(examples, [[(4, 4)]], workers))
+
+
+def tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def test_tars_as_webdataset_writes_them(tmp_path: Path) -> None:
+    """Labels in .cls or .json, a name with dots, several shards; a tenth is held out, always the same."""
+    members: dict[str, bytes] = {}
+    for i in range(10):
+        members[f"a/{i}.left.png"] = png(i)
+        members[f"a/{i}.cls" if i % 2 else f"a/{i}.json"] = (
+            str(i % 3).encode() if i % 2 else json.dumps({"label": i % 3}).encode()
+        )
+    tar(tmp_path / "train-0.tar", members)
+    tar(
+        tmp_path / "train-1.tar",
+        {f"{i}{end}": data for i in range(10, 20) for end, data in ((".png", png(i)), (".cls", b"2\n"))},
+    )
+    data = open_data(f"{tmp_path}/train-*.tar")
+    assert (len(data.train), len(data.test), data.classes) == (18, 2, 3)
+    for split in (data.train, data.test):
+        assert [i % 3 if i < 10 else 2 for i in first_pixels(split)] == split.labels.tolist()
+    assert sorted(first_pixels(data.train) + first_pixels(data.test)) == list(range(20))
+    assert first_pixels(open_data(f"{tmp_path}/train-*.tar").test) == first_pixels(data.test)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(None, "3.png has no label"), (b"-1", "accepted: 0 to 2"), (b"cat", "'cat'; accepted: whole"), (b"1.5", "'1.5'")],
+)
+def test_labels_of_a_tar_that_are_none(label: bytes | None, message: str, tmp_path: Path) -> None:
+    members = {f"{i}{end}": data for i in range(12) for end, data in ((".png", png(i)), (".cls", b"%d" % (i % 3)))}
+    if label is None:
+        del members["3.cls"]
+    else:
+        members["3.cls"] = label
+    tar(tmp_path / "images.tar", members)
+    with pytest.raises(ValueError, match=message):
+        open_data(str(tmp_path / "images.tar"))
+
+
+def test_parquet(tmp_path: Path) -> None:
+    table = {"image": [{"bytes": png(i), "path": None} for i in range(10)], "label": [i % 2 for i in range(10)]}
+    pq.write_table(pa.table(table), tmp_path / "images.parquet")
+    data = open_data(str(tmp_path / "images.parquet"))
+    assert (len(data.train), len(data.test), data.classes) == (9, 1, 2)
+    assert [i % 2 for i in first_pixels(data.train)] == data.train.labels.tolist()
+    pq.write_table(pa.table({"image": table["image"]}), tmp_path / "images.parquet")
+    with pytest.raises(ValueError, match="no column 'label'; its columns are image"):
+        open_data(str(tmp_path / "images.parquet"))
+
+
+def test_hugging_face(tmp_path: Path) -> None:
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+
+    def table(*values: int) -> Any:
+        rows = {"img": [{"bytes": png(v), "path": None} for v in values], "label": [v % 2 for v in values]}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    datasets.DatasetDict({"train": table(1, 2, 3), "test": table(4, 5)}).save_to_disk(tmp_path / "both")
+    data = open_data(str(tmp_path / "both"))
+    assert (first_pixels(data.train), data.train.labels.tolist()) == ([1, 2, 3], [1, 0, 1])
+    assert (first_pixels(data.test), data.test.labels.tolist(), data.classes) == ([4, 5], [0, 1], 3)
+    table(*range(20)).save_to_disk(tmp_path / "one")
+    assert len(open_data(str(tmp_path / "one")).test) == 2
+    datasets.DatasetDict({"train": table(1).remove_columns("label")}).save_to_disk(tmp_path / "no labels")
+    with pytest.raises(ValueError, match="columns img; wanted: image and label"):
+        open_data(str(tmp_path / "no labels"))
+
+
+def test_torchvision(tmp_path: Path) -> None:
+    """CIFAR-10 in its own format; sets that are not there say where they were looked for."""
+    import hashlib
+    import pickle
+
+    import torchvision.datasets as theirs
+
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        pixels = np.full((2, 3072), len(name), dtype=np.uint8)
+        (base / name).write_bytes(pickle.dumps({"data": pixels, "labels": [3, 9]}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+
+    def sums(names: list[list[str]]) -> list[list[str]]:
+        return [[name, hashlib.md5((base / name).read_bytes()).hexdigest()] for name, _ in names]
+
+    class Made(theirs.CIFAR10):
+        train_list = sums(theirs.CIFAR10.train_list)
+        test_list = sums(theirs.CIFAR10.test_list)
+        meta = theirs.CIFAR10.meta | {"md5": sums([["batches.meta", ""]])[0][1]}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "CIFAR10", Made)
+        data = open_data(f"cifar10:{tmp_path}")
+    assert (len(data.train), len(data.test), data.classes) == (10, 2, 10)
+    assert data.train.labels.tolist() == [3, 9] * 5
+    assert first_pixels(data.test) == [10, 10]
+    for name in ("mnist", "cifar100", "flowers102", "pets", "imagenet"):
+        with pytest.raises(FileNotFoundError, match=f"{name}: .* does not find its files in {tmp_path}"):
+            open_data(f"{name}:{tmp_path}")
+
+
+def test_sets_are_checked() -> None:
+    def split(*labels: int) -> Split:
+        return Split(lambda i: torch.zeros(1, 8, 8), torch.tensor(labels, dtype=torch.int64), lambda i: f"number {i}")
+
+    with pytest.raises(ValueError, match="the test set has no images"):
+        Data(split(0, 1), split(), 2)
+    with pytest.raises(ValueError, match="label of number 1 is 2; accepted: 0 to 1"):
+        Data(split(0, 1), split(1, 2), 2)
+
+
+# -- what the model sees --------------------------------------------------------------------------------------------
+
+
+def test_pixels_become_minus_1_to_1() -> None:
+    for transform in (
+        evaluation_transform(8),
+        evaluation_transform(8, middle=True),
+        training_transform(Recipe(steps=20_000, image_size=8)),
+    ):
+        found = transform(decode(png(255)))
+        assert type(found) is torch.Tensor
+        assert (found.shape, found.dtype) == ((3, 8, 8), torch.float32)
+        torch.testing.assert_close(found[:, 4, 4], torch.tensor([1.0, -1.0, 100 / 127.5 - 1]))
+
+
+def test_middle() -> None:
+    """224 of 256 pixels of the shorter side, from the middle of the longer."""
+    pixels = np.zeros((256, 512, 3), dtype=np.uint8)
+    pixels[16:240, 144:368] = 255
+    found = evaluation_transform(224, middle=True)(Image.fromarray(pixels))
+    assert found.min() == 1
+    pixels[16, 144] = 0
+    assert evaluation_transform(224, middle=True)(Image.fromarray(pixels)).min() == -1
+
+
+@pytest.mark.parametrize("crop", ["inception", "random", "shift"])
+def test_chance_is_of_the_seed_and_the_place_alone(crop: str) -> None:
+    """Not of workers, batches or what the global generator is at, which stays where it is."""
+    recipe = Recipe(steps=20_000, image_size=8, crop=crop, randaugment=2)  # type: ignore[arg-type]
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+    split = Split(lambda i: Image.fromarray(pixels), torch.zeros(6, dtype=torch.int64), str)
+
+    def seen(seed: int, batches: list[list[tuple[int, int]]], workers: int = 0) -> torch.Tensor:
+        examples = Examples(split, training_transform(recipe), seed)
+        return torch.cat([batch["image"] for batch in loader(examples, batches, workers)])
+
+    places = [(i, i) for i in range(6)]
+    state = torch.get_rng_state()
+    one = seen(0, [places])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(seen(0, [places[:2], places[2:]], 2), one)
+    assert not torch.equal(seen(1, [places]), one)
+    assert not torch.equal(seen(0, [[(i + 6, i) for i in range(6)]]), one)
+    assert len({image.numpy().tobytes() for image in one}) > 2
+
+
+# -- the order ------------------------------------------------------------------------------------------------------
+
+
+def flat(order: Order) -> list[tuple[int, int]]:
+    return [where for piece in order for where in piece]
+
+
+def test_order() -> None:
+    """Every image once an epoch, in another order each time; the same from the middle, and shared by processes."""
+    whole = flat(Order(10, 4, 4, 0, 10, seed=3))
+    assert [place for place, _ in whole] == list(range(40))
+    epochs = [[number for _, number in whole[i : i + 10]] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+    assert flat(Order(10, 4, 4, 6, 10, seed=3)) == whole[24:]
+    assert flat(Order(10, 4, 4, 0, 10, seed=4)) != whole
+    halves = [list(Order(10, 4, 4, 0, 10, 3, rank, 2)) for rank in (0, 1)]
+    assert [w for a, b in zip(*halves, strict=True) for w in (*a, *b)] == whole
+    pieces = list(Order(10, 8, 3, 0, 2, seed=3))
+    assert [len(piece) for piece in pieces] == [3, 3, 2] * 2
+
+
+def test_a_batch_may_be_larger_than_the_set() -> None:
+    assert Counter(number for _, number in flat(Order(3, 9, 9, 0, 1, seed=0))) == {0: 3, 1: 3, 2: 3}
