@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import flops
+from fastvit.checkpoints import convert, load_checkpoint
 from fastvit.layers import Attention, Block, DropPath, Positions
 from fastvit.layers.axial import AxialAttention
 from fastvit.models.axial import AxialAttention2d, AxialResNet, AxialViT, AxisAttention
@@ -155,6 +156,25 @@ def test_names(tmp_path: Path) -> None:
         fastvit.create_model("axial_vit_base_patch7_224")
     with pytest.raises(ValueError, match="npz files are for ViTs"):
         fastvit.create_model("axial_resnet50", checkpoint_path=tmp_path / "r.npz")
+
+
+def test_files(tmp_path: Path) -> None:
+    """The class is read off them, with the architecture; other sizes are resampled."""
+    model, x = small(img_size=32, init_values=0.1), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    convert(model.state_dict(), tmp_path / "axial.safetensors")
+    again = fastvit.from_checkpoint(tmp_path / "axial.safetensors", num_heads=2, dtype=torch.float64)
+    assert type(again) is AxialViT and again.state_dict().keys() == model.state_dict().keys()
+    assert_same(again(x), model(x))
+    other, y = small(init_values=0.1), torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    load_checkpoint(other, tmp_path / "axial.safetensors")
+    model.set_input_size((16, 24))
+    assert_same(other(y), model(y))
+    state = small(img_size=32).state_dict()
+    del state["blocks.1.column.norm2.bias"]
+    with pytest.raises(ValueError, match="the file has no blocks.1.column.norm2.bias"):
+        fastvit.from_checkpoint(state, num_heads=2)
+    with pytest.raises(ValueError, match="the file has no blocks.0.attn"):
+        load_checkpoint(fastvit.ViT(**SIZES, class_token=False, global_pool="avg"), model.state_dict())
 
 
 # -- AxialResNet -------------------------------------------------------------------------------------------------

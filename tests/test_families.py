@@ -85,7 +85,7 @@ def test_a_batch_of_sizes(family: str) -> None:
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PACKED)
 def test_packed_images_are_each_alone(family: str, fixed: bool) -> None:
     """Of sizes in any order, in models that as a tensor take any size, or only their own."""
     model = small(family, dynamic_img_size=True)
@@ -307,6 +307,11 @@ def test_analysis_turns_the_heads_and_adds_the_tables(family: str) -> None:
         block.attn.attn_drop.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     model.forward_features(x)
     torch.testing.assert_close(maps.double(), torch.stack(seen), rtol=1e-5, atol=1e-6)
+    grid, prefix = analysis._grid(model, x), model.num_prefix_tokens
+    side = 32 // grid[0]
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) * side for n in grid))
+    wanted = (maps[..., prefix:, prefix:].double() * torch.cdist(places, places)).sum(-1).mean(-1)
+    torch.testing.assert_close(analysis.mean_attention_distance(model, x).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -96,6 +96,11 @@ _POSITIONS = (  # of fastvit's own models; timm's have none of these
     *(f"{at}.{part}" for at in ("pos_embed_2d", "layer_pos_embed") for part in ("prefix", "patches", "x", "y")),
     "blocks.{i}.attn.rel_pos_keys",
 )
+_BLOCKS = ("blocks.{i}", "blocks.{i}.row", "blocks.{i}.column")  # the latter two of an Axial-ViT
+_PARTS = (
+    *("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.norm", "attn.proj"),
+    *("norm2", "mlp.fc1", "mlp.norm", "mlp.fc2"),
+)
 _OURS = (
     rename("cls_token", "cls_token"),
     rename("dist_token", "dist_token"),
@@ -110,21 +115,8 @@ _OURS = (
         ("head_dist", "head_dist"),
         ("pre_logits.fc", "pre_logits.fc"),
     ),
-    *block(
-        "blocks.{i}",
-        norm1="norm1",
-        attn__qkv="attn.qkv",
-        attn__q_norm="attn.q_norm",
-        attn__k_norm="attn.k_norm",
-        attn__norm="attn.norm",
-        attn__proj="attn.proj",
-        norm2="norm2",
-        mlp__fc1="mlp.fc1",
-        mlp__norm="mlp.norm",
-        mlp__fc2="mlp.fc2",
-    ),
-    rename("blocks.{i}.ls1.gamma", "blocks.{i}.ls1.gamma"),
-    rename("blocks.{i}.ls2.gamma", "blocks.{i}.ls2.gamma"),
+    *same(*((f"{block}.{part}", f"{block}.{part}") for block in _BLOCKS for part in _PARTS)),
+    *(rename(f"{block}.{ls}.gamma", f"{block}.{ls}.gamma") for block in _BLOCKS for ls in ("ls1", "ls2")),
     *backbone.RULES,
     *(rename(name, name) for name in _POSITIONS),
     rename("attn_pool.latent", "attn_pool.latent"),
@@ -135,7 +127,7 @@ TIMM = Layout(
     "timm",
     "patch_embed.proj.weight",
     _OURS,
-    also=r"blocks\.0\.attn\.qkv\.weight",
+    also=r"blocks\.0\.(row\.)?attn\.qkv\.weight",
     dropped=r"mask_token|decoder_.*|/.*head.*|/logit_.*|/text.*|/student.*|/teacher.*|/predictor.*",
     options=_timm,
 )

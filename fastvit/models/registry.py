@@ -148,14 +148,18 @@ def from_checkpoint(
     heads = {variant.width: variant.heads for variant in VARIANTS.values()}
     if "rope" in told:
         heads |= {variant.width: variant.heads for variant, _ in families.DINOV3.values()}
-    found = architecture(checkpoint.state, told, checkpoint.name, heads) | kwargs
+    model_class: type[ViT] = ViT
+    state = checkpoint.state
+    if any(name.startswith("blocks.0.row.") for name in state):  # of which the columns' blocks have the shapes too
+        model_class, state = AxialViT, {name.replace(".row.", "."): value for name, value in state.items()}
+    found = architecture(state, told, checkpoint.name, heads) | kwargs
     dtype = dtype or torch.get_default_dtype()
     if num_classes not in (None, found["num_classes"]):
-        model = ViT(**found | {"num_classes": num_classes}, device=device, dtype=dtype)
+        model = model_class(**found | {"num_classes": num_classes}, device=device, dtype=dtype)
         load_checkpoint(model, checkpoint, head="drop")
         return model
     # Never twice in memory: the model takes a file's tensors for its parameters. Those read before are somebody's own.
-    model = ViT(**found, device="meta", dtype=dtype)
+    model = model_class(**found, device="meta", dtype=dtype)
     values, copy = fit(model, checkpoint, "keep"), isinstance(source, Mapping | Checkpoint)
     if not copy:
         checkpoint.state.clear()
