@@ -211,7 +211,7 @@ def _heads(block: Any, index: int, x: Tensor, positions: Positions | None = None
             "accepted: fastvit.layers' Block or BeitBlock with Attention, BeitAttention or RelativeAttention"
         )
     relative = attn._relative(positions)
-    x = x if positions is None else positions.before(x, index)
+    x = positions.before(x, index) if positions is not None and positions.added else x
     qkv = attn._project_in(x, block.norm1).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     q, k, v = qkv.unbind(2)
     q, k = head_norm(attn.q_norm, q), head_norm(attn.k_norm, k)

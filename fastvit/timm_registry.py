@@ -33,7 +33,7 @@ def register() -> list[str]:
     from timm.models import is_model, register_model
 
     names = []
-    for name in (name for name in fastvit.list_models() if not name.startswith("resnetv2_")):
+    for name in (name for name in fastvit.list_models() if not name.startswith(("resnetv2_", "axial_"))):
         if not is_model(name + SUFFIX):
             default_cfgs[name + SUFFIX] = _default_cfg(name)
             globals()[name + SUFFIX] = register_model(_entrypoint(name))
@@ -44,6 +44,7 @@ def register() -> list[str]:
 def _default_cfg(name: str) -> dict[str, Any]:
     size, options = re.search(r"_(\d+)$", name), families.arguments(name) or {}
     pixels = options.get("img_size", int(size[1]) if size else 224)
+    stem = "proj" if re.search(r"_r\d*_s", name) is None else "backbone.conv" if "_r_" in name else "backbone.stem.conv"
     imagenet = name.startswith(("beitv2_", "deit_")) or "dinov3" in name
     return {
         "num_classes": options.get("num_classes", 1000),
@@ -53,7 +54,7 @@ def _default_cfg(name: str) -> dict[str, Any]:
         "crop_pct": 1.0 if "dinov3" in name else 0.9,
         "mean": (0.485, 0.456, 0.406) if imagenet else (0.5, 0.5, 0.5),
         "std": (0.229, 0.224, 0.225) if imagenet else (0.5, 0.5, 0.5),
-        "first_conv": "patch_embed.proj",
+        "first_conv": f"patch_embed.{stem}",
         "classifier": ("head", "head_dist") if options.get("distilled") else "head",
         "license": "apache-2.0",
     }

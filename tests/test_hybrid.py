@@ -21,6 +21,7 @@ from fastvit import analysis
 from fastvit.checkpoints import convert, load_checkpoint
 from fastvit.models.families import HYBRIDS, PAPERS
 from fastvit.models.hybrid import HybridEmbed
+from fastvit.timm_registry import register
 from parity import assert_parity, assert_same, randomise
 
 SIZES: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
@@ -278,3 +279,15 @@ def test_a_configuration_tells_the_images_size(tmp_path: Path) -> None:
         theirs.set_input_size(48)
         x = torch.randn(2, 3, 48, 48)
         torch.testing.assert_close(other(x), theirs(x), rtol=1e-4, atol=2e-5)
+
+
+def test_timms_registry_has_them_too() -> None:
+    names = register()
+    assert not [name for name in names if "axial" in name or "resnet" in name]
+    for name in ("vit_small_r26_s32_224", "vit_tiny_r_s16_p8_384"):
+        with torch.device("meta"):
+            model = timm.create_model(f"{name}_fastvit", depth=1)
+        cfgs = model.default_cfg, timm.get_pretrained_cfg(name).to_dict()
+        for key in ("first_conv", "input_size", "mean", "std", "classifier"):
+            assert cfgs[0][key] == cfgs[1][key], key
+        assert isinstance(model.get_submodule(model.default_cfg["first_conv"]), nn.Conv2d)

@@ -169,7 +169,8 @@ class Block(nn.Module):
             options.update(sequences=sequences)
         if positions is not None:
             options.update(positions=positions)
-            x = positions.before(x, self.depth)
+            if positions.added:  # else the block's number would be a reason to compile each by itself
+                x = positions.before(x, self.depth)
         scale1, scale2 = self._scales()
         kept = sequences if sequences is None or tokens is None else sequences.leading(tokens)
         merge = Merge(leading(x, tokens, sequences), scale1, self.drop_path1, kept)

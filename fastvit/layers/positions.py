@@ -34,4 +34,4 @@ class Positions(NamedTuple):
 
     def before(self, x: Tensor, depth: int) -> Tensor:
         """Tokens x (B, T, D) as the block number ``depth`` starts with them."""
-        return x + self.added[depth % len(self.added)] if self.added else x
+        return x + self.added[depth % len(self.added)]
