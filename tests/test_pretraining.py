@@ -39,7 +39,7 @@ BEIT = {"global_pool": "avg", "init_values": 0.1, "pos_embed": "none", "use_rel_
 
 def test_shares_of_corrupted_patches() -> None:
     """Half of each image's patches, exactly; of these 80, 10 and 10 percent, each drawn on its own."""
-    images, patches = 4000, 16
+    images, patches = 20_000, 16
     drawn = Corruption.draw(images, patches, 0.5)
     assert drawn.chosen.shape == (images, 8)
     assert all(len(set(row)) == 8 for row in drawn.chosen.tolist())
