@@ -39,7 +39,7 @@ def plan(model: ViT) -> dict[str, ParallelStyle]:
     """
     if not isinstance(model, ViT):
         raise ValueError(f"a {type(model).__name__} has no plan; accepted: fastvit.ViT")
-    if model.rel_pos_bias is not None:
+    if model.windowed and model.rel_pos_bias is not None:
         raise ValueError("rel_pos_bias can't be split by heads: all blocks share it; accepted: use_rel_pos_bias")
     sizes: dict[str, int] = {}
     block: Any

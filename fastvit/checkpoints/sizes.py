@@ -12,7 +12,7 @@ from fastvit.checkpoints.resample import window_of
 
 
 def image_arguments(state: Mapping[str, Tensor], options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """ "img_size" and "no_embed_class" of :class:`fastvit.ViT` for weights under timm's names, as far as they tell.
+    """Arguments of :class:`fastvit.ViT`, img_size and no_embed_class, as far as weights under timm's names tell them.
 
     Args:
         state: the weights.
@@ -24,7 +24,8 @@ def image_arguments(state: Mapping[str, Tensor], options: Mapping[str, Any], nam
     """
     p, q = state["patch_embed.proj.weight"].shape[2:]
     if "pos_embed" in state:
-        prefix = sum(state[token].shape[1] for token in ("cls_token", "dist_token", "reg_token") if token in state)
+        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+        prefix = registers + ("cls_token" in state) + ("dist_token" in state)
         return _grid(state["pos_embed"].shape[1], prefix, (p, q), options, name)
     tables = [value for key, value in state.items() if key.endswith("relative_position_bias_table")]
     return {"img_size": _size(tables[0].shape[0], (p, q), options, name)} if tables else {}
