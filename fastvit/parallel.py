@@ -39,12 +39,16 @@ def plan(model: ViT) -> dict[str, ParallelStyle]:
     """
     if not isinstance(model, ViT):
         raise ValueError(f"a {type(model).__name__} has no plan; accepted: fastvit.ViT")
-    if model.rel_pos_bias is not None:
+    if model.windowed and model.rel_pos_bias is not None:
         raise ValueError("rel_pos_bias can't be split by heads: all blocks share it; accepted: use_rel_pos_bias")
     sizes: dict[str, int] = {}
+    dense, dropped = ("qkv", "proj"), ("attn_drop", "proj_drop")
     block: Any
     for i, block in enumerate(model.blocks):
-        _check(f"blocks.{i}.attn", block.attn, (Attention, BeitAttention), ("qkv", "proj"), ("attn_drop", "proj_drop"))
+        for part in ("attn", "mlp"):
+            if not hasattr(block, part):
+                raise ValueError(f"blocks.{i} is a {type(block).__name__}, which has no {part} to split")
+        _check(f"blocks.{i}.attn", block.attn, (Attention, BeitAttention), dense, dropped)
         _check(f"blocks.{i}.mlp", block.mlp, (Mlp, SwiGLU), ("fc1", "fc2"), ("drop1", "drop2"))
         sizes |= {"num_heads": block.attn.num_heads, "hidden features": block.mlp.fc2.in_features}
     heads, features, rest = Heads(sizes), Features(sizes), Whole()

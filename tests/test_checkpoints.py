@@ -430,11 +430,14 @@ def test_dtype_and_folders_in_parts(tmp_path: Path) -> None:
 
 def peak(file: Path) -> float:
     """MiB that a process of its own held at most, over what it held before it loaded a model and read its weights."""
-    code = (
-        "import resource, sys, fastvit; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024; "
-        "before = peak(); model = fastvit.from_checkpoint(sys.argv[1]); "
-        "sum(float(p.sum()) for p in model.parameters()); print(peak() - before)"
-    )
+    code = """
+import re, sys, fastvit
+def held(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+before = held()  # not ru_maxrss, which begins with what the process had that started this one
+model = fastvit.from_checkpoint(sys.argv[1])
+sum(float(p.sum()) for p in model.parameters())
+print(held() - before)
+"""
     return float(subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True).stdout)
 
 
@@ -446,7 +449,8 @@ def test_a_file_is_not_in_memory_twice(tmp_path: Path) -> None:
     convert(model.state_dict(), tmp_path / "hf.safetensors", "huggingface-5")
     mib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     for file, most in (("vit.safetensors", 1.1), ("hf.safetensors", 1.5)):  # q, k and v are joined into new memory
-        assert peak(tmp_path / file) <= most * mib + 40, file  # 40 MiB: what torch's own threads and libraries take
+        # 40 MiB: what torch's own threads and libraries take
+        assert 0.9 * mib <= peak(tmp_path / file) <= most * mib + 40, file
 
 
 @pytest.mark.slow
@@ -456,7 +460,7 @@ def test_vit_h_takes_its_size_and_a_tenth(tmp_path: Path) -> None:
     file = tmp_path / "vit_h.safetensors"
     save_file({name: torch.rand(value.shape) for name, value in shapes.items()}, file)
     assert file.stat().st_size > 2.3 * 2**30
-    assert peak(file) <= 1.1 * file.stat().st_size / 2**20
+    assert 0.9 <= peak(file) * 2**20 / file.stat().st_size <= 1.1
 
 
 # --- files that are none --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -24,6 +25,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import fastvit
 from fastvit.layers import Attention, SwiGLU
+from fastvit.models import AxialViT
 from numerics import assert_model_as_right_as_eager
 from processes import spawn
 
@@ -134,11 +136,8 @@ def train(folder: Path, begin: int = 0, shape: tuple[int, int] | None = None) ->
 
 
 def loaded(weights: dict[str, Tensor]) -> bool:
-    """Whether one process's state dict goes into a shared model, and comes out again."""
-    model = share(build("gated, turned"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
+    """Whether one process's state dict goes into a model that is shared on the meta device, and comes out again."""
+    model = share(fastvit.ViT(**SIZES, **MODELS["gated, turned"], device="meta")).to_empty(device="cpu")
     set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
     back = get_model_state_dict(model, options=WHOLE)
     return dist.get_rank() != 0 or all(torch.equal(back[name], value) for name, value in weights.items())
@@ -303,6 +302,13 @@ def test_what_has_no_plan_is_named(options: dict[str, Any], message: str) -> Non
         plan(fastvit.ViT(**SIZES | options))
 
 
+def test_an_accelerated_model_of_timm_has_a_plan() -> None:
+    from fastvit.parallel import plan
+
+    model = fastvit.accelerate(timm.models.vision_transformer.VisionTransformer(**SIZES))
+    assert plan(model).keys() == plan(fastvit.ViT(**SIZES)).keys()
+
+
 def test_wrapped_layers_and_other_models_have_no_plan() -> None:
     from fastvit.parallel import plan
 
@@ -311,5 +317,7 @@ def test_wrapped_layers_and_other_models_have_no_plan() -> None:
     model.blocks[1].mlp.fc2.in_features = 256
     with pytest.raises(ValueError, match=r"blocks.1.mlp.fc2 is a Sequential; accepted: nn.Linear"):
         plan(model)
+    with pytest.raises(ValueError, match=r"blocks.0 is a AxialBlock, which has no attn to split"):
+        plan(AxialViT(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2))
     with pytest.raises(ValueError, match=r"a Linear has no plan; accepted: fastvit.ViT"):
         plan(nn.Linear(2, 2))  # type: ignore[arg-type]

@@ -30,7 +30,8 @@ def position_arguments(
     kind, rows = _kind(state, patch)
     said = {**options, **kind}
     if rows:
-        prefix = sum(state[token].shape[1] for token in ("cls_token", "dist_token", "reg_token") if token in state)
+        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+        prefix = registers + ("cls_token" in state) + ("dist_token" in state)
         return kind | _grid(rows, prefix, patch, said, name)
     tables = [value for key, value in state.items() if key.endswith("relative_position_bias_table")]
     return kind | ({"img_size": _size(tables[0].shape[0], patch, options, name)} if tables else {})
