@@ -556,7 +556,7 @@ _REFUSED = {
     r"(.*\.)?patch_embed\.backbone\.(?!(stem\.|stages\.|conv\.|norm\.)).*": (
         "its patches are the features of another network than BiT's ResNet"
     ),
-    r"(.*\.)?(conv_root|block1)\..*": "it is a hybrid, whose patches are a ResNet's features, in names that none has",
+    r"(.*\.)?(conv_root|block1)\..*": "it is a hybrid, in names that no layout has",
 }
 
 
