@@ -191,6 +191,9 @@ def test_recipes_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
         (["--data", "no/folder"], "give one with --recipe"),
         (["--data", "no/folder", "--recipe", "digits"], "no data 'no/folder'"),
         (["--data", "digits", "--model", "vit_bas"], "unknown model 'vit_bas'"),
+        (["--data", "digits", "--model", "digits", "--weights", "W"], "the model is that of --weights W"),
+        (["--data", "digits", "--weights", "W"], "no checkpoint at W"),
+        (["--data", "cifar10"], "finetune_cifar is for a model that is trained"),
     ):
         assert cli.main(["train", "--out", "unused", *arguments]) == 2
         assert message in capsys.readouterr().err
@@ -322,6 +325,7 @@ def test_evaluation_draws_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(often[name], value) for name, value in never.items())
     assert lines(tmp_path / "1", "test")[-1] == lines(tmp_path / "None", "test")[-1]
     assert [line["step"] for line in lines(tmp_path / "1", "test")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(tmp_path / "None", "test")] == [6]
 
 
 def test_metrics_are_of_the_whole_test_set(tmp_path: Path) -> None:
@@ -419,7 +423,7 @@ def test_a_finished_run_says_the_same_again(tmp_path: Path) -> None:
     again = train(tmp_path, plain(polyak=0.5), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
     assert all(torch.equal(again[name], value) for name, value in first.items())
     assert (tmp_path / "metrics.json").read_text() == metrics
-    assert lines(tmp_path) == [json.loads(line) for line in log.splitlines()][:6]
+    assert (tmp_path / "log.jsonl").read_text() == log
 
 
 def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,6 +443,8 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: py
         with pytest.raises(OSError, match="No space"):
             train(tmp_path / "cut", plain(optimizer="sgd"), checkpoint_every=2)
     assert calls == [2, 4]
+    with (tmp_path / "cut" / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "spl')
     assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 2
     found = train(tmp_path / "cut", plain(optimizer="sgd"), checkpoint_every=2)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
