@@ -516,7 +516,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path, capsys: pytes
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """The loss of every tenth step to 1e-5, and the accuracy; gradients accumulated too."""
-    more = ("--set", "dropout=0", "mixup=0", "micro_batch=10", "optimizer=sgd", "lr=0.05", "--steps", "60")
+    more = ("--set", "dropout=0", "mixup=0", "micro_batch=10", "optimizer=sgd", "lr=0.2", "crop=none", "--steps", "60")
     for world in (1, 2):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         arguments = command(tmp_path / str(world), *more)
@@ -524,7 +524,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     one, two = (lines(tmp_path / str(world)) for world in (1, 2))
     assert len(one) == 6
-    assert one[0]["loss"] - one[-1]["loss"] > 0.05
+    assert max(line["loss"] for line in one) - min(line["loss"] for line in one) > 0.1  # or nothing is told apart
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
     tests = [lines(tmp_path / str(world), "test")[0] for world in (1, 2)]
