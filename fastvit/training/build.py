@@ -21,7 +21,15 @@ from fastvit.training.recipes import Recipe, recipe_of
 
 # Models of this room: 16 patches of 2 x 2 pixels and a class token, for `digits`.
 MODELS: dict[str, dict[str, Any]] = {
-    "digits": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0}
+    "digits": {
+        "img_size": 8,
+        "patch_size": 2,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+        "global_pool": "avg",
+    }
 }
 # The same as a BEiT.
 MODELS["digits_beit"] = {
