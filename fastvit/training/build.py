@@ -34,7 +34,6 @@ MODELS: dict[str, dict[str, Any]] = {
 # The same as a BEiT.
 MODELS["digits_beit"] = {
     **MODELS["digits"],
-    "global_pool": "avg",
     "init_values": 0.1,
     "pos_embed": "none",
     "use_rel_pos_bias": True,
