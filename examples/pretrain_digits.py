@@ -39,7 +39,7 @@ def accuracy(start: str, seed: int, lr: float) -> float:
         pretrain(start, "digits", weights := out / f"{start}-{seed}", steps=arguments.pretraining_steps, seed=seed)
     order = torch.randperm(len(whole.train), generator=torch.Generator().manual_seed(seed)).tolist()
     data = Data(whole.train.subset(order[:LABELS]), whole.test, whole.classes, whole.channels)
-    recipe = recipe_of("digits").override([f"steps={arguments.steps}", f"lr={lr}"])
+    recipe = recipe_of("digits").override([f"steps={arguments.steps}", f"lr={lr}", "mixup=0"])
     torch.manual_seed(seed)
     model = model_of("digits", recipe, data, None if weights is None else str(weights))
     run = out / f"{start}-{seed}-{arguments.steps}-{lr}"
