@@ -31,7 +31,12 @@ def run(script: str, *arguments: str) -> str:
 
 
 def test_all_are_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*TRAINING, "from_timm.py", "digits.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        *TRAINING,
+        "from_timm.py",
+        "digits.py",
+        "pretrain_digits.py",
+    }
 
 
 def test_from_timm() -> None:
@@ -47,3 +52,17 @@ def test_training(script: str) -> None:
     found = re.fullmatch(r"(?:test accuracy|accuracy on new crops): ([\d.]+)%", run(script, argument))
     assert found is not None
     assert float(found[1]) > chance
+
+
+@pytest.mark.slow
+def test_pre_training_beats_learning_from_scratch() -> None:
+    """One of docs/pretraining.md's seeds, at one learning rate; the last line is that of the second start."""
+    lines = [
+        re.fullmatch(
+            rf"{start} +lr 0.003: ([\d.]+) .*",
+            run("pretrain_digits.py", "--seeds", "0", "--lr", "0.003", "--start", start),
+        )
+        for start in ("scratch", "masked")
+    ]
+    scratch, masked = (float(found[1]) for found in lines if found is not None)
+    assert masked > scratch + 3

@@ -103,13 +103,14 @@ def test_packed_images_are_not_corrupted() -> None:
 
 
 def test_the_encoder_stays_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the embedding, where nothing is corrupted: positions and class token are added by its op."""
     calls, model = Calls(monkeypatch), small()
     MaskedPatches(model, *HALF)({"image": torch.randn(2, 1, 16, 16)})
-    block = ["linear", "attention_qkvpacked", "linear", "mlp"]
-    assert calls.names == ["patch_embed", *block * 2, "layer_norm"]
+    tokens = ["linear", "attention_qkvpacked", "linear", "mlp"] * 2 + ["layer_norm"]
+    assert calls.names == ["patch_embed", *tokens] and calls.made[0][2] == ()
     calls.made.clear()
     model.forward_features(torch.randn(2, 1, 16, 16))
-    assert calls.names == ["patch_embed", *block * 2, "layer_norm"]
+    assert calls.names == ["patch_embed", *tokens] and calls.made[0][2] == ("pos_embed", "prefix_tokens")
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------

@@ -191,6 +191,9 @@ def test_recipes_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
         (["--data", "no/folder"], "give one with --recipe"),
         (["--data", "no/folder", "--recipe", "digits"], "no data 'no/folder'"),
         (["--data", "digits", "--model", "vit_bas"], "unknown model 'vit_bas'"),
+        (["--data", "digits", "--model", "digits", "--weights", "W"], "the model is that of --weights W"),
+        (["--data", "digits", "--weights", "W"], "no checkpoint at W"),
+        (["--data", "cifar10"], "finetune_cifar is for a model that is trained"),
     ):
         assert cli.main(["train", "--out", "unused", *arguments]) == 2
         assert message in capsys.readouterr().err
@@ -322,6 +325,7 @@ def test_evaluation_draws_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(often[name], value) for name, value in never.items())
     assert lines(tmp_path / "1", "test")[-1] == lines(tmp_path / "None", "test")[-1]
     assert [line["step"] for line in lines(tmp_path / "1", "test")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(tmp_path / "None", "test")] == [6]
 
 
 def test_metrics_are_of_the_whole_test_set(tmp_path: Path) -> None:
@@ -419,7 +423,7 @@ def test_a_finished_run_says_the_same_again(tmp_path: Path) -> None:
     again = train(tmp_path, plain(polyak=0.5), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
     assert all(torch.equal(again[name], value) for name, value in first.items())
     assert (tmp_path / "metrics.json").read_text() == metrics
-    assert lines(tmp_path) == [json.loads(line) for line in log.splitlines()][:6]
+    assert (tmp_path / "log.jsonl").read_text() == log
 
 
 def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,6 +443,8 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: py
         with pytest.raises(OSError, match="No space"):
             train(tmp_path / "cut", plain(optimizer="sgd"), checkpoint_every=2)
     assert calls == [2, 4]
+    with (tmp_path / "cut" / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "spl')
     assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 2
     found = train(tmp_path / "cut", plain(optimizer="sgd"), checkpoint_every=2)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -477,7 +483,7 @@ def test_a_batch_is_shared_evenly_or_not_at_all() -> None:
 def command(out: Path, *more: str) -> list[str]:
     return [
         "train", "--data", "digits", "--out", str(out), "--steps", "24", "--checkpoint-every", "4", "--set",
-        "batch_size=32", "warmup_steps=2", "dropout=0.1", "mixup=0.2", "micro_batch=24", "crop=shift", *more,
+        "batch_size=32", "warmup_steps=2", "dropout=0.1", "mixup=0.2", "micro_batch=24", "crop=affine", *more,
     ]  # fmt: skip
 
 
@@ -510,7 +516,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path, capsys: pytes
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """The loss of every tenth step to 1e-5, and the accuracy; gradients accumulated too."""
-    more = ("--set", "dropout=0", "mixup=0", "micro_batch=10", "optimizer=sgd", "lr=0.05", "--steps", "60")
+    more = ("--set", "dropout=0", "mixup=0", "micro_batch=10", "optimizer=sgd", "lr=0.2", "crop=none", "--steps", "60")
     for world in (1, 2):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         arguments = command(tmp_path / str(world), *more)
@@ -518,7 +524,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     one, two = (lines(tmp_path / str(world)) for world in (1, 2))
     assert len(one) == 6
-    assert one[0]["loss"] - one[-1]["loss"] > 0.05
+    assert max(line["loss"] for line in one) - min(line["loss"] for line in one) > 0.1  # or nothing is told apart
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
     tests = [lines(tmp_path / str(world), "test")[0] for world in (1, 2)]

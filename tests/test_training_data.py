@@ -296,7 +296,7 @@ def test_middle() -> None:
     assert evaluation_transform(224, middle=True)(Image.fromarray(pixels)).min() == -1
 
 
-@pytest.mark.parametrize("crop", ["inception", "random", "shift"])
+@pytest.mark.parametrize("crop", ["inception", "random", "affine"])
 def test_chance_is_of_the_seed_and_the_place_alone(crop: str) -> None:
     """Not of workers, batches or what the global generator is at, which stays where it is."""
     recipe = Recipe(steps=20_000, image_size=8, crop=crop, randaugment=2)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,7 +113,8 @@ def pretrain(
         least = max(1, round(16 / 14**2 * encoder.patch_embed.num_patches))  # BEiT's 16 of 14 x 14, in proportion
         objective = Beit(encoder, DVAE.from_checkpoint(tokenizer), least=least)
     found = loop.train(objective, data, recipe, out, seed=seed, options=options or loop.Options(), described=described)
-    describe(objective.model, out)
+    if os.environ.get("RANK", "0") == "0":
+        describe(objective.model, out)
     return found
 
 
@@ -135,5 +137,6 @@ def main(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError, loop.Diverged) as error:
         print(f"fastvit pretrain: {error}", file=sys.stderr)
         return 2
-    print(", ".join(f"test {name}: {value:.4f}" for name, value in found["test"].items()))
+    if os.environ.get("RANK", "0") == "0":
+        print(", ".join(f"test {name}: {value:.4f}" for name, value in found["test"].items()))
     return 0

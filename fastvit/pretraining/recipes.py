@@ -9,7 +9,7 @@ from fastvit.training.recipes import Recipe
 _DIGITS = Recipe(
     lr=2e-3,
     batch_size=64,
-    steps=1500,
+    steps=1000,
     warmup_steps=100,
     decay="cosine",
     weight_decay=0.05,

@@ -24,7 +24,10 @@ def training_transform(recipe: Recipe) -> Any:
     crops: dict[str, list[Any]] = {
         "inception": [v2.RandomResizedCrop(size, scale=(0.08, 1), interpolation=bicubic)],
         "random": [v2.Resize((large, large), bicubic), v2.RandomCrop(size)],
-        "shift": [v2.Resize((size, size), bicubic), v2.RandomCrop(size, padding=-(-size // 8))],
+        "affine": [
+            v2.Resize((size, size), bicubic),
+            v2.RandomAffine(10, (0.06, 0.06), (0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR),
+        ],
         "none": [v2.Resize((size, size), bicubic)],
     }
     steps = [v2.ToImage(), *crops[recipe.crop]]

@@ -21,12 +21,19 @@ from fastvit.training.recipes import Recipe, recipe_of
 
 # Models of this room: 16 patches of 2 x 2 pixels and a class token, for `digits`.
 MODELS: dict[str, dict[str, Any]] = {
-    "digits": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0}
+    "digits": {
+        "img_size": 8,
+        "patch_size": 2,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+        "global_pool": "avg",
+    }
 }
 # The same as a BEiT.
 MODELS["digits_beit"] = {
     **MODELS["digits"],
-    "global_pool": "avg",
     "init_values": 0.1,
     "pos_embed": "none",
     "use_rel_pos_bias": True,

@@ -210,8 +210,9 @@ class Run:
 
     # -- the steps ------------------------------------------------------------------------------------------------
 
-    def train(self, logger: Logger) -> None:
-        """All steps that are left."""
+    def train(self, logger: Logger) -> dict[str, float]:
+        """All steps that are left -> the test set's scalars after the last."""
+        test = dict[str, float]()
         examples = Examples(self.data.train, training_transform(self.recipe), self.seed)
         piece = min(self.recipe.micro_batch or self.share, self.share)
         order = Order(
@@ -229,10 +230,12 @@ class Run:
                 if last or self.step % self.options.log_every == 0:
                     logger.write(self.step, "train", {**scalars, "lr": lr})
                     bar.set_postfix(loss=f"{scalars['loss']:.4f}")
-                if self.options.evaluate_every and not last and self.step % self.options.evaluate_every == 0:
-                    logger.write(self.step, "test", self.evaluate())
+                if last or (self.options.evaluate_every and self.step % self.options.evaluate_every == 0):
+                    test = self.evaluate()
+                    logger.write(self.step, "test", test)
                 if last or self.step % self.options.checkpoint_every == 0:
-                    self.save()
+                    self.save()  # after what is logged of the step, which a run that goes on does not repeat
+        return test or self.evaluate()
 
     def one_step(self, pieces: list[Mapping[str, Tensor]], lr: float) -> dict[str, float]:
         """Gradients of all pieces, and a step of the optimizer -> the batch's scalars.
@@ -306,8 +309,9 @@ class Logger:
         self.path, self.writes, self.board = out / "log.jsonl", writes, None
         if not writes:
             return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        _write(self.path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a run that was killed may have written a part of one
+        _write(self.path, "".join(line for line in whole if json.loads(line)["step"] <= step))
         if importlib.util.find_spec("tensorboard") is None:
             log.info("TensorBoard is not installed (pip install 'fastvit[train]'): the log is in %s alone", self.path)
         else:
@@ -371,9 +375,7 @@ def train(
         run.resume()
         logger = Logger(out, run.step, place.rank == 0)
         try:
-            run.train(logger)
-            test = run.evaluate()
-            logger.write(run.step, "test", test)
+            test = run.train(logger)
             found = {"steps": run.step, "images": run.step * recipe.batch_size, "test": test}
         finally:
             logger.close()

@@ -33,7 +33,7 @@ class Recipe:
         mixup: alpha of its Beta distribution; 0 is none. Not in the paper.
         randaugment: how many operations of RandAugment, at magnitude 9. Not in the paper.
         crop: of training images: "inception" (a random part, 8% to 100% of the area), "random" (a random square, 6/7 of
-            the side), "shift" (moved by up to an eighth of the side, as CIFAR's images often are) or "none".
+            the side), "affine" (turned by up to 10 degrees, moved by 6%, scaled by 10%) or "none".
         flip: half of the training images left to right.
         image_size: pixels a side.
         polyak: factor of the running average of the weights, which then is what is evaluated and saved; 0 is none.
@@ -56,7 +56,7 @@ class Recipe:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     randaugment: int = 0
-    crop: Literal["inception", "random", "shift", "none"] = "inception"
+    crop: Literal["inception", "random", "affine", "none"] = "inception"
     flip: bool = True
     image_size: int = 224
     polyak: float = 0.0
@@ -194,12 +194,13 @@ RECIPES: dict[str, Recipe] = {
     "digits": Recipe(
         lr=2e-3,
         batch_size=64,
-        epochs=50,
+        epochs=90,
         warmup_steps=100,
         decay="cosine",
         weight_decay=0.1,
         clip=1.0,
-        crop="shift",
+        mixup=0.4,
+        crop="affine",
         flip=False,
         image_size=8,
         polyak=0.99,
