@@ -147,6 +147,9 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
         "--evaluate-every", type=_positive, metavar="STEPS", help="by default only after the last step"
     )
     command.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    command.add_argument(
+        "--fsdp", action="store_true", help="under torchrun: shard the model (FSDP2), not copy it (DDP)"
+    )
 
 
 def parser() -> argparse.ArgumentParser:

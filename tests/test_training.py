@@ -513,23 +513,49 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path, capsys: pytes
     assert sorted(os.listdir(cut)) == sorted(os.listdir(whole))
 
 
+def torchrun(world: int, arguments: list[str]) -> list[str]:
+    """The command line."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    return [*run, "-m", "fastvit", *arguments]
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """The loss of every tenth step to 1e-5, and the accuracy; gradients accumulated too."""
+    """The loss of every tenth step to 1e-5, and the accuracy; gradients accumulated too; copied and sharded."""
     more = ("--set", "dropout=0", "mixup=0", "micro_batch=10", "optimizer=sgd", "lr=0.2", "crop=none", "--steps", "60")
-    for world in (1, 2):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        arguments = command(tmp_path / str(world), *more)
-        done = subprocess.run([*torchrun, "-m", "fastvit", *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    one, two = (lines(tmp_path / str(world)) for world in (1, 2))
+    subprocess.run(torchrun(1, command(tmp_path / "one", *more)), check=True)
+    one = lines(tmp_path / "one")
     assert len(one) == 6
     assert max(line["loss"] for line in one) - min(line["loss"] for line in one) > 0.1  # or nothing is told apart
-    for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
-    tests = [lines(tmp_path / str(world), "test")[0] for world in (1, 2)]
-    assert tests[0]["loss"] == pytest.approx(tests[1]["loss"], abs=1e-5)
-    assert tests[0]["accuracy"] == tests[1]["accuracy"]
+    for name, fsdp in (("copied", ()), ("sharded", ("--fsdp",))):
+        out = tmp_path / name
+        subprocess.run(torchrun(2, command(out, *more, *fsdp)), check=True)
+        for a, b in zip(one, lines(out), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        tests = [lines(run, "test")[0] for run in (tmp_path / "one", out)]
+        assert tests[0]["loss"] == pytest.approx(tests[1]["loss"], abs=1e-5)
+        assert tests[0]["accuracy"] == tests[1]["accuracy"]
+        for key, value in weights(tmp_path / "one").items():
+            torch.testing.assert_close(weights(out)[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_sharded_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Both of its processes killed; Adam's moments, averages and dropout go on in each."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(torchrun(2, command(whole, "--fsdp")), check=True)
+    process = subprocess.Popen(torchrun(2, command(cut, "--fsdp")), start_new_session=True)
+    while not (cut / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 0 < torch.load(cut / "checkpoint.pt", weights_only=True)["step"] < 24
+    subprocess.run(torchrun(2, command(cut, "--fsdp")), check=True)
+    found = weights(cut)
+    assert all(torch.equal(found[name], value) for name, value in weights(whole).items())
+    assert (cut / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def main(arguments: argparse.Namespace) -> int:
             settings=arguments.set,
             steps=arguments.steps,
             seed=arguments.seed,
-            options=loop.Options(arguments.checkpoint_every, arguments.evaluate_every, workers=arguments.workers),
+            options=loop.options_of(arguments),
         )
     except (ValueError, OSError, ImportError, loop.Diverged) as error:
         print(f"fastvit pretrain: {error}", file=sys.stderr)

@@ -119,7 +119,7 @@ def main(arguments: argparse.Namespace) -> int:
             recipe,
             arguments.out,
             seed=arguments.seed,
-            options=loop.Options(arguments.checkpoint_every, arguments.evaluate_every, workers=arguments.workers),
+            options=loop.options_of(arguments),
             described={"data": arguments.data, "model": name, "weights": arguments.weights},
         )
     except (ValueError, OSError, ImportError, loop.Diverged) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -10,13 +11,22 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -28,6 +38,9 @@ from fastvit.training.objectives import Objective
 from fastvit.training.recipes import Recipe
 
 log = logging.getLogger("fastvit")
+
+# Of states that are sharded or not: whole in the first process, where they are written.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Diverged(RuntimeError):
@@ -89,12 +102,27 @@ class Options:
         evaluate_every: steps between evaluations; None: only after the last.
         log_every: steps between lines of the log.
         workers: processes that read images ahead, for each process of the run; 0: none.
+        fsdp: parameters, gradients and optimizer are sharded over the processes (FSDP2), not copied to each (DDP).
     """
 
     checkpoint_every: int = 500
     evaluate_every: int | None = None
     log_every: int = 10
     workers: int = 0
+    fsdp: bool = False
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Those of a command line."""
+    names = (field.name for field in fields(Options))
+    return Options(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+
+
+def shard(objective: Objective) -> None:
+    """FSDP2: the parameters of a block are gathered while it runs, those outside of blocks for a whole pass."""
+    for block in getattr(objective.model, "blocks", ()):
+        fully_shard(block)
+    fully_shard(objective)
 
 
 class Run:
@@ -115,13 +143,19 @@ class Run:
         self.share = recipe.batch_size // place.world
         self.step = 0
         self.objective = objective.to(place.device).train()
-        self.optimizer = optimizer_of(objective, recipe)
         self.average: AveragedModel | None = None
         if recipe.polyak:
             average = get_ema_multi_avg_fn(recipe.polyak)
             self.average = AveragedModel(objective, multi_avg_fn=average, use_buffers=True)
+        self.kind = type(objective).__name__
+        sharded = options.fsdp and place.world > 1
+        if sharded:
+            shard(objective)
+            if self.average is not None:
+                shard(self.result())
+        self.optimizer = optimizer_of(objective, recipe)
         self.wrapped: nn.Module = objective
-        if place.world > 1:
+        if place.world > 1 and not sharded:
             device_ids = [place.device] if place.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(objective, device_ids=device_ids)
         torch.manual_seed(seed + place.rank)  # what was drawn before is in the weights
@@ -144,7 +178,7 @@ class Run:
         mine = {
             **described,
             **{f"recipe.{name}": value for name, value in asdict(self.recipe).items() if name != "model"},
-            "objective": type(self.objective).__name__,
+            "objective": self.kind,
             "parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
             "labels": hashlib.sha256(labels).hexdigest(),
             "seed": self.seed,
@@ -170,14 +204,15 @@ class Run:
         if self.place.world > 1:
             chance = [{} for _ in range(self.place.world)]
             dist.all_gather_object(chance, self.chance())
+        objective, optimizer = get_state_dict(self.objective, self.optimizer, options=WHOLE)
+        state = {
+            "step": self.step,  # which is the place in the data's order, too
+            "objective": objective,
+            "optimizer": optimizer,
+            "average": None if self.average is None else get_model_state_dict(self.average, options=WHOLE),
+            "chance": chance,
+        }
         if self.place.rank == 0:
-            state = {
-                "step": self.step,  # which is the place in the data's order, too
-                "objective": self.objective.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
-                "chance": chance,
-            }
             part = self.checkpoint.with_suffix(".part")
             with part.open("wb") as file:
                 torch.save(state, file)
@@ -198,10 +233,15 @@ class Run:
             return
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         self.step = state["step"]
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(
+            self.objective,
+            self.optimizer,
+            model_state_dict=state["objective"],
+            optim_state_dict=state["optimizer"],
+            options=WHOLE,
+        )
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            set_model_state_dict(self.average, state["average"], options=WHOLE)
         chance = state["chance"][self.place.rank]
         torch.set_rng_state(chance["cpu"])
         if "cuda" in chance:
@@ -248,14 +288,17 @@ class Run:
             batch = {name: value.to(self.place.device, non_blocking=True) for name, value in piece.items()}
             part = len(batch["image"]) / self.share
             last = i == len(pieces) - 1
-            together = isinstance(self.wrapped, DistributedDataParallel) and not last
-            with self.wrapped.no_sync() if together else nullcontext():  # type: ignore[operator]
+            if isinstance(self.objective, FSDPModule):
+                self.objective.set_requires_gradient_sync(last)
+            apart = isinstance(self.wrapped, DistributedDataParallel) and not last
+            with self.wrapped.no_sync() if apart else nullcontext():  # type: ignore[operator]
                 with self.autocast():
                     found = self.wrapped(batch)
                 (found["loss"] * part).backward()
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() * part
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.recipe.clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         means = self.place.mean(torch.stack([*sums.values()])).tolist()
         scalars = {**dict(zip(sums, means, strict=True)), "grad_norm": float(norm)}
         for name in ("loss", "grad_norm"):
@@ -285,7 +328,8 @@ class Run:
         objective, count = self.result().eval(), len(self.data.test)
         numbers = range(self.place.rank, count, self.place.world)
         size = min(self.share, 256)
-        batches = [[(i, i) for i in numbers[k : k + size]] for k in range(0, len(numbers), size)]
+        whole = range(0, -(-count // self.place.world), size)  # as many batches in each process, as FSDP wants
+        batches = [[(i, i) for i in numbers[k : k + size]] or [(0, 0)] for k in whole]
         examples = Examples(
             self.data.test, evaluation_transform(self.recipe.image_size, self.recipe.crop == "inception"), self.seed
         )
@@ -293,10 +337,10 @@ class Run:
         devices = [self.place.device] if self.place.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.autocast():
             torch.manual_seed(self.seed)
-            for batch in loader(examples, batches, self.options.workers):
+            for k, batch in zip(whole, loader(examples, batches, self.options.workers), strict=True):
                 batch = {name: value.to(self.place.device) for name, value in batch.items()}
                 for name, value in objective(batch).items():
-                    sums[name] = sums.get(name, 0) + value.double() * len(batch["image"])
+                    sums[name] = sums.get(name, 0) + value.double() * len(numbers[k : k + size])
         self.objective.train()
         means = self.place.mean(torch.stack([*sums.values()])) * self.place.world / count
         return dict(zip(sums, means.tolist(), strict=True))
@@ -379,8 +423,9 @@ def train(
             found = {"steps": run.step, "images": run.step * recipe.batch_size, "test": test}
         finally:
             logger.close()
+        weights = get_model_state_dict(run.result().model, options=WHOLE)
         if place.rank == 0:
-            files.write(out / "model.safetensors", run.result().model.state_dict())
+            files.write(out / "model.safetensors", weights)
             _write(out / "metrics.json", json.dumps(found, indent=1))
         return found
 
