@@ -56,7 +56,7 @@ def test_training(script: str) -> None:
 
 @pytest.mark.slow
 def test_pre_training_beats_learning_from_scratch() -> None:
-    """One of docs/pretraining.md's seeds, at one learning rate; the last line is that of the second start."""
+    """One of docs/pretraining.md's seeds, at one of its learning rates."""
     lines = [
         re.fullmatch(
             rf"{start} +lr 0.003: ([\d.]+) .*",
