@@ -256,9 +256,48 @@ def test_torchvision(tmp_path: Path) -> None:
     assert (len(data.train), len(data.test), data.classes) == (10, 2, 10)
     assert data.train.labels.tolist() == [3, 9] * 5
     assert first_pixels(data.test) == [10, 10]
-    for name in ("mnist", "cifar100", "flowers102", "pets", "imagenet"):
+    for name in ("mnist", "cifar100", "flowers102", "pets", "imagenet", "svhn"):
         with pytest.raises(FileNotFoundError, match=f"{name}: .* does not find its files in {tmp_path}"):
             open_data(f"{name}:{tmp_path}")
+
+
+def test_tasks_of_vtab(tmp_path: Path) -> None:
+    """Files as the sets have them; where there is no split for testing a tenth is held out."""
+
+    def write(path: str, level: int) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (level,) * 3).save(tmp_path / path)
+
+    for label, name in enumerate(("crops", "river")):
+        for i in range(10):
+            write(f"eurosat/2750/{name}/{i}.png", 100 + label)
+            write(f"caltech101/101_ObjectCategories/{name}/image_{i + 1:04}.jpg", 100 + label)
+            write(f"SUN397/{name[0]}/{name}/sun_{i}.jpg", 100 + label)
+    (tmp_path / "SUN397" / "ClassName.txt").write_text("/c/crops\n/r/river\n")
+    write("caltech101/101_ObjectCategories/BACKGROUND_Google/image_0001.jpg", 0)
+    (tmp_path / "caltech101" / "Annotations").mkdir()
+    for part, names in (("train", "ab"), ("val", "ba"), ("test", "ab")):
+        for name in names:
+            write(f"dtd/dtd/images/{name}/{part}.png", ord(name))
+        labels = tmp_path / "dtd" / "dtd" / "labels" / f"{part}1.txt"
+        labels.parent.mkdir(exist_ok=True)
+        labels.write_text("".join(f"{name}/{part}.png\n" for name in names))
+    for part, counts in (("train", (3, 5)), ("val", (5,))):
+        scenes = [{"image_filename": f"{i}.png", "objects": [0] * count} for i, count in enumerate(counts)]
+        for scene in scenes:
+            write(f"clevr/CLEVR_v1.0/images/{part}/{scene['image_filename']}", 10)
+        (tmp_path / "clevr/CLEVR_v1.0/scenes").mkdir(exist_ok=True)
+        (tmp_path / f"clevr/CLEVR_v1.0/scenes/CLEVR_{part}_scenes.json").write_text(json.dumps({"scenes": scenes}))
+    for name in ("eurosat", "caltech101", "sun397"):
+        data = open_data(f"{name}:{tmp_path}")
+        assert (len(data.train), len(data.test), data.classes) == (18, 2, 2)
+        for i in range(18):
+            assert np.asarray(data.train.image(i)).flat[0] == 100 + int(data.train.labels[i])
+    clevr = open_data(f"clevr:{tmp_path}")
+    assert (clevr.train.labels.tolist(), clevr.test.labels.tolist(), clevr.classes) == ([3, 5], [5], 6)
+    dtd = open_data(f"dtd:{tmp_path}")
+    assert (dtd.train.labels.tolist(), dtd.test.labels.tolist(), dtd.classes) == ([0, 1, 1, 0], [0, 1], 2)
+    assert first_pixels(dtd.train) == [97, 98, 98, 97]
 
 
 def test_sets_are_checked() -> None:

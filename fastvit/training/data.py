@@ -224,7 +224,7 @@ def _huggingface(found: Any) -> Data:
 
 _COLUMNS = (("image", ("image", "img")), ("label", ("label", "labels", "fine_label")))
 
-# Name -> class in torchvision.datasets, its arguments for training and for testing.
+# Name -> class in torchvision.datasets, its arguments for training and, if it has such a split, for testing.
 TORCHVISION: dict[str, tuple[str, Sequence[dict[str, Any]], Sequence[dict[str, Any]]]] = {
     "mnist": ("MNIST", [{"train": True}], [{"train": False}]),
     "cifar10": ("CIFAR10", [{"train": True}], [{"train": False}]),
@@ -232,6 +232,13 @@ TORCHVISION: dict[str, tuple[str, Sequence[dict[str, Any]], Sequence[dict[str, A
     "flowers102": ("Flowers102", [{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
     "pets": ("OxfordIIITPet", [{"split": "trainval"}], [{"split": "test"}]),
     "imagenet": ("ImageNet", [{"split": "train"}], [{"split": "val"}]),
+    # Of VTAB, what torchvision has; some are one split, of which a tenth is held out.
+    "caltech101": ("Caltech101", [{}], []),
+    "clevr": ("CLEVRClassification", [{"split": "train"}], [{"split": "val"}]),
+    "dtd": ("DTD", [{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
+    "eurosat": ("EuroSAT", [{}], []),
+    "sun397": ("SUN397", [{}], []),
+    "svhn": ("SVHN", [{"split": "train"}], [{"split": "test"}]),
 }
 
 
@@ -249,13 +256,14 @@ def _torchvision(name: str, root: Path) -> Data:
         return Split(lambda i: whole[i][0].convert("RGB"), labels, lambda i: f"image {i} of {name} in {root}")
 
     try:
-        train, test = (split(parts) for parts in options)
+        found = [split(parts) for parts in options if parts]
     except (RuntimeError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"{name}: torchvision's {kind} does not find its files in {root.resolve()} ({error}). Put them there, or "
             f"give --data {name}:FOLDER"
         ) from error
-    return Data(train, test, int(train.labels.max()) + 1)
+    classes = int(found[0].labels.max()) + 1
+    return _held_out(found[0], classes) if len(found) == 1 else Data(found[0], found[1], classes)
 
 
 def _no_download(name: str) -> dict[str, Any]:
@@ -264,5 +272,5 @@ def _no_download(name: str) -> dict[str, Any]:
 
 def _labels(part: Any) -> list[int]:
     """torchvision's own lists: reading labels from images would decode them all."""
-    found = next(getattr(part, name) for name in ("targets", "_labels") if hasattr(part, name))
+    found = next(getattr(part, name) for name in ("targets", "_labels", "labels", "y") if hasattr(part, name))
     return [int(label) for label in found]
