@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from sklearn.linear_model import Ridge
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 import fastvit
 from fastvit import cli, evaluation
@@ -116,7 +118,8 @@ def model() -> fastvit.ViT:
 def test_evaluate(model: fastvit.ViT) -> None:
     """Each figure is what the pieces say, on what the classifier reads."""
     data = some()
-    images = [torch.stack([s.image(i) for i in range(len(s))]) * 2 - 1 for s in (data.train, data.test)]
+    small = (torch.stack([s.image(i) for i in range(len(s))]) for s in (data.train, data.test))
+    images = [resize(i, [16, 16], InterpolationMode.BICUBIC) * 2 - 1 for i in small]
     model.eval()
     with torch.no_grad():
         logits = model(images[1])

@@ -264,7 +264,7 @@ def test_fine_tuning_starts_from_a_run(tmp_path: Path) -> None:
     assert torch.equal(again.eval()(images), model.eval()(images))
     tuned = build.model_of("anything", recipe, data, str(tmp_path))
     assert isinstance(tuned, fastvit.ViT)
-    assert tuned.patch_embed.grid_size == (8, 8)
+    assert tuned.patch_embed.grid_size == (4, 4)
     assert not tuned.head.weight.any()
     assert not tuned.head.bias.any()
     assert torch.equal(tuned.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)

@@ -16,7 +16,7 @@ _DIGITS = Recipe(
     clip=1.0,
     crop="none",
     flip=False,
-    image_size=8,
+    image_size=16,
     polyak=0.99,
     precision="float32",
     model="digits",
@@ -52,7 +52,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "masked_digits": _DIGITS,
     "beit_digits": replace(_DIGITS, model="digits_beit"),
-    "tokenizer_digits": replace(_DIGITS, weight_decay=1e-4, model="digits_dvae"),
+    "tokenizer_digits": replace(_DIGITS, weight_decay=1e-4, image_size=8, model="digits_dvae"),
 }
 
 

@@ -19,14 +19,14 @@ from fastvit.training.data import Data, open_data
 from fastvit.training.objectives import Classification
 from fastvit.training.recipes import Recipe, recipe_of
 
-# Models of this room: 16 patches of 2 x 2 pixels and a class token, for `digits`.
+# Models of this room, for `digits` at twice their size: 16 patches and a class token.
 MODELS: dict[str, dict[str, Any]] = {
     "digits": {
-        "img_size": 8,
-        "patch_size": 2,
-        "embed_dim": 64,
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 96,
         "depth": 4,
-        "num_heads": 4,
+        "num_heads": 3,
         "mlp_ratio": 2.0,
         "global_pool": "avg",
     }

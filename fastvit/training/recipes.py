@@ -197,7 +197,7 @@ RECIPES: dict[str, Recipe] = {
     "digits": Recipe(
         lr=2e-3,
         batch_size=64,
-        epochs=90,
+        epochs=60,
         warmup_steps=100,
         decay="cosine",
         weight_decay=0.1,
@@ -205,7 +205,7 @@ RECIPES: dict[str, Recipe] = {
         mixup=0.4,
         crop="affine",
         flip=False,
-        image_size=8,
+        image_size=16,
         polyak=0.99,
         precision="float32",
         model="digits",
