@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Script: its argument (epochs, or steps), and what its last line says more than.
@@ -36,6 +40,7 @@ def test_all_are_here() -> None:
         "from_timm.py",
         "digits.py",
         "pretrain_digits.py",
+        "accuracy_against_compute.py",
     }
 
 
@@ -66,3 +71,17 @@ def test_pre_training_beats_learning_from_scratch() -> None:
     ]
     scratch, masked = (float(found[1]) for found in lines if found is not None)
     assert masked > scratch + 3
+
+
+def test_accuracy_against_compute(tmp_path: Path) -> None:
+    """Every family, a batch or two each; the table has a row, and the plot a line, for each model."""
+    last = run("accuracy_against_compute.py", "--out", str(tmp_path), "--epochs", "0.1", "0.2", "--warmup", "1")
+    assert last == f"saved {tmp_path / 'compute.csv'} and compute.png"
+    with (tmp_path / "compute.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["family"] for row in rows] == ["ViT"] * 4 + ["hybrid"] * 4 + ["ResNet"] * 4
+    for row, twice in itertools.pairwise(rows):
+        if row["model"] == twice["model"]:
+            assert float(twice["TFLOP"]) == pytest.approx(2 * float(row["TFLOP"]))
+    assert all(0 <= float(row["accuracy (%), seed 0"]) <= 100 for row in rows)
+    assert np.asarray(Image.open(tmp_path / "compute.png")).std() > 10
