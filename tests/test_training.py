@@ -140,7 +140,7 @@ def test_recipes_are_the_papers() -> None:
         assert recipe.lr in rates
         assert (recipe.optimizer, recipe.decay, recipe.batch_size) == ("sgd", "cosine", 512)
         assert (recipe.weight_decay, recipe.clip, recipe.dropout) == (0.0, 1.0, 0.0)
-    assert {*table3, *table4, "digits"} == set(RECIPES)
+    assert {*table3, *table4, "deit_imagenet", "digits"} == set(RECIPES)
 
 
 def test_learning_rates() -> None:

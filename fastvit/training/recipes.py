@@ -184,6 +184,19 @@ RECIPES: dict[str, Recipe] = {
     "resnet_jft_r50": _jft(1e-3, 7, "resnetv2_50x1_bit"),
     "resnet_jft_r101": _jft(8e-4, 7, "resnetv2_101x1_bit"),
     "resnet_jft_r152": _jft(6e-4, 7, "resnetv2_152x2_bit"),
+    # DeiT's (Touvron et al., 2021) for ImageNet without more data, but for CutMix, erasing and repeated augmentation.
+    "deit_imagenet": Recipe(
+        lr=1e-3,
+        batch_size=1024,
+        epochs=300,
+        warmup_steps=6_255,  # 5 epochs
+        decay="cosine",
+        weight_decay=0.05,
+        drop_path=0.1,
+        label_smoothing=0.1,
+        mixup=0.8,
+        randaugment=2,
+    ),
     # Table 4. It gives ranges of learning rates, to be searched on a part of the training set: 0.003 to 0.06 for
     # ImageNet, 0.001 to 0.03 for CIFAR, Pets and Flowers. These are from their middles.
     "finetune_imagenet": _finetune(20_000, 0.03),
