@@ -25,7 +25,7 @@ parser.add_argument("--start", choices=("scratch", "masked", "beit"), nargs="+",
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--pretraining-steps", type=int, default=1000)
 parser.add_argument("--steps", type=int, default=600, help="with labels")
-parser.add_argument("--lr", type=float, nargs="+", default=[6e-3], help="of training with labels; each is tried")
+parser.add_argument("--lr", type=float, nargs="+", default=[3e-3], help="of training with labels; each is tried")
 parser.add_argument("--out", type=Path, help="folder to keep the runs in; runs in it go on where they were cut off")
 arguments = parser.parse_args()
 out = arguments.out or Path(tempfile.mkdtemp())

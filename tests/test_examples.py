@@ -61,16 +61,13 @@ def test_training(script: str) -> None:
 
 @pytest.mark.slow
 def test_pre_training_beats_learning_from_scratch() -> None:
-    """One of docs/pretraining.md's seeds, at one of its learning rates."""
-    lines = [
-        re.fullmatch(
-            rf"{start} +lr 0.003: ([\d.]+) .*",
-            run("pretrain_digits.py", "--seeds", "0", "--lr", "0.003", "--start", start),
-        )
-        for start in ("scratch", "masked")
-    ]
-    scratch, masked = (float(found[1]) for found in lines if found is not None)
-    assert masked > scratch + 3
+    """The mean of three seeds, as in docs/pretraining.md; ten minutes."""
+    found = {}
+    for start in ("scratch", "masked"):
+        line = re.fullmatch(rf"{start} +lr 0.003: ([\d.]+) ± .*", run("pretrain_digits.py", "--start", start))
+        assert line is not None
+        found[start] = float(line[1])
+    assert found["masked"] > found["scratch"] + 1
 
 
 def test_accuracy_against_compute(tmp_path: Path) -> None:
