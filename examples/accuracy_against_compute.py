@@ -83,15 +83,16 @@ with (arguments.out / "compute.csv").open("w", newline="") as file:
 lines = defaultdict(list)
 for family, name, _, compute, *right in rows:
     lines[family, name].append((compute, mean(right)))
-figure = Figure((6.5, 4.2), layout="constrained")
+figure = Figure((8, 4.2), layout="constrained")
 axes = figure.subplots()
 for (family, name), points in lines.items():
     at = list(MODELS).index(family)
     marker = "o" if name == next(iter(MODELS[family])) else "s"
     axes.plot(*zip(*points, strict=True), color=f"C{at}", marker=marker, label=f"{family} {name}")
 axes.set(xscale="log", xlabel="training compute (TFLOP)", ylabel="accuracy on 360 test images (%)")
-axes.set_title(f"Scanned digits, mean of {len(arguments.seeds)} run(s) each", fontsize="medium")
+runs = "one run each" if len(arguments.seeds) == 1 else f"mean of {len(arguments.seeds)} runs each"
+axes.set_title(f"Scanned digits, {runs}", fontsize="medium")
 axes.grid(alpha=0.3)
-axes.legend(fontsize="small")
+figure.legend(loc="outside right center", fontsize="small")
 figure.savefig(arguments.out / "compute.png", dpi=150)
 print(f"saved {arguments.out / 'compute.csv'} and compute.png")
