@@ -184,9 +184,8 @@ class Attention(nn.Module):
         batches = None if positions is None else positions.batches
         relative = self._relative(positions)
         options = self._options(x, attn_mask, is_causal, sequences)
-        queries = (
-            tokens if batches is None and not relative.options() else None
-        )  # those are for as many queries as keys
+        every = batches is not None or bool(relative.options())  # which want as many queries as keys
+        queries = None if every else tokens
         if queries is not None and rope is None and fuse.intact(self.qkv, nn.Linear):
             q, k, v = self._few_queries(x, norm, queries, sequences)
             q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)

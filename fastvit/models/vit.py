@@ -418,7 +418,7 @@ class ViT(Intermediates, Head):
     def _embed(self, images: Tensor, corrupt: Corruption | None = None) -> Tensor:
         """images -> tokens (B, T, D), with all patches and before ``norm_pre``."""
         embed = self.patch_embed
-        ours = not isinstance(embed, HybridEmbed) and fuse.intact(embed, PatchEmbed)
+        ours = not isinstance(embed, HybridEmbed) and fuse.intact(embed, PatchEmbed)  # a backbone is never fused
         fused = ours and embed.fusable() and self._unchanged("_pos_embed", "_positions", "_prefix_tokens")
         fused = fused and corrupt is None  # which comes between the projection and the positions
         dtype = next(embed.parameters()).dtype

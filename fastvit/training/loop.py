@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,7 @@ class Options:
 
 def options_of(arguments: argparse.Namespace) -> Options:
     """Those of a command line."""
-    names = (field.name for field in fields(Options))
-    return Options(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+    return Options(arguments.checkpoint_every, arguments.evaluate_every, workers=arguments.workers, fsdp=arguments.fsdp)
 
 
 def shard(objective: Objective) -> None:
@@ -149,6 +148,8 @@ class Run:
             self.average = AveragedModel(objective, multi_avg_fn=average, use_buffers=True)
         self.kind = type(objective).__name__
         sharded = options.fsdp and place.world > 1
+        if options.fsdp and not sharded:
+            log.info("fsdp: there is one process, which holds the whole model")
         if sharded:
             shard(objective)
             if self.average is not None:
