@@ -251,7 +251,6 @@ def summary(found: dict[str, Any]) -> str:
         f"{'table 6':18}{'epochs':>7}{'exaFLOPs':>10}{'paper':>8}{'deviation':>11} (paper's unit: {REFERENCE} agrees)",
     ]
     for row in found["table6"]:
-        ours = "-" if row["exaflops"] is None else f"{row['exaflops']:.0f}"
-        deviation = "-" if row["deviation"] is None else f"{row['deviation']:+.1%}"
-        lines.append(f"{row['model']:18}{row['epochs']:7}{ours:>10}{row['paper_exaflops']:8}{deviation:>11}")
+        counts = f"{row['exaflops']:10.0f}{row['paper_exaflops']:8}"
+        lines.append(f"{row['model']:18}{row['epochs']:7}{counts}{row['deviation']:+11.1%}")
     return "\n".join(lines) + "\n"

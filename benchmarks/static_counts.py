@@ -39,7 +39,7 @@ MODEL_FUSIONS = (
     ("patch embedding", ("patch_embed.proj",)),
     ("last block: class token only", ("norm",)),
 )
-Row6 = tuple[str, str | None, int, int]
+Row6 = tuple[str, str, int, int]
 
 # Table 6 of Dosovitskiy et al., 2021: (the paper's name, the model's, epochs of JFT-300M, exaFLOPs).
 TABLE6: tuple[Row6, ...] = (
@@ -56,11 +56,11 @@ TABLE6: tuple[Row6, ...] = (
     ("ResNet152x2", "R152x2", 7, 1681),
     ("ResNet152x2", "R152x2", 14, 3362),
     ("ResNet200x3", "R200x3", 14, 10212),
-    ("R50x1+ViT-B/32", None, 7, 315),
-    ("R50x1+ViT-B/16", None, 7, 855),
-    ("R50x1+ViT-L/32", None, 7, 725),
-    ("R50x1+ViT-L/16", None, 7, 2704),
-    ("R50x1+ViT-L/16", None, 14, 5165),
+    ("R50x1+ViT-B/32", "R50+ViT-B/32", 7, 315),
+    ("R50x1+ViT-B/16", "R50+ViT-B/16", 7, 855),
+    ("R50x1+ViT-L/32", "R50+ViT-L/32", 7, 725),
+    ("R50x1+ViT-L/16", "R50+ViT-L/16", 7, 2704),
+    ("R50x1+ViT-L/16", "R50+ViT-L/16", 14, 5165),
 )
 JFT_IMAGES = 303e6  # section 4.1
 REFERENCE = "ViT-B/32"  # the row that the paper's unit is fitted to
@@ -226,18 +226,16 @@ def table6(rows: Sequence[Row6] = TABLE6) -> list[dict[str, Any]]:
     The paper does not define its unit, so deviations are from its figures divided by the factor that makes
     :data:`REFERENCE` agree.
     """
-    forward = {name: flops.count(_meta(name), 224).forward for name in dict.fromkeys(m for _, m, _, _ in rows if m)}
-    ours = [None if m is None else 3 * forward[m] * epochs * JFT_IMAGES / 1e18 for _, m, epochs, _ in rows]
-    unit = next(
-        paper / each for (name, _, _, paper), each in zip(rows, ours, strict=True) if each and name == REFERENCE
-    )
+    forward = {name: flops.count(_meta(name), 224).forward for name in dict.fromkeys(name for _, name, _, _ in rows)}
+    ours = [3 * forward[name] * epochs * JFT_IMAGES / 1e18 for _, name, epochs, _ in rows]
+    unit = next(paper / each for (name, _, _, paper), each in zip(rows, ours, strict=True) if name == REFERENCE)
     return [
         {
             "model": name,
             "epochs": epochs,
             "paper_exaflops": paper,
-            "exaflops": None if each is None else round(each, 1),
-            "deviation": None if each is None else round(each * unit / paper - 1, 4),
+            "exaflops": round(each, 1),
+            "deviation": round(each * unit / paper - 1, 4),
         }
         for (name, _, epochs, paper), each in zip(rows, ours, strict=True)
     ]

@@ -118,10 +118,15 @@ def _kept(static: Found) -> Table:
 
 
 def _table6(static: Found) -> Table:
-    lines = []
-    for row in static["table6"]:
-        ours = "-" if row["exaflops"] is None else f"{row['exaflops']:,.0f}"
-        deviation = "-" if row["deviation"] is None else f"{100 * row['deviation']:+.1f}%"
-        lines.append((row["model"], str(row["epochs"]), ours, f"{row['paper_exaflops']:,}", deviation))
+    lines = [
+        (
+            row["model"],
+            str(row["epochs"]),
+            f"{row['exaflops']:,.0f}",
+            f"{row['paper_exaflops']:,}",
+            f"{100 * row['deviation']:+.1f}%",
+        )
+        for row in static["table6"]
+    ]
     title = "Table 6 of the ViT paper: exaFLOPs of pre-training, counted here and as printed there (its unit differs)"
     return Table(title, ("model", "epochs", "counted", "paper", "deviation, unit fitted"), lines)
