@@ -35,6 +35,16 @@ def test_draws_every_picture(image: Path, tmp_path: Path, channels: int) -> None
     assert model.training
 
 
+def test_the_model_sees_normalised_pixels(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), (51, 102, 255)).save(tmp_path / "plain.png")
+    model, seen = ViT(**SMALL), list[torch.Tensor]()
+    model.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    inspect.inspect([tmp_path / "plain.png"], model, tmp_path / "out", mean=(0.2, 0.3, 0.5), std=(0.5, 0.2, 0.25))
+    assert len(seen) == 2
+    for images in seen:
+        torch.testing.assert_close(images, torch.tensor([0.0, 0.5, 2.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32))
+
+
 def test_what_a_model_does_not_have_is_said(image: Path, tmp_path: Path) -> None:
     found = inspect.inspect([image], ViT(**SMALL, pos_embed="none"), tmp_path)
     assert "no position embeddings" in str(found["positions"])

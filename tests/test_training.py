@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from fastvit.training import build, loop
 from fastvit.training.data import Data, open_data
 from fastvit.training.objectives import Batch, Classification, Objective
 from fastvit.training.recipes import RECIPES, Recipe, recipe_of
+from processes import spawn
 
 
 def plain(**changes: Any) -> Recipe:
@@ -541,6 +543,24 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert tests[0]["accuracy"] == tests[1]["accuracy"]
         for key, value in weights(tmp_path / "one").items():
             torch.testing.assert_close(weights(out)[key], value, rtol=1e-3, atol=1e-4)
+
+
+def evaluated(out: Path, fsdp: bool) -> dict[str, float]:
+    """Test scalars of an untrained model on one image; called in each of several processes, or in one."""
+    torch.manual_seed(0)
+    data = some()
+    data = Data(data.train, data.test.subset([3]), data.classes, data.channels)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    place = loop.Place(rank, world, torch.device("cpu"))
+    model = build.model_of("digits", plain(), data)
+    return loop.Run(Classification(model, 10), data, plain(), out, 0, loop.Options(fsdp=fsdp), place).evaluate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_fewer_test_images_than_processes(fsdp: bool, tmp_path: Path) -> None:
+    found = spawn(2, tmp_path / "found", {"test": (evaluated, (tmp_path, fsdp))})["test"]
+    assert found == pytest.approx(evaluated(tmp_path, False), abs=1e-6)
 
 
 @pytest.mark.slow
