@@ -71,6 +71,11 @@ class Relative(NamedTuple):
     window: Window | None = None
     keys: Tensor | None = None  # ((H,) 2T-1, d)
 
+    @property
+    def given(self) -> bool:
+        """Whether there is any."""
+        return self.keys is not None or self.table is not None
+
     def options(self) -> dict[str, Any]:
         """The same as arguments of ops.attention."""
         if self.keys is not None:
@@ -184,7 +189,7 @@ class Attention(nn.Module):
         batches = None if positions is None else positions.batches
         relative = self._relative(positions)
         options = self._options(x, attn_mask, is_causal, sequences)
-        every = batches is not None or bool(relative.options())  # which want as many queries as keys
+        every = batches is not None or relative.given  # which want as many queries as keys
         queries = None if every else tokens
         if queries is not None and rope is None and fuse.intact(self.qkv, nn.Linear):
             q, k, v = self._few_queries(x, norm, queries, sequences)
