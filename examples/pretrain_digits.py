@@ -14,7 +14,7 @@ import torch
 from fastvit.pretraining.build import pretrain
 from fastvit.training import loop
 from fastvit.training.build import model_of
-from fastvit.training.data import Data, digits
+from fastvit.training.data import digits
 from fastvit.training.objectives import Classification
 from fastvit.training.recipes import recipe_of
 
@@ -29,7 +29,7 @@ parser.add_argument("--lr", type=float, nargs="+", default=[3e-3], help="of trai
 parser.add_argument("--out", type=Path, help="folder to keep the runs in; runs in it go on where they were cut off")
 arguments = parser.parse_args()
 out = arguments.out or Path(tempfile.mkdtemp())
-whole = digits()
+data = digits()
 
 
 def accuracy(start: str, seed: int, lr: float) -> float:
@@ -37,9 +37,7 @@ def accuracy(start: str, seed: int, lr: float) -> float:
     weights = None
     if start != "scratch":
         pretrain(start, "digits", weights := out / f"{start}-{seed}", steps=arguments.pretraining_steps, seed=seed)
-    order = torch.randperm(len(whole.train), generator=torch.Generator().manual_seed(seed)).tolist()
-    data = Data(whole.train.subset(order[:LABELS]), whole.test, whole.classes, whole.channels)
-    recipe = recipe_of("digits").override([f"steps={arguments.steps}", f"lr={lr}", "mixup=0"])
+    recipe = recipe_of("digits").override([f"steps={arguments.steps}", f"lr={lr}", "mixup=0", f"examples={LABELS}"])
     torch.manual_seed(seed)
     model = model_of("digits", recipe, data, None if weights is None else str(weights))
     run = out / f"{start}-{seed}-{arguments.steps}-{lr}"
@@ -47,7 +45,7 @@ def accuracy(start: str, seed: int, lr: float) -> float:
     return 100 * found["test"]["accuracy"]
 
 
-print(f"{LABELS} labels, {arguments.steps} steps; percent right of {len(whole.test)} test images")
+print(f"{LABELS} labels, {arguments.steps} steps; percent right of {len(data.test)} test images")
 for start in arguments.start:
     for lr in arguments.lr:
         found = torch.tensor([accuracy(start, seed, lr) for seed in arguments.seeds])

@@ -291,6 +291,10 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, help="as in `fastvit train`")
     evaluate.add_argument("--probe", choices=("few-shot", "knn"), help="by default the classifier is judged")
     evaluate.add_argument("--shots", type=_positive, metavar="N", help="training images of a class (default: all)")
+    evaluate.add_argument(
+        "--whole", action="store_true", help="DATA is for testing alone: no tenth is held out, no training set opened"
+    )
+    evaluate.add_argument("--real", metavar="FILE", help="ReaL's real.json, for images of ImageNet's validation set")
     evaluate.add_argument("--size", type=_positive, metavar="PIXELS", help="a side; by default the model's")
     evaluate.add_argument("--middle", action="store_true", help="of each image 224 of 256 pixels, as for ImageNet")
     evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")

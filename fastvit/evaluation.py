@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +44,27 @@ def real_accuracy(scores: Tensor, labels: Sequence[Sequence[int]]) -> float:
     if not right:
         raise ValueError(f"none of {len(labels)} images has a label")
     return sum(right) / len(right)
+
+
+def real_labels(file: str | Path, split: Split) -> list[list[int]]:
+    """ReaL's labels of images of ImageNet's validation set, by the number in their names.
+
+    Args:
+        file: ReaL's real.json: of each of the 50,000 images, in their order, a list of labels.
+
+    Raises:
+        ValueError: another file, or an image without such a name or number.
+    """
+    known = json.loads(Path(file).read_text())
+    if not isinstance(known, list) or not all(isinstance(of, list) for of in known):
+        raise ValueError(f"{file} is no list of lists of labels, as ReaL's real.json is")
+    found = []
+    for name in map(split.name, range(len(split))):
+        number = re.search(r"ILSVRC2012_val_(\d{8})", name)
+        if number is None or not 1 <= int(number[1]) <= len(known):
+            raise ValueError(f"{name} is none of the {len(known)} images that {file} has labels of, ILSVRC2012_val_*")
+        found.append(known[int(number[1]) - 1])
+    return found
 
 
 def few_shot(features: Tensor, labels: Tensor, queries: Tensor, classes: int, penalty: float) -> Tensor:
@@ -148,6 +172,7 @@ def evaluate(
     *,
     middle: bool = False,
     workers: int = 0,
+    real: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, float]:
     """Name -> accuracy on the test set.
 
@@ -156,6 +181,7 @@ def evaluate(
         probe: "few-shot" (the penalty is chosen on a fifth of the training images) or "knn"; None: the classifier.
         count: with a probe, training images of each class, chosen by chance with seed 0; None: all.
         middle, workers: as in :func:`outputs`.
+        real: labels of the test images, any number of each, for the classifier's ReaL accuracy.
 
     Raises:
         ValueError: another probe, or a model of other classes or channels, or of images that are no squares.
@@ -173,7 +199,12 @@ def evaluate(
         if model.num_classes != data.classes:
             raise ValueError(f"the model has {model.num_classes} classes and the data {data.classes}; give a probe")
         scores = outputs(lambda images: model(images.to(device)), data.test, height, middle, workers=workers)
-        return {"accuracy": accuracy(scores, data.test.labels)}
+        found = {"classifier": accuracy(scores, data.test.labels)}
+        return found if real is None else {**found, "ReaL": real_accuracy(scores, real)}
+    if real is not None:
+        raise ValueError("ReaL's labels judge a classifier; give them without a probe")
+    if not len(data.train):
+        raise ValueError(f"{probe} learns from training images, and there are none")
 
     def features(images: Tensor) -> Tensor:
         return model.forward_head(model.forward_features(images.to(device)), pre_logits=True)
@@ -192,17 +223,18 @@ def evaluate(
 def main(arguments: argparse.Namespace) -> int:
     """``fastvit evaluate``."""
     try:
-        data = open_data(arguments.data)
+        data = open_data(arguments.data, arguments.whole)
+        real = None if arguments.real is None else real_labels(arguments.real, data.test)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         size = {} if arguments.size is None else {"img_size": arguments.size}
         model = from_checkpoint(arguments.weights, device=device, **size)
         found = evaluate(
-            model, data, arguments.probe, arguments.shots, middle=arguments.middle, workers=arguments.workers
+            model, data, arguments.probe, arguments.shots, middle=arguments.middle, workers=arguments.workers, real=real
         )
     except (ValueError, OSError, ImportError) as error:
         print(f"fastvit evaluate: {error}", file=sys.stderr)
         return 2
     print(f"{'':<12}{'test images':>12}{'accuracy':>12}")
     for name, value in found.items():
-        print(f"{'classifier' if name == 'accuracy' else name:<12}{len(data.test):>12}{value:>12.2%}")
+        print(f"{name:<12}{len(data.test):>12}{value:>12.2%}")
     return 0

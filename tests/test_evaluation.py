@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from sklearn.linear_model import Ridge
 from torch import Tensor
@@ -125,7 +127,13 @@ def test_evaluate(model: fastvit.ViT) -> None:
         logits = model(images[1])
         train, test = (model.forward_head(model.forward_features(i), pre_logits=True) for i in images)
     of = data.train.labels
-    assert evaluation.evaluate(model, data) == {"accuracy": evaluation.accuracy(logits, data.test.labels)}
+    right = evaluation.accuracy(logits, data.test.labels)
+    assert evaluation.evaluate(model, data) == {"classifier": right}
+    guesses = logits.argmax(1).tolist()
+    real = [[guess, 3] if i % 4 else [] for i, guess in enumerate(guesses)]
+    real[1] = [(guesses[1] + 1) % 10]
+    count = len(guesses) - len(guesses[::4])
+    assert evaluation.evaluate(model, data, real=real) == {"classifier": right, "ReaL": (count - 1) / count}
     votes = evaluation.nearest(train, of, test, 10)
     assert evaluation.evaluate(model, data, "knn") == {"knn": evaluation.accuracy(votes, data.test.labels)}
     chosen = evaluation.shots(of, 10)
@@ -140,6 +148,10 @@ def test_evaluate_refuses(model: fastvit.ViT) -> None:
     data = some()
     with pytest.raises(ValueError, match="probe='svm'; accepted: 'few-shot', 'knn'"):
         evaluation.evaluate(model, data, "svm")
+    with pytest.raises(ValueError, match="without a probe"):
+        evaluation.evaluate(model, data, "knn", real=[[0]] * len(data.test))
+    with pytest.raises(ValueError, match="knn learns from training images, and there are none"):
+        evaluation.evaluate(model, replace(data, train=data.train.subset([])), "knn")
     model.reset_classifier(7)
     with pytest.raises(ValueError, match="the model has 7 classes and the data 10"):
         evaluation.evaluate(model, data)
@@ -158,6 +170,33 @@ def test_command(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert row.split() == ["knn", "360", f"{expected:.2%}"]
     assert cli.main(["evaluate", "--weights", str(tmp_path / "none"), "--data", "digits"]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
+
+
+def test_real_labels(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They go by the number in an image's name, wherever it stands in the order."""
+    for place, number in enumerate((3, 1, 2)):
+        path = tmp_path / "val" / f"n{place}" / f"ILSVRC2012_val_{number:08}.png"
+        path.parent.mkdir(parents=True)
+        Image.new("L", (16, 16)).save(path)
+    (tmp_path / "real.json").write_text("[[1], [], [0, 2]]")
+    source = str(tmp_path / "val")
+    data = open_data(source, whole=True)
+    assert (len(data.train), data.test.labels.tolist(), data.classes) == (0, [0, 1, 2], 3)
+    assert evaluation.real_labels(tmp_path / "real.json", data.test) == [[0, 2], [1], []]
+
+    torch.manual_seed(0)
+    color = build.model_of("digits", recipe_of("digits"), replace(data, channels=3))
+    save_file(color.state_dict(), tmp_path / "model.safetensors")
+    build.describe(color, tmp_path)
+    told = ["evaluate", "--weights", str(tmp_path), "--data", source, "--whole", "--real"]
+    assert cli.main([*told, str(tmp_path / "real.json")]) == 0
+    assert capsys.readouterr().out.split()[-3:-1] == ["ReaL", "3"]
+    (tmp_path / "short.json").write_text("[[1], []]")
+    assert cli.main([*told, str(tmp_path / "short.json")]) == 2
+    assert "ILSVRC2012_val_00000003.png is none of the 2 images" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="is no list of lists"):
+        evaluation.real_labels(tmp_path / "other.json", data.test)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def by_hand(recipe: Recipe, out: Path) -> tuple[dict[str, Tensor], dict[str, Ten
     decayed = {"params": [p for p in model.parameters() if p.ndim > 1]}
     rest = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
     kind: Any = torch.optim.AdamW if recipe.optimizer == "adam" else torch.optim.SGD
-    momentum = {} if recipe.optimizer == "adam" else {"momentum": 0.9}
-    optimizer = kind([decayed, rest], lr=1.0, weight_decay=recipe.weight_decay, **momentum)
+    momenta: Any = {"betas": (0.9, recipe.beta2)} if recipe.optimizer == "adam" else {"momentum": 0.9}
+    optimizer = kind([decayed, rest], lr=1.0, weight_decay=recipe.weight_decay, **momenta)
     average: dict[str, Tensor] = {}
     for step, chosen in enumerate(Order(48, 16, 16, 0, 6, seed=0)):
         images = torch.stack([data.train.image(i) for _, i in chosen]).double() * 2 - 1
@@ -126,6 +127,7 @@ def test_recipes_are_the_papers() -> None:
             224,
         )
         assert recipe.clip == (1.0 if name == "vit_imagenet" else None)
+        assert recipe.beta2 == 0.999
         fastvit.create_model(recipe.model, device="meta")
     table4 = {  # steps, learning rates, size, Polyak factor
         "finetune_imagenet": (20_000, (0.003, 0.01, 0.03, 0.06), 384, 0.0),
@@ -142,6 +144,7 @@ def test_recipes_are_the_papers() -> None:
         assert recipe.lr in rates
         assert (recipe.optimizer, recipe.decay, recipe.batch_size) == ("sgd", "cosine", 512)
         assert (recipe.weight_decay, recipe.clip, recipe.dropout) == (0.0, 1.0, 0.0)
+        assert recipe.examples == (1000 if name == "finetune_vtab" else None)
     assert {*table3, *table4, "deit_imagenet", "digits"} == set(RECIPES)
 
 
@@ -280,7 +283,7 @@ def test_fine_tuning_starts_from_a_run(tmp_path: Path) -> None:
     [
         {"weight_decay": 0.5},
         {"optimizer": "sgd", "lr": 0.5, "decay": "cosine", "clip": 0.05, "weight_decay": 0.0, "polyak": 0.8},
-        {"polyak": 0.7, "clip": 0.1},
+        {"polyak": 0.7, "clip": 0.1, "beta2": 0.9},
     ],
     ids=["adam", "sgd", "average"],
 )
@@ -477,6 +480,17 @@ def test_an_objectives_own_parameters_are_trained_and_stay_in_checkpoints_alone(
     assert not torch.equal(objective.scale, start.scale)
     assert set(found) == {"1.weight", "1.bias"}
     assert "scale" in torch.load(tmp_path / "checkpoint.pt", weights_only=True)["objective"]
+
+
+def test_examples_are_what_a_run_learns_from() -> None:
+    place, recipe = loop.Place(0, 1, torch.device("cpu")), plain(examples=20)
+    run = loop.Run(Classification(linear(), 10), some(), recipe, Path(), 3, loop.Options(), place)
+    assert run.data.train.labels.tolist() == some().of(20, 3).train.labels.tolist()
+    with pytest.raises(ValueError, match="examples=49 of 48 training images"):
+        loop.Run(Classification(linear(), 10), some(), plain(examples=49), Path(), 3, loop.Options(), place)
+    nothing = replace(some(), train=some().train.subset([]))
+    with pytest.raises(ValueError, match="the training set has no images"):
+        loop.Run(Classification(linear(), 10), nothing, plain(), Path(), 0, loop.Options(), place)
 
 
 def test_a_batch_is_shared_evenly_or_not_at_all() -> None:

@@ -261,6 +261,92 @@ def test_torchvision(tmp_path: Path) -> None:
             open_data(f"{name}:{tmp_path}")
 
 
+def test_sets_of_torchvision_in_their_own_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files as the sets have them, but few; their checksums are all that is left out."""
+    import torchvision.datasets as theirs
+    from scipy.io import savemat
+
+    def write(path: str, level: int) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (level,) * 3).save(tmp_path / path)
+
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, labels in (("train", [7, 2, 9]), ("t10k", [4, 9])):
+        pixels = np.repeat(np.array(labels, dtype=np.uint8), 28 * 28)
+        header = np.array([2051, len(labels), 28, 28, 2049, len(labels)], dtype=">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header[:16] + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header[16:] + bytes(labels))
+    mnist = open_data(f"mnist:{tmp_path}")
+    assert (mnist.train.labels.tolist(), mnist.test.labels.tolist(), mnist.classes) == ([7, 2, 9], [4, 9], 10)
+    assert first_pixels(mnist.train) == [7, 2, 9]
+
+    for part, labels in (("train", [10, 3]), ("test", [2, 1])):  # 10 is the digit 0
+        x = np.broadcast_to(np.array(labels, dtype=np.uint8), (32, 32, 3, len(labels)))
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": x, "y": np.array(labels)[:, None]})
+    monkeypatch.setattr(theirs.SVHN, "_check_integrity", lambda self: True)
+    svhn = open_data(f"svhn:{tmp_path}")
+    assert (svhn.train.labels.tolist(), svhn.test.labels.tolist()) == ([0, 3], [2, 1])
+    assert first_pixels(svhn.train) == [10, 3]
+
+    for number in range(1, 6):
+        write(f"flowers-102/jpg/image_{number:05}.jpg", 40 * number)
+    savemat(tmp_path / "flowers-102" / "setid.mat", {"trnid": [[1, 2]], "valid": [[4, 5]], "tstid": [[3, 1]]})
+    savemat(tmp_path / "flowers-102" / "imagelabels.mat", {"labels": [[1, 2, 3, 2, 3]]})
+    monkeypatch.setattr(theirs.Flowers102, "_check_integrity", lambda self: True)
+    flowers = open_data(f"flowers102:{tmp_path}")
+    assert (flowers.train.labels.tolist(), flowers.test.labels.tolist(), flowers.classes) == ([0, 1, 1, 2], [2, 0], 3)
+    assert first_pixels(flowers.train) == [40, 80, 160, 200]
+
+    (tmp_path / "oxford-iiit-pet" / "annotations").mkdir(parents=True)
+    for part, names in (("trainval", ["Abyssinian_1", "beagle_7"]), ("test", ["beagle_8", "Abyssinian_2"])):
+        for name in names:
+            write(f"oxford-iiit-pet/images/{name}.jpg", int(name[-1]))
+        lines = "".join(f"{name} {1 + (name[0] == 'b')} 1 1\n" for name in names)
+        (tmp_path / "oxford-iiit-pet" / "annotations" / f"{part}.txt").write_text(lines)
+    pets = open_data(f"pets:{tmp_path}")
+    assert (pets.train.labels.tolist(), pets.test.labels.tolist(), pets.classes) == ([0, 1], [1, 0], 2)
+    assert first_pixels(pets.test) == [8, 2]
+
+    names = {f"n{i:08}": (f"thing {i}",) for i in range(2)}
+    torch.save((names, list(names)), tmp_path / "meta.bin")
+    for i, name in enumerate(names):
+        write(f"val/{name}/ILSVRC2012_val_{i + 1:08}.JPEG", i)
+    imagenet = open_data(f"imagenet:{tmp_path}", whole=True)
+    assert (len(imagenet.train), imagenet.test.labels.tolist(), imagenet.classes) == (0, [0, 1], 2)
+    assert imagenet.test.name(1).endswith("ILSVRC2012_val_00000002.JPEG")
+    with pytest.raises(FileNotFoundError, match="imagenet"):
+        open_data(f"imagenet:{tmp_path}")
+    for name in names:
+        write(f"train/{name}/{name}_1.JPEG", 9)
+    assert first_pixels(open_data(f"imagenet:{tmp_path}").train) == [9, 9]
+
+
+def test_whole(folder: Path, tmp_path: Path) -> None:
+    """All is for testing, and a set for training isn't looked for."""
+    data = open_data(str(folder / "train"), whole=True)
+    assert (len(data.train), len(data.test)) == (0, len(open_data(str(folder)).train))
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=7)})
+    table = datasets.Dataset.from_dict({"image": [Image.new("L", (4, 4))] * 2, "label": [5, 1]}, features=features)
+    datasets.DatasetDict({"validation": table}).save_to_disk(tmp_path / "validation")
+    data = open_data(str(tmp_path / "validation"), whole=True)
+    assert (len(data.train), data.test.labels.tolist(), data.classes) == (0, [5, 1], 7)
+    with pytest.raises(ValueError, match="no split 'train'; its splits are validation"):
+        open_data(str(tmp_path / "validation"))
+
+
+def test_examples() -> None:
+    """So many training images, of the seed's choice; the test set stays."""
+    data = open_data("digits")
+    some, other = data.of(144, 0), data.of(144, 1)
+    assert len(some.train) == len(other.train) == 144
+    assert some.train.labels.tolist() == data.of(144, 0).train.labels.tolist() != other.train.labels.tolist()
+    assert len({some.train.name(i) for i in range(144)}) == 144 and some.test is data.test
+    with pytest.raises(ValueError, match="examples=1438 of 1437 training images"):
+        data.of(1438, 0)
+
+
 def test_tasks_of_vtab(tmp_path: Path) -> None:
     """Files as the sets have them; where there is no split for testing a tenth is held out."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ class Split:
 
     def subset(self, numbers: Sequence[int]) -> Split:
         """Some of them, in this order."""
-        chosen = list(numbers)
-        return Split(lambda i: self.read(chosen[i]), self.labels[torch.tensor(chosen)], lambda i: self.name(chosen[i]))
+        chosen = torch.tensor(numbers, dtype=torch.int64).tolist()
+        return Split(lambda i: self.read(chosen[i]), self.labels[chosen], lambda i: self.name(chosen[i]))
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Data:
     """A training and a test set.
 
     Args:
-        train, test: their images.
+        train, test: their images; there may be none for training, where a model is only judged.
         classes: how many; labels are below.
         channels: of the images, 1 or 3.
 
     Raises:
-        ValueError: a set is empty, or a label is none of the classes.
+        ValueError: there is no image for testing, or a label is none of the classes.
     """
 
     train: Split
@@ -77,9 +77,9 @@ class Data:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        for name, split in (("training", self.train), ("test", self.test)):
-            if not len(split):
-                raise ValueError(f"the {name} set has no images")
+        if not len(self.test):
+            raise ValueError("the test set has no images")
+        for split in (self.train, self.test):
             wrong = ((split.labels < 0) | (split.labels >= self.classes)).nonzero()
             if len(wrong):
                 first = int(wrong[0])
@@ -87,8 +87,19 @@ class Data:
                     f"the label of {split.name(first)} is {int(split.labels[first])}; accepted: 0 to {self.classes - 1}"
                 )
 
+    def of(self, count: int, seed: int) -> Data:
+        """The same with so many training images, chosen by chance.
 
-def open_data(source: str) -> Data:
+        Raises:
+            ValueError: there are fewer.
+        """
+        if count > len(self.train):
+            raise ValueError(f"examples={count} of {len(self.train)} training images")
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
+        return replace(self, train=self.train.subset(order[:count]))
+
+
+def open_data(source: str, whole: bool = False) -> Data:
     """A data set by its name.
 
     Args:
@@ -96,6 +107,7 @@ def open_data(source: str) -> Data:
             folder of class folders, or of such in "train" and in one of :data:`TEST_FOLDERS`; a .tar or .parquet, or a
             pattern with * for several; what ``datasets`` saved with save_to_disk; or hf:NAME for its hub. Of a source
             with one split alone a tenth is held out for testing, always the same.
+        whole: for testing alone: all of a source with one split, and of torchvision's sets none but the test set.
 
     Raises:
         ValueError: it is no such source, has no images, or labels that are missing or out of range.
@@ -106,25 +118,25 @@ def open_data(source: str) -> Data:
     if name == "digits":
         return digits()
     if name in TORCHVISION:
-        return _torchvision(name, Path(folder or "data"))
+        return _torchvision(name, Path(folder or "data"), whole)
     if name == "hf":
-        return _huggingface(_datasets(source).load_dataset(folder))
+        return _huggingface(_datasets(source).load_dataset(folder), whole)
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        return _huggingface(_datasets(source).load_from_disk(source))
+        return _huggingface(_datasets(source).load_from_disk(source), whole)
     if (path / "train").is_dir():
         test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
         if test is None:
             raise ValueError(f"{source} has a folder train and none for testing; accepted: {', '.join(TEST_FOLDERS)}")
         return _folders(open_images(path / "train"), path / "train", open_images(test), test)
     if path.is_dir():
-        return _folders(open_images(path), path)
+        return _folders(open_images(path), path, whole=whole)
     sources = sorted(glob.glob(source))
     if not sources:
         raise FileNotFoundError(
             f"no data {source!r}: no such file or folder in {Path.cwd()}, and no known name: digits, "
             f"{', '.join(TORCHVISION)}, hf:NAME"
         )
-    return _held_out(_files([(Path(s), open_images(s)) for s in sources]))
+    return _one(_files([(Path(s), open_images(s)) for s in sources]), None, whole)
 
 
 def digits() -> Data:
@@ -135,21 +147,26 @@ def digits() -> Data:
     images = torch.from_numpy(found.images).float().unsqueeze(1) / 16
     labels = torch.from_numpy(found.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
-    whole = Split(lambda i: images[i], labels, lambda i: f"digit {i}")
-    return Data(whole.subset(order[:-360]), whole.subset(order[-360:]), 10, 1)
+    split = Split(lambda i: images[i], labels, lambda i: f"digit {i}")
+    return Data(split.subset(order[:-360]), split.subset(order[-360:]), 10, 1)
 
 
-def _held_out(whole: Split, classes: int | None = None) -> Data:
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
-    count = len(whole) // HELD_OUT
+def _one(split: Split, classes: int | None, whole: bool) -> Data:
+    """A source's one split: all of it for testing, or a tenth."""
+    known = int(split.labels.max()) + 1 if classes is None else classes
+    if whole:
+        return Data(split.subset([]), split, known)
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)).tolist()
+    count = len(split) // HELD_OUT
     if not count:
-        raise ValueError(f"{len(whole)} images are too few to hold some out for testing; accepted: {HELD_OUT} or more")
-    log.info("%d of %d images are held out for testing", count, len(whole))
-    known = int(whole.labels.max()) + 1 if classes is None else classes
-    return Data(whole.subset(sorted(order[count:])), whole.subset(sorted(order[:count])), known)
+        raise ValueError(f"{len(split)} images are too few to hold some out for testing; accepted: {HELD_OUT} or more")
+    log.info("%d of %d images are held out for testing", count, len(split))
+    return Data(split.subset(sorted(order[count:])), split.subset(sorted(order[:count])), known)
 
 
-def _folders(train: Images, root: Path, test: Images | None = None, test_root: Path | None = None) -> Data:
+def _folders(
+    train: Images, root: Path, test: Images | None = None, test_root: Path | None = None, whole: bool = False
+) -> Data:
     """Classes are the names of folders, numbered in the order of the alphabet."""
     names = sorted({str(train.label(i)) for i in range(len(train.keys))})
     numbers = {name: i for i, name in enumerate(names)}
@@ -161,10 +178,10 @@ def _folders(train: Images, root: Path, test: Images | None = None, test_root: P
         labels = torch.tensor([numbers[name] for name in of])
         return Split(lambda i: decode(images.read(i)), labels, lambda i: str(where / images.keys[i]))
 
-    whole = split(train, root)
+    first = split(train, root)
     if test is None or test_root is None:
-        return _held_out(whole, len(names))
-    return Data(whole, split(test, test_root), len(names))
+        return _one(first, len(names), whole)
+    return Data(first, split(test, test_root), len(names))
 
 
 def _files(sources: Sequence[tuple[Path, Images]]) -> Split:
@@ -193,12 +210,13 @@ def _datasets(source: str) -> Any:
     return datasets
 
 
-def _huggingface(found: Any) -> Data:
+def _huggingface(found: Any, whole: bool) -> Data:
     """A ``datasets.DatasetDict`` with "train" and a test split, or one ``Dataset``, with columns image and label."""
     splits = dict(found) if hasattr(found, "keys") else {"train": found}
-    if "train" not in splits:
+    wanted = [name for name in TEST_FOLDERS if name in splits][:1] + ["train"] * ("train" in splits)
+    wanted = wanted[:1] if whole else wanted
+    if "train" not in splits and not (whole and wanted):
         raise ValueError(f"the data set has no split 'train'; its splits are {', '.join(splits)}")
-    test = next((name for name in TEST_FOLDERS if name in splits), None)
 
     def split(name: str) -> Split:
         table = splits[name]
@@ -216,10 +234,11 @@ def _huggingface(found: Any) -> Data:
         labels = torch.tensor(table[columns["label"]][:], dtype=torch.int64)
         return Split(read, labels, lambda i: f"row {i} of split {name!r}")
 
-    feature = next((splits["train"].features[c] for c in _COLUMNS[1][1] if c in splits["train"].features), None)
-    train = split("train")
-    classes = getattr(feature, "num_classes", None) or int(train.labels.max()) + 1
-    return _held_out(train, classes) if test is None else Data(train, split(test), classes)
+    found = [split(name) for name in wanted]
+    features = splits[wanted[-1]].features
+    feature = next(features[c] for c in _COLUMNS[1][1] if c in features)
+    classes = getattr(feature, "num_classes", None) or int(found[-1].labels.max()) + 1
+    return _one(found[0], classes, whole) if len(found) == 1 else Data(found[1], found[0], classes)
 
 
 _COLUMNS = (("image", ("image", "img")), ("label", ("label", "labels", "fine_label")))
@@ -242,28 +261,34 @@ TORCHVISION: dict[str, tuple[str, Sequence[dict[str, Any]], Sequence[dict[str, A
 }
 
 
-def _torchvision(name: str, root: Path) -> Data:
+def _torchvision(name: str, root: Path, whole: bool) -> Data:
     """One of torchvision's sets, whose files are in ``root``; the paper trains on Flowers' train and val together."""
     import torchvision.datasets
 
     kind, *options = TORCHVISION[name]
 
     def split(parts: Sequence[dict[str, Any]]) -> Split:
-        whole: Any = torch.utils.data.ConcatDataset(
+        opened: Any = torch.utils.data.ConcatDataset(
             [getattr(torchvision.datasets, kind)(root, **{**part, **_no_download(name)}) for part in parts]
         )
-        labels = torch.tensor([label for part in whole.datasets for label in _labels(part)])
-        return Split(lambda i: whole[i][0].convert("RGB"), labels, lambda i: f"image {i} of {name} in {root}")
+        labels = torch.tensor([label for part in opened.datasets for label in _labels(part)])
+        files = [path for part in opened.datasets for path, _ in getattr(part, "samples", ())]
+        return Split(
+            lambda i: opened[i][0].convert("RGB"),
+            labels,
+            lambda i: files[i] if files else f"image {i} of {name} in {root}",
+        )
 
+    wanted = [parts for parts in options if parts]
     try:
-        found = [split(parts) for parts in options if parts]
+        found = [split(parts) for parts in (wanted[-1:] if whole else wanted)]
     except (RuntimeError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"{name}: torchvision's {kind} does not find its files in {root.resolve()} ({error}). Put them there, or "
             f"give --data {name}:FOLDER"
         ) from error
     classes = int(found[0].labels.max()) + 1
-    return _held_out(found[0], classes) if len(found) == 1 else Data(found[0], found[1], classes)
+    return _one(found[0], classes, whole) if len(found) == 1 else Data(found[0], found[1], classes)
 
 
 def _no_download(name: str) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def optimizer_of(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(groups, recipe.lr, (0.9, 0.999), weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW(groups, recipe.lr, (0.9, recipe.beta2), weight_decay=recipe.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ class Run:
     def __init__(
         self, objective: Objective, data: Data, recipe: Recipe, out: Path, seed: int, options: Options, place: Place
     ) -> None:
-        self.data, self.out, self.seed, self.options, self.place = data, out, seed, options, place
+        self.out, self.seed, self.options, self.place = out, seed, options, place
+        self.data = data = data if recipe.examples is None else data.of(recipe.examples, seed)
         self.recipe = recipe = recipe.for_images(len(data.train))
         assert recipe.steps is not None
         self.steps = recipe.steps

@@ -18,7 +18,7 @@ class Recipe:
     """What a run does; each field can be overridden, on the command line by ``--set field=value``.
 
     Args:
-        optimizer: "adam" (b1 0.9, b2 0.999, decoupled weight decay: AdamW) or "sgd" (momentum 0.9).
+        optimizer: "adam" (b1 0.9, decoupled weight decay: AdamW) or "sgd" (momentum 0.9).
         lr: the peak.
         batch_size: images of a step, of all processes together.
         steps, epochs: how long; one of them.
@@ -26,6 +26,7 @@ class Recipe:
         decay: then it falls to 0, "linear" or as a "cosine".
         weight_decay: lr * weight_decay of each weight is taken off in a step, as in the paper's code. Not of vectors
             (biases, norms) and what the model's no_weight_decay names; the paper doesn't say.
+        beta2: of Adam.
         clip: greatest global norm of the gradients, or None.
         dropout: after every dense layer but qkv, and after positions are added to patch embeddings (B.1).
         drop_path: stochastic depth of the last block, rising linearly to it. Not in the paper.
@@ -39,6 +40,7 @@ class Recipe:
         polyak: factor of the running average of the weights, which then is what is evaluated and saved; 0 is none.
         precision: "float32", or "bfloat16": products in it, weights and sums in float32.
         micro_batch: images at a time in a process; their gradients are added up to the batch. None: all.
+        examples: how many training images there are, chosen by the run's seed; None: all. VTAB's tasks have 1,000.
         model: what a run trains that names none; see :func:`fastvit.training.build.model_of`.
     """
 
@@ -50,6 +52,7 @@ class Recipe:
     warmup_steps: int = 10_000
     decay: Literal["linear", "cosine"] = "linear"
     weight_decay: float = 0.1
+    beta2: float = 0.999
     clip: float | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -62,6 +65,7 @@ class Recipe:
     polyak: float = 0.0
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     micro_batch: int | None = None
+    examples: int | None = None
     model: str = "vit_base_patch16_224"
 
     def __post_init__(self) -> None:
@@ -71,14 +75,14 @@ class Recipe:
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 accepted = ", ".join(map(repr, get_args(hint)))
                 raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {accepted}")
-        for name in ("lr", "batch_size", "steps", "epochs", "clip", "image_size", "micro_batch"):
+        for name in ("lr", "batch_size", "steps", "epochs", "clip", "image_size", "micro_batch", "examples"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} is not positive and finite")
         for name in ("warmup_steps", "weight_decay", "mixup", "randaugment"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is negative or not finite")
-        for name in ("dropout", "drop_path", "label_smoothing", "polyak"):
+        for name in ("beta2", "dropout", "drop_path", "label_smoothing", "polyak"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; accepted: 0 up to, and without, 1")
 
@@ -86,8 +90,10 @@ class Recipe:
         """The same in steps, for a training set of so many images.
 
         Raises:
-            ValueError: the warm-up would not end.
+            ValueError: there are no images, or the warm-up would not end.
         """
+        if not count:
+            raise ValueError("the training set has no images")
         steps = self.steps or math.ceil((self.epochs or 0) * count / self.batch_size)
         if self.warmup_steps >= steps:
             raise ValueError(
@@ -205,7 +211,7 @@ RECIPES: dict[str, Recipe] = {
     "finetune_cifar": _finetune(10_000, 0.01),
     "finetune_pets": _finetune(500, 0.01),
     "finetune_flowers": _finetune(500, 0.01),
-    "finetune_vtab": _finetune(2_500, 0.01),
+    "finetune_vtab": replace(_finetune(2_500, 0.01), examples=1000),
     # Ours, for 1,437 images of 8 x 8 pixels.
     "digits": Recipe(
         lr=2e-3,
