@@ -1,6 +1,6 @@
 """Pre-train on all digits without labels, then learn from a tenth of the labels; beside learning from scratch.
 
-Run: python examples/pretrain_digits.py [--start scratch masked beit] [--seeds 0 1 2]
+Run: python examples/pretrain_digits.py [--start scratch masked scratch_beit beit] [--seeds 0 1 2]
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from fastvit.training.objectives import Classification
 from fastvit.training.recipes import recipe_of
 
 LABELS = 144  # of 1,437
+MODELS = {"scratch": "digits", "masked": "digits", "scratch_beit": "digits_beit", "beit": "digits_beit"}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--start", choices=("scratch", "masked", "beit"), nargs="+", default=["scratch", "masked"])
+parser.add_argument("--start", choices=MODELS, nargs="+", default=["scratch", "masked"])
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--pretraining-steps", type=int, default=1000)
 parser.add_argument("--steps", type=int, default=600, help="with labels")
@@ -35,11 +36,11 @@ data = digits()
 def accuracy(start: str, seed: int, lr: float) -> float:
     """Percent right, after learning from the seed's labels."""
     weights = None
-    if start != "scratch":
+    if not start.startswith("scratch"):
         pretrain(start, "digits", weights := out / f"{start}-{seed}", steps=arguments.pretraining_steps, seed=seed)
     recipe = recipe_of("digits").override([f"steps={arguments.steps}", f"lr={lr}", "mixup=0", f"examples={LABELS}"])
     torch.manual_seed(seed)
-    model = model_of("digits", recipe, data, None if weights is None else str(weights))
+    model = model_of(MODELS[start], recipe, data, None if weights is None else str(weights))
     run = out / f"{start}-{seed}-{arguments.steps}-{lr}"
     found = loop.train(Classification(model, data.classes), data, recipe, run, seed=seed)
     return 100 * found["test"]["accuracy"]
@@ -51,4 +52,4 @@ for start in arguments.start:
         found = torch.tensor([accuracy(start, seed, lr) for seed in arguments.seeds])
         each = ", ".join(f"{value:.1f}" for value in found)
         spread = f" ± {found.std():.1f}" if len(found) > 1 else ""
-        print(f"{start:7} lr {lr:g}: {found.mean():.1f}{spread} ({each})", flush=True)
+        print(f"{start:12} lr {lr:g}: {found.mean():.1f}{spread} ({each})", flush=True)
