@@ -261,8 +261,8 @@ def test_fine_tuning_starts_from_a_run(tmp_path: Path) -> None:
     data, recipe = some(), plain(steps=3, image_size=16)
     torch.manual_seed(0)
     model = build.model_of("digits", plain(), data)
-    loop.train(Classification(model, 10), data, plain(steps=3), tmp_path)
-    build.describe(model, tmp_path)
+    config = build.describe(model, plain())
+    loop.train(Classification(model, 10), data, plain(steps=3), tmp_path, config=config)
     again = fastvit.from_checkpoint(tmp_path)
     assert again.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
     images = torch.randn(2, 1, 8, 8)
@@ -415,9 +415,9 @@ def test_other_runs_are_refused(tmp_path: Path) -> None:
     for objective, data, recipe, seed, message in (
         (Classification(linear(), 10), small, plain(lr=0.5), 0, r"another recipe\.lr \(there 0\.02, now 0\.5\)"),
         (Classification(linear(), 10), small, plain(steps=7), 0, r"recipe\.steps \(there 6, now 7\)"),
-        (Classification(deep, 10), small, plain(), 0, "another parameters"),
+        (Classification(deep, 10), small, plain(), 0, "another parameters;"),
         (Other(linear(), 10), small, plain(), 0, "objective .there 'Classification', now 'Other'"),
-        (Classification(linear(), 10), cut, plain(), 0, "another labels"),
+        (Classification(linear(), 10), cut, plain(), 0, "another labels;"),
         (Classification(linear(), 10), small, plain(), 1, "seed .there 0, now 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ from fastvit.pretraining.dvae import DVAE, Tokenizing
 from fastvit.pretraining.masked import MaskedPatches
 from fastvit.pretraining.recipes import recipe_for
 from fastvit.training import loop
-from fastvit.training.augment import MEAN, STD
-from fastvit.training.build import describe, model_of
+from fastvit.training.build import describe, model_of, run
 from fastvit.training.data import Data, open_data
 from fastvit.training.objectives import Objective
 from fastvit.training.recipes import Recipe
@@ -46,7 +43,13 @@ def encoder_of(name: str, recipe: Recipe, data: Data) -> ViT:
     return model
 
 
-def tokenizer_of(name: str, data: Data) -> Tokenizing:
+def pixels_of(recipe: Recipe, data: Data) -> tuple[list[float], list[float]]:
+    """(mean, std) that the recipe normalises pixels by, a value of each channel."""
+    mean, std = (list(values) * (data.channels if len(values) == 1 else 1) for values in (recipe.mean, recipe.std))
+    return mean, std
+
+
+def tokenizer_of(name: str, recipe: Recipe, data: Data) -> Tokenizing:
     """A new tokenizer, with its loss.
 
     Raises:
@@ -55,7 +58,7 @@ def tokenizer_of(name: str, data: Data) -> Tokenizing:
     if name not in TOKENIZERS:
         raise ValueError(f"no tokenizer {name!r}; accepted: {', '.join(TOKENIZERS)}")
     sizes, divergence = TOKENIZERS[name]
-    return Tokenizing(DVAE([MEAN] * data.channels, [STD] * data.channels, **sizes), divergence)
+    return Tokenizing(DVAE(*pixels_of(recipe, data), **sizes), divergence)
 
 
 def pretrain(
@@ -94,34 +97,40 @@ def pretrain(
         if value is not None and method != takes:
             raise ValueError(f"{name}={str(value)!r} with method {method!r}, which has none; {takes!r} has")
     data, recipe = open_data(source), recipe_for(method, source, list(settings), steps)
-    described = {"method": method, "data": source, "model": model or recipe.model}
+    described = {"method": method, "data": os.path.normpath(source), "model": model or recipe.model}
     if method == "beit" and tokenizer is None:
         tokenizer = Path(out) / "tokenizer"
         pretrain("tokenizer", source, tokenizer, seed=seed, options=options)
     torch.manual_seed(seed)
     objective: Objective
     if method == "tokenizer":
-        objective = tokenizer_of(described["model"], data)
+        objective = tokenizer_of(described["model"], recipe, data)
     elif method == "masked":
         described["target"] = target = target or "colour"
         encoder = encoder_of(described["model"], recipe, data)
-        objective = MaskedPatches(encoder, [MEAN] * data.channels, [STD] * data.channels, target)
+        objective = MaskedPatches(encoder, *pixels_of(recipe, data), target)
     else:
         assert tokenizer is not None
         described["tokenizer"] = str(tokenizer)
         encoder = encoder_of(described["model"], recipe, data)
         least = max(1, round(16 / 14**2 * encoder.patch_embed.num_patches))  # BEiT's 16 of 14 x 14, in proportion
         objective = Beit(encoder, DVAE.from_checkpoint(tokenizer), least=least)
-    found = loop.train(objective, data, recipe, out, seed=seed, options=options or loop.Options(), described=described)
-    if os.environ.get("RANK", "0") == "0":
-        describe(objective.model, out)
-    return found
+    return loop.train(
+        objective,
+        data,
+        recipe,
+        out,
+        seed=seed,
+        options=options or loop.Options(),
+        described=described,
+        config=describe(objective.model, recipe),
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     """``fastvit pretrain``."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def told() -> str:
         found = pretrain(
             arguments.method,
             arguments.data,
@@ -134,9 +143,6 @@ def main(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             options=loop.options_of(arguments),
         )
-    except (ValueError, OSError, ImportError, loop.Diverged) as error:
-        print(f"fastvit pretrain: {error}", file=sys.stderr)
-        return 2
-    if os.environ.get("RANK", "0") == "0":
-        print(", ".join(f"test {name}: {value:.4f}" for name, value in found["test"].items()))
-    return 0
+        return ", ".join(f"test {name}: {value:.4f}" for name, value in found["test"].items())
+
+    return run("pretrain", told)
