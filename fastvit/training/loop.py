@@ -217,8 +217,8 @@ class Run:
             theirs, chance = state["run"], state["chance"]
         except Exception as error:  # whatever a damaged file makes torch.load raise
             raise ValueError(
-                f"{self.checkpoint} is no checkpoint of a run, or is cut short ({type(error).__name__}: {error}); move "
-                "it away to begin anew"
+                f"{self.checkpoint} is no checkpoint of a run, or is cut short ({type(error).__name__}); move it away "
+                "to begin anew"
             ) from error
         self._refuse_another(theirs)
         self.step, self.test = state["step"], state["test"]
