@@ -159,6 +159,13 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_pixels(command: argparse.ArgumentParser) -> None:
+    """How pixels are normalised."""
+    for name in ("--mean", "--std"):
+        told = "of the pixels, 0 to 1, one or one of each channel; by default as WEIGHTS' folder says, else 0.5"
+        command.add_argument(name, nargs="+", type=float, metavar="X", help=told)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, so that ``--help`` suffices."""
     top = argparse.ArgumentParser(
@@ -250,8 +257,7 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--weights", required=True, help="a file, a folder of Hugging Face, or hf-hub:org/name")
     embed.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     embed.add_argument("--size", nargs="+", type=_positive, metavar="PIXELS", help="one, or height and width")
-    embed.add_argument("--mean", nargs=3, type=float, default=[0.5] * 3, metavar="X", help="of the pixels, 0 to 1")
-    embed.add_argument("--std", nargs=3, type=float, default=[0.5] * 3, metavar="X", help="of the pixels, 0 to 1")
+    _add_pixels(embed)
     embed.add_argument("--batch", type=_positive, default=64, metavar="N", help="images at a time (default: 64)")
     embed.add_argument("--threads", type=_positive, default=4, metavar="N", help="that decode images (default: 4)")
     embed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

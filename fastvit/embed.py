@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from fastvit.checkpoints.files import pixel_statistics
 from fastvit.checkpoints.load import Source
 from fastvit.images import Images, open_images, preprocess
 from fastvit.models import ViT, from_checkpoint
@@ -161,8 +162,8 @@ def embed(
     out: str | Path,
     *,
     size: tuple[int, int] | None = None,
-    mean: Sequence[float] = (0.5, 0.5, 0.5),
-    std: Sequence[float] = (0.5, 0.5, 0.5),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     batch: int = 64,
     threads: int = 4,
     dtype: torch.dtype = torch.float32,
@@ -178,7 +179,8 @@ def embed(
         weights: what :func:`fastvit.from_checkpoint` takes.
         out: a folder.
         size: (height, width) the images are cut to; by default the model's. Positions are resampled for another.
-        mean, std: of the pixels, in 0..1 units, as the model was trained with.
+        mean, std: of the pixels, in 0..1 units, as the model was trained with; by default as the weights' folder says,
+            else 0.5.
         batch: images at a time. threads: that decode ahead of the model. dtype: of the model.
         parquet: write that too.
 
@@ -195,6 +197,7 @@ def embed(
     options: dict[str, Any] = {} if size is None else {"img_size": size}
     model = from_checkpoint(weights, num_classes=0, device=device, dtype=dtype, **options).eval()
     size = tuple(model.patch_embed.img_size)
+    mean, std = pixel_statistics(weights, mean, std, channels=3)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, images, model, {"size": size, "mean": list(mean), "std": list(std), "dtype": str(dtype)})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -106,6 +108,23 @@ def test_tar_and_parquet(folder: Path, weights: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"data": [row["bytes"] for row in rows]}), tmp_path / "plain.parquet")
     embed(tmp_path / "plain.parquet", weights, tmp_path / "plain")
     check(tmp_path / "plain", {f"{i:09}": value for i, value in enumerate(wanted.values())})
+
+
+def test_pixels_are_normalised_as_the_weights_folder_says(folder: Path, weights: Path, tmp_path: Path) -> None:
+    told: dict[str, Any] = {"mean": [0.3, 0.4, 0.5], "std": [0.2, 0.25, 0.3]}
+    (tmp_path / "w").mkdir()
+    shutil.copy(weights, tmp_path / "w" / "model.safetensors")
+    (tmp_path / "w" / "config.json").write_text(json.dumps({"pretrained_cfg": told}))
+    embed(folder, tmp_path / "w", tmp_path / "said")
+    embed(folder, weights, tmp_path / "given", **told)
+    embed(folder, weights, tmp_path / "half", mean=[0.5])
+    said, given, half = (np.load(tmp_path / name / "features.npy") for name in ("said", "given", "half"))
+    assert np.array_equal(said, given) and not np.allclose(said, half, atol=1e-3)
+    check(tmp_path / "half", expected(folder, weights))
+    with pytest.raises(ValueError, match="std above 0"):
+        embed(folder, weights, tmp_path / "wrong", std=[0.0])
+    with pytest.raises(ValueError, match="mean has 2 values and the images 3 channels"):
+        embed(folder, weights, tmp_path / "wrong", mean=[0.1, 0.2])
 
 
 def test_what_is_done_is_not_done_again(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,9 +95,32 @@ def _folder(folder: Path) -> Raw:
     raise ValueError(f"{folder} has no weights; accepted: {', '.join(_WEIGHTS)}, or an index of their parts")
 
 
-def pixel_statistics(source: str | os.PathLike[str]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """(mean, std) of the pixels, 0 to 1, that a folder's weights were trained with, as timm's config.json or
-    transformers' preprocessor_config.json says; None where neither does."""
+Pixels = tuple[float, ...]
+
+
+def pixel_statistics(
+    source: Any, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, channels: int | None = None
+) -> tuple[Pixels, Pixels]:
+    """(mean, std) of the pixels, 0 to 1, for weights: what is given, else what they were trained with, as timm's
+    config.json or transformers' preprocessor_config.json says beside them, else 0.5 as in the paper's code.
+
+    Raises:
+        ValueError: neither one value nor one of each channel, or a std that is not positive.
+    """
+    told = None if (mean and std) or not isinstance(source, str | os.PathLike) else _pixels_told(source)
+    if told is not None:
+        log.info("%s: pixels were normalised by mean %s and std %s", source, *told)
+    default = told or ((0.5,), (0.5,))
+    found = tuple(mean or default[0]), tuple(std or default[1])
+    for name, values in zip(("mean", "std"), found, strict=True):
+        if channels is not None and len(values) not in (1, channels):
+            raise ValueError(f"{name} has {len(values)} values and the images {channels} channels")
+    if not all(math.isfinite(value) for values in found for value in values) or min(found[1]) <= 0:
+        raise ValueError(f"mean={found[0]} and std={found[1]}: finite numbers, std above 0")
+    return found
+
+
+def _pixels_told(source: str | os.PathLike[str]) -> tuple[Pixels, Pixels] | None:
     folder = _download(str(source).removeprefix(HUB)) if str(source).startswith(HUB) else Path(source)
     for name, keys in (("config.json", ("mean", "std")), ("preprocessor_config.json", ("image_mean", "image_std"))):
         if (folder / name).is_file():

@@ -24,8 +24,6 @@ from fastvit.training.data import Data, open_data
 from fastvit.training.objectives import Classification
 from fastvit.training.recipes import Recipe, recipe_of
 
-log = logging.getLogger("fastvit")
-
 # Models of this room, for `digits` at twice their size: 16 patches and a class token.
 MODELS: dict[str, dict[str, Any]] = {
     "digits": {
@@ -75,9 +73,9 @@ def recipe_for(
     if name.startswith("finetune_") and weights is None:
         raise ValueError(f"{name} is for a model that is trained: give its --weights, or another --recipe")
     recipe = recipe_of(name)
-    if weights is not None and (pixels := files.pixel_statistics(weights)) is not None:
-        log.info("%s: pixels are normalised by mean %s and std %s", weights, *pixels)
-        recipe = replace(recipe, mean=pixels[0], std=pixels[1])
+    if weights is not None:
+        mean, std = files.pixel_statistics(weights)
+        recipe = replace(recipe, mean=mean, std=std)
     return recipe.override([*settings, *([] if steps is None else [f"steps={steps}"])])
 
 
