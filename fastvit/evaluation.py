@@ -157,11 +157,23 @@ def outputs(
 ) -> Tensor:
     """What ``call`` makes of all images, batches (B, C, size, size) -> (N, ...) float32 on the CPU.
 
-    With ``middle`` it sees the middle of each image, 224 of 256 pixels; else the whole, as a square.
+    With ``middle`` it sees the middle of each image, 224 of 256 pixels; else the whole, as a square. At its end the
+    outputs are in memory twice.
+
+    Raises:
+        ValueError: an output is NaN or infinite; the first such image is named.
     """
     where = [[(i, i) for i in range(k, min(k + batch, len(split)))] for k in range(0, len(split), batch)]
     batches = loader(Examples(split, evaluation_transform(size, middle), 0), where, workers)
-    return torch.cat([call(batch["image"]).float().cpu() for batch in tqdm(batches, desc="evaluate", unit="batch")])
+    found = []
+    for numbers, images in zip(where, tqdm(batches, desc="evaluate", unit="batch"), strict=True):
+        rows = call(images["image"]).float().cpu()
+        finite = rows.reshape(len(rows), -1).isfinite().all(1).tolist()
+        if not all(finite):  # the greatest of scores with NaN among them would be some class
+            name = split.name(numbers[finite.index(False)][0])
+            raise ValueError(f"the model's outputs for {name} are NaN or infinite; accepted: finite numbers")
+        found.append(rows)
+    return torch.cat(found)
 
 
 def evaluate(

@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import resize
 import fastvit
 from fastvit import cli, evaluation
 from fastvit.training import build
-from fastvit.training.data import Data, open_data
+from fastvit.training.data import Data, Split, open_data
 from fastvit.training.recipes import recipe_of
 
 
@@ -142,6 +142,22 @@ def test_evaluate(model: fastvit.ViT) -> None:
     found = evaluation.evaluate(model, data, "few-shot", 10)["few-shot"]
     assert found == pytest.approx(evaluation.accuracy(scores, data.test.labels), abs=0.021)  # an image on the border
     assert found > 0.5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_outputs_that_are_not_finite_name_the_image(bad: float) -> None:
+    shades = Split(lambda i: torch.full((1, 8, 8), i / 10), torch.zeros(10, dtype=torch.int64), lambda i: f"shade {i}")
+    with pytest.raises(ValueError, match="the model's outputs for shade 6 are NaN or infinite"):
+        evaluation.outputs(lambda images: torch.where(images.flatten(1) > 0.1, bad, 0.0), shades, 8, batch=4)
+
+
+def test_a_model_with_nan_has_no_accuracy(model: fastvit.ViT) -> None:
+    data = some()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight[0, 0] = math.nan
+    for probe in (None, "few-shot", "knn"):
+        with pytest.raises(ValueError, match=f"outputs for {(data.train if probe else data.test).name(0)} are NaN"):
+            evaluation.evaluate(model, data, probe)
 
 
 def test_evaluate_refuses(model: fastvit.ViT) -> None:
