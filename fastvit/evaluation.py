@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -196,7 +197,8 @@ def evaluate(
         real: labels of the test images, any number of each, for the classifier's ReaL accuracy.
 
     Raises:
-        ValueError: another probe, or a model of other classes or channels, or of images that are no squares.
+        ValueError: another probe, shots without one, outputs that are not finite, or a model of other classes or
+            channels, or of images that are no squares.
     """
     height, width = model.patch_embed.img_size
     if height != width:
@@ -205,6 +207,8 @@ def evaluate(
         raise ValueError(f"the model takes {model.in_chans} channels, and the images have {data.channels}")
     if probe not in (None, "few-shot", "knn"):
         raise ValueError(f"probe={probe!r}; accepted: 'few-shot', 'knn', or none")
+    if probe is None and count is not None:
+        raise ValueError(f"shots={count} are a probe's, and there is none; accepted with 'few-shot' or 'knn'")
     device = next(model.parameters()).device
     model.eval()
     if probe is None:
@@ -234,6 +238,7 @@ def evaluate(
 
 def main(arguments: argparse.Namespace) -> int:
     """``fastvit evaluate``."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         data = open_data(arguments.data, arguments.whole)
         real = None if arguments.real is None else real_labels(arguments.real, data.test)

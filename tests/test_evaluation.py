@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,8 @@ def test_evaluate_refuses(model: fastvit.ViT) -> None:
     data = some()
     with pytest.raises(ValueError, match="probe='svm'; accepted: 'few-shot', 'knn'"):
         evaluation.evaluate(model, data, "svm")
+    with pytest.raises(ValueError, match="shots=5 are a probe's"):
+        evaluation.evaluate(model, data, count=5)
     with pytest.raises(ValueError, match="without a probe"):
         evaluation.evaluate(model, data, "knn", real=[[0]] * len(data.test))
     with pytest.raises(ValueError, match="knn learns from training images, and there are none"):
@@ -186,6 +189,24 @@ def test_command(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert row.split() == ["knn", "360", f"{expected:.2%}"]
     assert cli.main(["evaluate", "--weights", str(tmp_path / "none"), "--data", "digits"]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--weights", str(tmp_path), "--data", "digits", "--shots", "5"]) == 2
+    assert "shots=5 are a probe's" in capsys.readouterr().err
+
+
+def test_command_says_what_it_assumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the library logs is seen: here that a folder without a test set is split."""
+    for i in range(20):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), i).save(path)
+    told = ["evaluate", "--weights", str(tmp_path / "none"), "--data", str(tmp_path / "images")]
+    with monkeypatch.context() as fresh:  # a process in which nothing has configured logging
+        fresh.setattr(logging.root, "handlers", [])
+        fresh.setattr(logging.root, "level", logging.WARNING)
+        assert cli.main(told) == 2
+        assert "2 of 20 images are held out for testing\n" in capsys.readouterr().err
 
 
 def test_real_labels(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
