@@ -20,6 +20,7 @@ from fastvit.training.augment import Examples, evaluation_transform, loader
 from fastvit.training.data import Data, Split, open_data
 
 PENALTIES = tuple(2.0**power for power in range(-10, 21))  # of the few-shot probe, searched where none is given
+CHUNK = 4096  # images that are in float64 at once
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -138,17 +139,23 @@ def nearest(
 ) -> Tensor:
     """k nearest neighbours by cosine, each voting with exp(cosine / temperature) (Wu et al., 2018) -> scores (M, K).
 
+    Besides the arguments and the scores, in float64, it needs about 3 CHUNK^2 + 2 CHUNK (D + k) numbers: under 0.5 GB.
+
     Raises:
         ValueError: k is none of 1 to N.
     """
     if not 1 <= k <= len(labels):
         raise ValueError(f"k={k}; accepted: 1 to {len(labels)}, the training images")
-    known = F.normalize(features.double(), dim=1)
     scores = []
-    for part in F.normalize(queries.double(), dim=1).split(1024):
-        cosine, of = (part @ known.T).topk(k, dim=1)
+    for part in queries.split(CHUNK):
+        query, best, of = F.normalize(part.double(), dim=1), torch.empty(len(part), 0), labels.new_empty(len(part), 0)
+        for keys, names in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
+            near, place = (query @ F.normalize(keys.double(), dim=1).T).topk(min(k, len(keys)), dim=1)
+            best, of = torch.cat([best, near], 1), torch.cat([of, names[place]], 1)
+            best, place = best.topk(min(k, best.shape[1]), dim=1)
+            of = of.gather(1, place)
         votes = torch.zeros(len(part), classes, dtype=torch.float64)
-        scores.append(votes.scatter_add_(1, labels[of], ((cosine - 1) / temperature).exp()))
+        scores.append(votes.scatter_add_(1, of, ((best - 1) / temperature).exp()))
     return torch.cat(scores)
 
 
@@ -191,7 +198,7 @@ def evaluate(
 
     Args:
         model: whose classifier is judged, or with ``probe`` the features that it reads.
-        probe: "few-shot" (the penalty is chosen on a fifth of the training images) or "knn"; None: the classifier.
+        probe: "few-shot" (by :func:`best_penalty`) or "knn"; None: the classifier.
         count: with a probe, training images of each class, chosen by chance with seed 0; None: all.
         middle, workers: as in :func:`outputs`.
         real: labels of the test images, any number of each, for the classifier's ReaL accuracy.
