@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +15,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.linear_model import Ridge
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 import fastvit
 from fastvit import cli, evaluation
 from fastvit.training import build
-from fastvit.training.data import Data, open_data
+from fastvit.training.data import Data, Split, open_data
 from fastvit.training.recipes import recipe_of
 
 
@@ -70,19 +74,97 @@ def test_the_probe_is_ridge_regression_to_plus_and_minus_1(count: int, width: in
         evaluation.few_shot(x, labels, queries, 3, 0.0)
 
 
-def test_the_penalty_is_chosen_on_images_that_are_held_out() -> None:
-    """Two features that tell, among many that don't: some penalty is better than nearly none."""
+@pytest.mark.parametrize(("count", "width"), [(24, 5), (12, 30)])
+def test_scores_of_images_left_out_are_those_of_refits(count: int, width: int) -> None:
+    """And of the penalties within a standard error of the refits' best accuracy that of the least squared error."""
+    x, labels = features(count, width, seed=3)
+    x += torch.randn(count, width, generator=torch.Generator().manual_seed(4)) * 4
+    standard = ((x - x.double().mean(0)) / x.double().std(0, correction=0)).numpy()
+    targets = torch.full((count, 3), -1.0, dtype=torch.float64)
+    targets[range(count), labels] = 1
+    ridge = evaluation.Ridge(x, labels, 3)
+    merits = {}
+    for penalty in evaluation.PENALTIES:
+        expected = torch.empty(count, 3, dtype=torch.float64)
+        for i in range(count):
+            rest = [k for k in range(count) if k != i]
+            fit = Ridge(alpha=penalty, solver="svd").fit(standard[rest], targets[rest].numpy())
+            expected[i] = torch.from_numpy(fit.predict(standard[i : i + 1]))[0]
+        found = ridge.left_out(ridge.coordinates(x), targets, penalty)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+        merits[penalty] = evaluation.accuracy(expected, labels), float((targets - expected).square().sum())
+    best = max(right for right, _ in merits.values())
+    good = {p: error for p, (right, error) in merits.items() if right >= best - math.sqrt(best * (1 - best) / count)}
+    assert 1 < len(good) < len(merits)
+    assert evaluation.best_penalty(x, labels, 3) == min(good, key=lambda p: good[p])
+
+
+# Images of each class, features, deviation of the noise along its first axis and its last. Small penalties fit noise;
+# great ones know the largest class alone, or with few images of many classes have the least squared error.
+PROBED = {"unlike": ([60, 20, 10], 80, 2.0, 2.0), "few": ([2] * 60, 160, 12.0, 0.12)}
+
+
+@pytest.mark.parametrize("counts, width, first, last", PROBED.values(), ids=PROBED)
+def test_the_chosen_penalty_does_well_on_other_images(counts: list[int], width: int, first: float, last: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 3
-    x = torch.cat([torch.eye(3)[labels], torch.randn(60, 200, generator=generator)], 1)
-    queries = torch.cat([torch.eye(3)[labels], torch.randn(60, 200, generator=generator)], 1)
-    chosen = evaluation.best_penalty(x, labels, 3)
-    assert chosen in evaluation.PENALTIES
+    centres = torch.randn(len(counts), width, generator=generator)
+    axes = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    noise = axes * torch.logspace(math.log10(first), math.log10(last), width)
+
+    def images(labels: Tensor) -> Tensor:
+        return centres[labels] + torch.randn(len(labels), width, generator=generator) @ noise.T
+
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    x, others = images(labels), labels.repeat(20)
+    queries = images(others)
     right = {
-        p: evaluation.accuracy(evaluation.few_shot(x, labels, queries, 3, p), labels) for p in evaluation.PENALTIES
+        p: evaluation.accuracy(evaluation.few_shot(x, labels, queries, len(counts), p), others)
+        for p in evaluation.PENALTIES
     }
-    assert right[chosen] >= max(right.values()) - 0.1
-    assert evaluation.best_penalty(x, labels, 3) == chosen
+    best = max(right.values())
+    assert right[evaluation.best_penalty(x, labels, len(counts))] > best - 0.02
+    assert sum(one > best - 0.02 for one in right.values()) < 6
+    assert max(right[evaluation.PENALTIES[0]], right[evaluation.PENALTIES[-1]]) < best - 0.05
+
+
+def test_images_that_are_alone_in_their_class_choose_no_penalty() -> None:
+    """Without it the rest tells nothing of its class; with none but such the middle is chosen."""
+    x, _ = features(9, 6)
+    assert evaluation.best_penalty(x, torch.arange(9), 9) == evaluation.PENALTIES[15] == 32
+    assert evaluation.best_penalty(x[:1], torch.zeros(1, dtype=torch.int64), 3) == 32
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that is made, whatever makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = call(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in pytree.tree_leaves(found) if isinstance(t, Tensor))])
+        return found
+
+
+def test_probes_never_hold_all_images_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces they find the same, and make nothing that has more elements than there are images."""
+    x, labels = features(700, 6)
+    queries, _ = features(40, 6, seed=1)
+
+    def probes() -> tuple[Tensor, Tensor, float]:
+        return (
+            evaluation.few_shot(x, labels, queries, 3, 2.0),
+            evaluation.nearest(x, labels, queries, 3, k=20),
+            evaluation.best_penalty(x, labels, 3),
+        )
+
+    whole = probes()
+    monkeypatch.setattr(evaluation, "CHUNK", 16)
+    with Largest() as largest:
+        pieces = probes()
+    assert largest.numel <= 700
+    torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
 
 
 def test_shots() -> None:
@@ -144,10 +226,28 @@ def test_evaluate(model: fastvit.ViT) -> None:
     assert found > 0.5
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_outputs_that_are_not_finite_name_the_image(bad: float) -> None:
+    shades = Split(lambda i: torch.full((1, 8, 8), i / 10), torch.zeros(10, dtype=torch.int64), lambda i: f"shade {i}")
+    with pytest.raises(ValueError, match="the model's outputs for shade 6 are NaN or infinite"):
+        evaluation.outputs(lambda images: torch.where(images.flatten(1) > 0.1, bad, 0.0), shades, 8, batch=4)
+
+
+def test_a_model_with_nan_has_no_accuracy(model: fastvit.ViT) -> None:
+    data = some()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight[0, 0] = math.nan
+    for probe in (None, "few-shot", "knn"):
+        with pytest.raises(ValueError, match=f"outputs for {(data.train if probe else data.test).name(0)} are NaN"):
+            evaluation.evaluate(model, data, probe)
+
+
 def test_evaluate_refuses(model: fastvit.ViT) -> None:
     data = some()
     with pytest.raises(ValueError, match="probe='svm'; accepted: 'few-shot', 'knn'"):
         evaluation.evaluate(model, data, "svm")
+    with pytest.raises(ValueError, match="shots=5 are a probe's"):
+        evaluation.evaluate(model, data, count=5)
     with pytest.raises(ValueError, match="without a probe"):
         evaluation.evaluate(model, data, "knn", real=[[0]] * len(data.test))
     with pytest.raises(ValueError, match="knn learns from training images, and there are none"):
@@ -170,6 +270,24 @@ def test_command(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert row.split() == ["knn", "360", f"{expected:.2%}"]
     assert cli.main(["evaluate", "--weights", str(tmp_path / "none"), "--data", "digits"]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--weights", str(tmp_path), "--data", "digits", "--shots", "5"]) == 2
+    assert "shots=5 are a probe's" in capsys.readouterr().err
+
+
+def test_command_says_what_it_assumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the library logs is seen: here that a folder without a test set is split."""
+    for i in range(20):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), i).save(path)
+    told = ["evaluate", "--weights", str(tmp_path / "none"), "--data", str(tmp_path / "images")]
+    with monkeypatch.context() as fresh:  # a process in which nothing has configured logging
+        fresh.setattr(logging.root, "handlers", [])
+        fresh.setattr(logging.root, "level", logging.WARNING)
+        assert cli.main(told) == 2
+        assert "2 of 20 images are held out for testing\n" in capsys.readouterr().err
 
 
 def test_real_labels(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
