@@ -309,6 +309,7 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--real", metavar="FILE", help="ReaL's real.json, for images of ImageNet's validation set")
     evaluate.add_argument("--size", type=_positive, metavar="PIXELS", help="a side; by default the model's")
+    _add_pixels(evaluate)
     evaluate.add_argument("--middle", action="store_true", help="of each image 224 of 256 pixels, as for ImageNet")
     evaluate.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     evaluate.set_defaults(run=_evaluate)

@@ -9,13 +9,17 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from fastvit.checkpoints.files import pixel_statistics, read
 from fastvit.models import ViT, from_checkpoint
+from fastvit.models.registry import is_resnet
+from fastvit.models.resnet import ResNetV2
 from fastvit.training.augment import Examples, evaluation_transform, loader
 from fastvit.training.data import Data, Split, open_data
 
@@ -215,18 +219,23 @@ def nearest(
 
 @torch.inference_mode()
 def outputs(
-    call: Callable[[Tensor], Tensor], split: Split, size: int, middle: bool = False, batch: int = 256, workers: int = 0
+    call: Callable[[Tensor], Tensor], split: Split, transform: Any, batch: int = 256, workers: int = 0
 ) -> Tensor:
-    """What ``call`` makes of all images, batches (B, C, size, size) -> (N, ...) float32 on the CPU.
+    """What ``call`` makes of all images, batches (B, C, H, W) -> (N, ...) float32 on the CPU, where at the end they are
+    twice in memory.
 
-    With ``middle`` it sees the middle of each image, 224 of 256 pixels; else the whole, as a square. At its end the
-    outputs are in memory twice.
+    Args:
+        call: the model, or a part of it.
+        split: whose images.
+        transform: what an image goes through; see :func:`fastvit.training.augment.evaluation_transform`.
+        batch: images at a time.
+        workers: processes that read them.
 
     Raises:
         ValueError: an output is NaN or infinite; the first such image is named.
     """
     where = [[(i, i) for i in range(k, min(k + batch, len(split)))] for k in range(0, len(split), batch)]
-    batches = loader(Examples(split, evaluation_transform(size, middle), 0), where, workers)
+    batches = loader(Examples(split, transform, 0), where, workers)
     found = []
     for numbers, images in zip(where, tqdm(batches, desc="evaluate", unit="batch"), strict=True):
         rows = call(images["image"]).float().cpu()
@@ -239,12 +248,15 @@ def outputs(
 
 
 def evaluate(
-    model: ViT,
+    model: ViT | ResNetV2,
     data: Data,
     probe: str | None = None,
     count: int | None = None,
     *,
+    size: int | None = None,
     middle: bool = False,
+    mean: Sequence[float] = (0.5,),
+    std: Sequence[float] = (0.5,),
     workers: int = 0,
     real: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, float]:
@@ -254,16 +266,20 @@ def evaluate(
         model: whose classifier is judged, or with ``probe`` the features that it reads.
         probe: "few-shot" (by :func:`best_penalty`) or "knn"; None: the classifier.
         count: with a probe, training images of each class, chosen by chance with seed 0; None: all.
-        middle, workers: as in :func:`outputs`.
+        size: a side of the images; None: the model's, and for a ResNet 224.
+        middle: show it the middle of each image, 224 of 256 pixels; else the whole, as a square.
+        mean, std: of the pixels, 0 to 1, one value or one of each channel.
+        workers: processes that read images.
         real: labels of the test images, any number of each, for the classifier's ReaL accuracy.
 
     Raises:
         ValueError: another probe, shots without one, outputs that are not finite, or a model of other classes or
             channels, or of images that are no squares.
     """
-    height, width = model.patch_embed.img_size
+    height, width = (size, size) if size else model.patch_embed.img_size if isinstance(model, ViT) else (224, 224)
     if height != width:
         raise ValueError(f"the model takes images of {height} x {width} pixels; accepted: squares")
+    transform = evaluation_transform(height, middle, *pixel_statistics(model, mean, std, data.channels))
     if model.in_chans != data.channels:
         raise ValueError(f"the model takes {model.in_chans} channels, and the images have {data.channels}")
     if probe not in (None, "few-shot", "knn"):
@@ -275,7 +291,7 @@ def evaluate(
     if probe is None:
         if model.num_classes != data.classes:
             raise ValueError(f"the model has {model.num_classes} classes and the data {data.classes}; give a probe")
-        scores = outputs(lambda images: model(images.to(device)), data.test, height, middle, workers=workers)
+        scores = outputs(lambda images: model(images.to(device)), data.test, transform, workers=workers)
         found = {"classifier": accuracy(scores, data.test.labels)}
         return found if real is None else {**found, "ReaL": real_accuracy(scores, real)}
     if real is not None:
@@ -287,8 +303,8 @@ def evaluate(
         return model.forward_head(model.forward_features(images.to(device)), pre_logits=True)
 
     train = data.train if count is None else data.train.subset(shots(data.train.labels, count).tolist())
-    known = outputs(features, train, height, middle, workers=workers)
-    queries = outputs(features, data.test, height, middle, workers=workers)
+    known = outputs(features, train, transform, workers=workers)
+    queries = outputs(features, data.test, transform, workers=workers)
     if probe == "knn":
         scores = nearest(known, train.labels, queries, data.classes, min(20, len(train)))
         return {"knn": accuracy(scores, data.test.labels)}
@@ -304,11 +320,18 @@ def main(arguments: argparse.Namespace) -> int:
         data = open_data(arguments.data, arguments.whole)
         real = None if arguments.real is None else real_labels(arguments.real, data.test)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        size = {} if arguments.size is None else {"img_size": arguments.size}
-        model = from_checkpoint(arguments.weights, device=device, **size)
+        raw = read(arguments.weights)
+        size = arguments.size
+        if is_resnet(raw):
+            size = size or raw.config.get("pretrained_cfg", {}).get("input_size", [None])[-1]
+            model = from_checkpoint(raw, device=device)
+        else:
+            model = from_checkpoint(raw, device=device, **({} if size is None else {"img_size": size}))
+        mean, std = pixel_statistics(arguments.weights, arguments.mean, arguments.std)
         found = evaluate(
-            model, data, arguments.probe, arguments.shots, middle=arguments.middle, workers=arguments.workers, real=real
-        )
+            model, data, arguments.probe, arguments.shots, size=size, middle=arguments.middle, mean=mean, std=std,
+            workers=arguments.workers, real=real,
+        )  # fmt: skip
     except (ValueError, OSError, ImportError) as error:
         print(f"fastvit evaluate: {error}", file=sys.stderr)
         return 2

@@ -23,6 +23,7 @@ from torchvision.transforms.v2.functional import resize
 import fastvit
 from fastvit import cli, evaluation
 from fastvit.training import build
+from fastvit.training.augment import evaluation_transform
 from fastvit.training.data import Data, Split, open_data
 from fastvit.training.recipes import recipe_of
 
@@ -230,7 +231,9 @@ def test_evaluate(model: fastvit.ViT) -> None:
 def test_outputs_that_are_not_finite_name_the_image(bad: float) -> None:
     shades = Split(lambda i: torch.full((1, 8, 8), i / 10), torch.zeros(10, dtype=torch.int64), lambda i: f"shade {i}")
     with pytest.raises(ValueError, match="the model's outputs for shade 6 are NaN or infinite"):
-        evaluation.outputs(lambda images: torch.where(images.flatten(1) > 0.1, bad, 0.0), shades, 8, batch=4)
+        evaluation.outputs(
+            lambda images: torch.where(images.flatten(1) > 0.1, bad, 0.0), shades, evaluation_transform(8), batch=4
+        )
 
 
 def test_a_model_with_nan_has_no_accuracy(model: fastvit.ViT) -> None:
@@ -240,6 +243,28 @@ def test_a_model_with_nan_has_no_accuracy(model: fastvit.ViT) -> None:
     for probe in (None, "few-shot", "knn"):
         with pytest.raises(ValueError, match=f"outputs for {(data.train if probe else data.test).name(0)} are NaN"):
             evaluation.evaluate(model, data, probe)
+
+
+def test_pixels_and_sizes_are_those_of_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run's folder, ResNets' too, which take any size; unless something else is said."""
+    monkeypatch.setattr(evaluation, "open_data", lambda source, whole: some())
+    recipe = recipe_of("digits").override(["image_size=32", "mean=0.1", "std=0.3"])
+    images = torch.stack([resize(some().test.image(i), [32, 32], InterpolationMode.BICUBIC) for i in range(50)])
+    for name in ("R50x1", "digits"):
+        torch.manual_seed(0)
+        model = build.model_of(name, recipe, some()).eval()
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(build.describe(model, recipe)))
+        run = ["evaluate", "--weights", str(tmp_path), "--data", "digits"]
+        for more, mean, std in (([], 0.1, 0.3), (["--mean", "0.9", "--std", "0.1"], 0.9, 0.1)):
+            with torch.no_grad():
+                expected = evaluation.accuracy(model((images - mean) / std), some().test.labels)
+            assert cli.main([*run, *more]) == 0
+            assert capsys.readouterr().out.split()[-1] == f"{expected:.2%}"
+    assert cli.main([*run, "--mean", "1", "2", "3"]) == 2
+    assert "mean has 3 values and the images 1 channels" in capsys.readouterr().err
 
 
 def test_evaluate_refuses(model: fastvit.ViT) -> None:
@@ -324,7 +349,10 @@ def test_features_of_trained_digits_beat_pixels(seed: int, tmp_path: Path) -> No
     assert cli.main(["train", "--data", "digits", "--out", str(tmp_path), "--seed", str(seed)]) == 0
     model, data = fastvit.from_checkpoint(tmp_path), open_data("digits")
     assert json.loads((tmp_path / "metrics.json").read_text())["test"]["accuracy"] > 0.95
-    pixels = [evaluation.outputs(lambda images: images.flatten(1), s, 8) for s in (data.train, data.test)]
+    pixels = [
+        evaluation.outputs(lambda images: images.flatten(1), s, evaluation_transform(8))
+        for s in (data.train, data.test)
+    ]
     for count in (None, 10):
         chosen = torch.arange(len(data.train)) if count is None else evaluation.shots(data.train.labels, count)
         known, labels = pixels[0][chosen], data.train.labels[chosen]

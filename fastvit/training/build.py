@@ -113,7 +113,8 @@ def model_of(name: str, recipe: Recipe, data: Data, weights: str | None = None, 
 
 def describe(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
     """A config.json, as timm has it: with model.safetensors the folder is one that ``from_checkpoint`` takes."""
-    pixels = {"mean": list(recipe.mean), "std": list(recipe.std)}
+    size = [model.in_chans, recipe.image_size, recipe.image_size]
+    pixels = {"input_size": size, "mean": list(recipe.mean), "std": list(recipe.std)}
     return {"model_args": untold(model) if isinstance(model, ViT) else {}, "pretrained_cfg": pixels}
 
 
