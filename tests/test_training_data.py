@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import random
+import sys
 import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -584,6 +585,25 @@ def test_tasks_of_vtab(tmp_path: Path) -> None:
     dtd = open_data(f"dtd:{tmp_path}")
     assert (dtd.train.labels.tolist(), dtd.test.labels.tolist(), dtd.classes) == ([0, 1, 1, 0], [0, 1], 2)
     assert first_pixels(dtd.train) == [97, 98, 98, 97]
+
+
+def test_patch_camelyon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In files of h5py, one for labels."""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "h5py", None)
+        with pytest.raises(ImportError, match="pcam: h5py is not found"):
+            open_data(f"pcam:{tmp_path}")
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "pcam").mkdir()
+    for part, labels in (("train", [0, 1, 1]), ("test", [1, 0])):
+        values = {"x": np.broadcast_to(np.array(labels, np.uint8)[:, None, None, None], (len(labels), 96, 96, 3))}
+        values["y"] = np.array(labels, np.uint8)[:, None, None, None]
+        for name, value in values.items():
+            with h5py.File(tmp_path / "pcam" / f"camelyonpatch_level_2_split_{part}_{name}.h5", "w") as file:
+                file[name] = value
+    data = open_data(f"pcam:{tmp_path}")
+    assert (data.train.labels.tolist(), data.test.labels.tolist(), data.classes) == ([0, 1, 1], [1, 0], 2)
+    assert first_pixels(data.train) == [0, 1, 1]
 
 
 def test_sets_are_checked() -> None:

@@ -21,6 +21,7 @@ TORCHVISION: dict[str, tuple[str, Sequence[dict[str, Any]], Sequence[dict[str, A
     "clevr": ("CLEVRClassification", [{"split": "train"}], [{"split": "val"}]),
     "dtd": ("DTD", [{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
     "eurosat": ("EuroSAT", [{}], []),
+    "pcam": ("PCAM", [{"split": "train"}], [{"split": "test"}]),
     "sun397": ("SUN397", [{}], []),
     "svhn": ("SVHN", [{"split": "train"}], [{"split": "test"}]),
 }
@@ -38,6 +39,7 @@ def opened(name: str, root: Path, whole: bool) -> list[tuple[Callable[[int], Any
 
     Raises:
         FileNotFoundError: the files are not there.
+        ImportError: a package is missing that torchvision reads them with.
     """
     import torchvision.datasets
 
@@ -60,6 +62,8 @@ def opened(name: str, root: Path, whole: bool) -> list[tuple[Callable[[int], Any
     try:
         return [split(parts) for parts in (wanted[-1:] if whole else wanted)]
     except (RuntimeError, FileNotFoundError) as error:
+        if isinstance(error.__context__, ImportError):  # PCAM's, without h5py
+            raise ImportError(f"{name}: {error}") from error
         raise FileNotFoundError(
             f"{name}: torchvision's {kind} does not find its files in {root.resolve()} ({error}). Put them there, or "
             f"give --data {name}:FOLDER"
@@ -68,4 +72,7 @@ def opened(name: str, root: Path, whole: bool) -> list[tuple[Callable[[int], Any
 
 def _labels(part: Any) -> Any:
     """torchvision's own lists: reading labels from images would decode them all."""
+    if hasattr(part, "h5py"):  # PCAM, which has none
+        with part.h5py.File(part._base_folder / part._FILES[part._split]["targets"][0]) as file:
+            return file["y"][:].ravel()
     return next(getattr(part, name) for name in ("targets", "_labels", "labels", "y") if hasattr(part, name))
