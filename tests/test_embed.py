@@ -105,9 +105,10 @@ def test_tar_and_parquet(folder: Path, weights: Path, tmp_path: Path) -> None:
     embed(tmp_path / "images.parquet", weights, tmp_path / "parquet")
     check(tmp_path / "parquet", wanted)
 
-    pq.write_table(pa.table({"data": [row["bytes"] for row in rows]}), tmp_path / "plain.parquet")
-    embed(tmp_path / "plain.parquet", weights, tmp_path / "plain")
+    pq.write_table(pa.table({"data": [*(row["bytes"] for row in rows), None]}), tmp_path / "plain.parquet")
+    assert embed(tmp_path / "plain.parquet", weights, tmp_path / "plain") == (9, 1)
     check(tmp_path / "plain", {f"{i:09}": value for i, value in enumerate(wanted.values())})
+    assert (tmp_path / "plain" / "unreadable.txt").read_text() == "000000009\trow 9 holds no image\n"
 
 
 def test_pixels_are_normalised_as_the_weights_folder_says(folder: Path, weights: Path, tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_wrong_input_is_named(folder: Path, weights: Path, tmp_path: Path, capsy
     for source, message in (
         (tmp_path / "empty", "has no images; known are .bmp, .gif"),
         (tmp_path / "nothing", "no folder, .tar or .parquet file"),
-        (tmp_path / "two.parquet", r"no column 'image', and its binary ones are \['a', 'b'\]"),
+        (tmp_path / "two.parquet", r"no column image or img of images, and its binary ones are \['a', 'b'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             open_images(source)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import logging
+import random
+import sys
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +22,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvit.images import decode
+from fastvit import images
+from fastvit.images import decode, open_images
+from fastvit.training import loop
 from fastvit.training.augment import Examples, Order, evaluation_transform, loader, training_transform
 from fastvit.training.data import Data, Split, open_data
+from fastvit.training.objectives import Objective
 from fastvit.training.recipes import Recipe
 
 
@@ -135,13 +143,80 @@ def test_folder_mistakes(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"8\.png is in no folder of a class"):
         open_data(str(folder))
     (folder / "val").rename(folder / "elsewhere")
-    with pytest.raises(ValueError, match="none for testing; accepted: test, val"):
+    with pytest.raises(ValueError, match="none with folders of classes for testing; accepted: test, val"):
         open_data(str(folder))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no images"):
         open_data(str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match=r"no data 'nothing'.*digits, mnist"):
         open_data("nothing")
+
+
+def test_one_class(folder: Path, tmp_path: Path) -> None:
+    """A folder too high up, of which training would make a perfect classifier."""
+    (folder / "train").rename(tmp_path / "high")
+    (folder / "val").rename(tmp_path / "high" / "val")
+    (tmp_path / "high" / "cat").rename(tmp_path / "high" / "val" / "bird")
+    (tmp_path / "high" / "dog").rename(tmp_path / "high" / "val" / "cow")
+    with pytest.raises(ValueError, match=r"high has images in one folder alone, 'val'; accepted: a folder for each"):
+        open_data(str(tmp_path / "high"))
+    assert open_data(str(tmp_path / "high" / "val"), whole=True).classes == 4
+
+
+def test_links_and_hidden_files(folder: Path, tmp_path: Path) -> None:
+    """Folders of classes may be links; a link to where it is ends; what editors and macOS leave is no image."""
+    (tmp_path / "linked").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "linked" / name).symlink_to(folder / "train" / name)
+    (folder / "train" / "cat" / "again").symlink_to(folder / "train")
+    (folder / "train" / "dog" / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "train" / "dog" / "._4.png").write_bytes(b"no image")
+    (tmp_path / "linked" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "linked" / ".ipynb_checkpoints" / "1.png").write_bytes(png(9))
+    found = open_images(tmp_path / "linked")
+    assert [key for key in found.keys if "again" not in key] == [
+        *("cat/1.png", "cat/2.png", "cat/3.png", "dog/4.png", "dog/5.png")
+    ]
+    assert max(key.count("again") for key in found.keys) == 1
+    tar(tmp_path / "hidden.tar", dict.fromkeys(("./a/1.png", "./a/._1.png", ".b/1.png", "2.png"), png(1)))
+    assert open_images(tmp_path / "hidden.tar").keys == ["./a/1.png", "2.png"]
+
+
+def test_test_splits_without_labels(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Are left out for the next: images in no folder of a class, or labels that are -1, as ImageNet's on the hub."""
+    caplog.set_level(logging.INFO, "fastvit")
+    (folder / "test").mkdir()
+    (folder / "test" / "8.png").write_bytes(png(8))
+    assert first_pixels(open_data(str(folder)).test) == [7, 6]
+    assert caplog.messages == [f"{folder}: test has no labels and is left out"]
+
+    def table(first: int, *labels: int) -> Any:
+        return datasets.Dataset.from_dict(
+            {"image": [{"bytes": png(first + i), "path": None} for i in range(len(labels))], "label": labels}
+        )
+
+    splits = {"train": table(0, *[0, 1] * 10), "test": table(30, -1, -1), "validation": table(40, 0, 1)}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "three")
+    for whole in (False, True):
+        assert first_pixels(open_data(str(tmp_path / "three"), whole).test) == [40, 41]
+    del splits["validation"]
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
+    caplog.clear()
+    assert len(open_data(str(tmp_path / "two")).test) == 2
+    assert "two: test has no labels and is left out" in caplog.text and "2 of 20 images are held out" in caplog.text
+    with pytest.raises(ValueError, match=r"two: row 0 of split 'test' is -1; accepted: whole numbers from 0"):
+        open_data(str(tmp_path / "two"), whole=True)
+
+
+def test_classes_that_are_held_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(20):
+        (tmp_path / f"class {i:02}").mkdir()
+        (tmp_path / f"class {i:02}" / "1.png").write_bytes(png(i))
+    lost = first_pixels(open_data(str(tmp_path)).test)
+    named = ", ".join(f"class {i:02}" for i in lost)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"all images of these classes are held out for testing: {named}"
+    ]
 
 
 def test_an_unreadable_image_is_named(folder: Path) -> None:
@@ -185,29 +260,126 @@ def test_tars_as_webdataset_writes_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "message"),
-    [(None, "3.png has no label"), (b"-1", "accepted: 0 to 2"), (b"cat", "'cat'; accepted: whole"), (b"1.5", "'1.5'")],
+    ("end", "label", "message"),
+    [
+        ("txt", b"1", "3.png has no label"),
+        ("cls", b"\xff", "images.tar: 3.cls can't be read: 'utf-8' codec"),
+        ("json", b"{", "images.tar: 3.json can't be read: Expecting"),
+        ("json", b"1", "images.tar: 3.png has no label"),
+        ("json", b"[1]", "images.tar: 3.png has no label"),
+        ("json", b'{"label": 1.5}', "images.tar: 3.png is 1.5; accepted: whole"),
+        *(
+            ("cls", text.encode(), f"images.tar: 3.png is '{text:.39}")
+            for text in ("-1", "--5", "cat", "1.5", "1000000", "1" * 20, "9" * 5000)
+        ),
+    ],
 )
-def test_labels_of_a_tar_that_are_none(label: bytes | None, message: str, tmp_path: Path) -> None:
+def test_labels_of_a_tar_that_are_none(end: str, label: bytes, message: str, tmp_path: Path) -> None:
     members = {f"{i}{end}": data for i in range(12) for end, data in ((".png", png(i)), (".cls", b"%d" % (i % 3)))}
-    if label is None:
-        del members["3.cls"]
-    else:
-        members["3.cls"] = label
+    del members["3.cls"]
+    members[f"3.{end}"] = label
     tar(tmp_path / "images.tar", members)
     with pytest.raises(ValueError, match=message):
         open_data(str(tmp_path / "images.tar"))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "hugging face"])
+@pytest.mark.parametrize("label", [0.7, 1.0, None, "cat", [0, 1], True, -1, 10**6, 2**40])
+def test_labels_of_a_table_that_are_none(kind: str, label: object, tmp_path: Path) -> None:
+    """The row is named, the third where its neighbours can be numbers."""
+    numbers = label is None or type(label) is int
+    labels = [0, 1, label, *[1] * 9] if numbers else [label] * 12
+    rows = {"image": [{"bytes": png(i), "path": None} for i in range(12)], "label": labels}
+    if kind == "parquet":
+        pq.write_table(pa.table(rows), tmp_path / "set")
+        (tmp_path / "set").rename(tmp_path / "set.parquet")
+        source, name = str(tmp_path / "set.parquet"), f"parquet: {2 * numbers:09}"
+    else:
+        datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
+        source, name = str(tmp_path / "set"), f"set: row {2 * numbers} of split 'train'"
+    with pytest.raises(ValueError) as raised:
+        open_data(source)
+    assert f"{name} is {label!r}; accepted: whole numbers from 0 to 999999" in str(raised.value)
+
+
+def test_labels_with_zeros_in_front(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {**{f"{i}.png": png(i) for i in range(10)}, **{f"{i}.cls": b"%09d" % i for i in range(10)}})
+    assert open_data(str(tmp_path / "a.tar"), whole=True).test.labels.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("how", ["empty", "cut in an image", "cut in a header", "garbage", "garbage inside", "gzip"])
+def test_tars_that_are_broken(how: str, tmp_path: Path) -> None:
+    """Each is named; none loses the images behind where it is broken."""
+    tar(tmp_path / "a.tar", {f"{i}{end}": data for i in range(12) for end, data in ((".png", png(i)), (".cls", b"1"))})
+    whole, noise = (tmp_path / "a.tar").read_bytes(), random.Random(0).randbytes(2000)
+    changed = {
+        "empty": b"",
+        "cut in an image": whole[: 2048 + 512 + 9],
+        "cut in a header": whole[: 2048 + 100],
+        "garbage": noise,
+        "garbage inside": whole[:2048] + noise + whole[4048:],
+        "gzip": gzip.compress(whole),
+    }[how]
+    (tmp_path / "a.tar").write_bytes(changed)
+    with pytest.raises(ValueError, match=r"a\.tar is no tar, or a broken or compressed one: "):
+        open_images(tmp_path / "a.tar")
+
+
 def test_parquet(tmp_path: Path) -> None:
+    """Columns may be called as Hugging Face's are."""
     table = {"image": [{"bytes": png(i), "path": None} for i in range(10)], "label": [i % 2 for i in range(10)]}
-    pq.write_table(pa.table(table), tmp_path / "images.parquet")
-    data = open_data(str(tmp_path / "images.parquet"))
-    assert (len(data.train), len(data.test), data.classes) == (9, 1, 2)
-    assert [i % 2 for i in first_pixels(data.train)] == data.train.labels.tolist()
+    for names in (("image", "label"), ("img", "fine_label"), ("image", "labels")):
+        renamed = dict(zip(names, table.values(), strict=True)) | {"other": [b""] * 10}
+        pq.write_table(pa.table(renamed), tmp_path / "images.parquet")
+        data = open_data(str(tmp_path / "images.parquet"))
+        assert (len(data.train), len(data.test), data.classes) == (9, 1, 2)
+        assert [i % 2 for i in first_pixels(data.train)] == data.train.labels.tolist()
     pq.write_table(pa.table({"image": table["image"]}), tmp_path / "images.parquet")
-    with pytest.raises(ValueError, match="no column 'label'; its columns are image"):
+    with pytest.raises(ValueError, match="no column label or labels or fine_label; its columns are image"):
         open_data(str(tmp_path / "images.parquet"))
+    (tmp_path / "images.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"images\.parquet is no parquet file, or a broken one"):
+        open_data(str(tmp_path / "images.parquet"))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_row_groups_of_parquet(large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones are read when they are wanted, by threads in any order; large ones are in memory, once."""
+    monkeypatch.setattr(images, "SMALL_GROUP", 0 if large else 2**20)
+    path, chance = tmp_path / "images.parquet", random.Random(0)
+    for _ in range(2):  # the second time, another file of the same name
+        values = [chance.randbytes(200_000) for _ in range(20)]
+        rows = [{"bytes": value, "path": f"{i}.png"} for i, value in enumerate(values)]
+        pq.write_table(pa.table({"image": rows}), path, row_group_size=3)
+        before = pa.total_allocated_bytes()
+        found = open_images(path)
+        assert (pa.total_allocated_bytes() - before) / 4e6 == pytest.approx(1 if large else 0, abs=0.1)
+        order = chance.choices(range(20), k=100)
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(found.read, order)) == [values[i] for i in order]
+        assert list(found.keys) == [f"{i}.png" for i in range(20)]
+        del found
+
+
+STRUCT, OWN = pa.struct({"bytes": pa.binary(), "path": pa.string()}), {"bytes": png(1), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [([None, OWN], STRUCT), ([{"bytes": None, "path": None}, OWN], STRUCT), ([None, png(1)], pa.binary())],
+)
+def test_rows_without_an_image(column: list[Any], kind: Any, tmp_path: Path) -> None:
+    """Of a .parquet and of a Hugging Face set."""
+    table = pa.table({"image": pa.array(column * 6, kind), "label": [0, 1] * 6})
+    pq.write_table(table, tmp_path / "images.parquet")
+    data = open_data(str(tmp_path / "images.parquet"), whole=True)
+    with pytest.raises(ValueError, match=r"parquet: 000000002 can't be read: row 2 holds no image"):
+        data.test.image(2)
+    datasets.Dataset(table).save_to_disk(tmp_path / "set")
+    data = open_data(str(tmp_path / "set"), whole=True)
+    with pytest.raises(ValueError, match=r"set: row 2 of split 'train' can't be read: the row holds no image"):
+        data.test.image(2)
+    assert data.test.image(1).getpixel((0, 0)) == (1, 0, 100)
 
 
 def test_hugging_face(tmp_path: Path) -> None:
@@ -224,8 +396,39 @@ def test_hugging_face(tmp_path: Path) -> None:
     table(*range(20)).save_to_disk(tmp_path / "one")
     assert len(open_data(str(tmp_path / "one")).test) == 2
     datasets.DatasetDict({"train": table(1).remove_columns("label")}).save_to_disk(tmp_path / "no labels")
-    with pytest.raises(ValueError, match="columns img; wanted: image and label"):
+    with pytest.raises(ValueError, match="columns img; wanted: image or img, and label or labels or fine_label"):
         open_data(str(tmp_path / "no labels"))
+
+
+def test_hugging_face_reads_the_images_alone(tmp_path: Path) -> None:
+    """Not the other columns of their rows, nor as what a format would make of them."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.Value("int64"), "mask": datasets.Image()}
+    )
+    rows = {
+        "image": [{"bytes": png(i), "path": None} for i in range(12)],
+        "label": [0, 1] * 6,
+        "mask": [{"bytes": b"no image", "path": None}] * 12,
+    }
+    datasets.Dataset.from_dict(rows, features=features).with_format("torch").save_to_disk(tmp_path / "set")
+    assert first_pixels(open_data(str(tmp_path / "set"), whole=True).test) == list(range(12))
+
+
+def test_broken_hugging_face_sets(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"image": [1] * 12, "label": [0, 1] * 6})
+    table.save_to_disk(tmp_path / "numbers")
+    table.select([]).save_to_disk(tmp_path / "empty")
+    table.save_to_disk(tmp_path / "broken")
+    (tmp_path / "broken" / "dataset_info.json").write_text("{")
+    for name, message in (
+        ("numbers", "numbers: column image of split 'train' holds no images"),
+        ("empty", "empty is no folder of save_to_disk, or a broken or empty one"),
+        ("broken", "broken is no folder of save_to_disk, or a broken or empty one: JSONDecodeError"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_data(str(tmp_path / name))
+    with pytest.raises(ValueError, match="'hf:' names no data set; accepted: hf:NAME"):
+        open_data("hf:")
 
 
 def test_torchvision(tmp_path: Path) -> None:
@@ -386,12 +589,33 @@ def test_tasks_of_vtab(tmp_path: Path) -> None:
     assert first_pixels(dtd.train) == [97, 98, 98, 97]
 
 
+def test_patch_camelyon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In files of h5py, one for labels."""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "h5py", None)
+        with pytest.raises(ImportError, match="pcam: h5py is not found"):
+            open_data(f"pcam:{tmp_path}")
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "pcam").mkdir()
+    for part, labels in (("train", [0, 1, 1]), ("test", [1, 0])):
+        values = {"x": np.broadcast_to(np.array(labels, np.uint8)[:, None, None, None], (len(labels), 96, 96, 3))}
+        values["y"] = np.array(labels, np.uint8)[:, None, None, None]
+        for name, value in values.items():
+            with h5py.File(tmp_path / "pcam" / f"camelyonpatch_level_2_split_{part}_{name}.h5", "w") as file:
+                file[name] = value
+    data = open_data(f"pcam:{tmp_path}")
+    assert (data.train.labels.tolist(), data.test.labels.tolist(), data.classes) == ([0, 1, 1], [1, 0], 2)
+    assert first_pixels(data.train) == [0, 1, 1]
+
+
 def test_sets_are_checked() -> None:
     def split(*labels: int) -> Split:
         return Split(lambda i: torch.zeros(1, 8, 8), torch.tensor(labels, dtype=torch.int64), lambda i: f"number {i}")
 
     with pytest.raises(ValueError, match="the test set has no images"):
         Data(split(0, 1), split(), 2)
+    with pytest.raises(ValueError, match="classes=1: there is nothing to learn; accepted: 2 or more"):
+        Data(split(0, 0), split(0), 1)
     with pytest.raises(ValueError, match="label of number 1 is 2; accepted: 0 to 1"):
         Data(split(0, 1), split(1, 2), 2)
 
@@ -441,6 +665,71 @@ def test_chance_is_of_the_seed_and_the_place_alone(crop: str) -> None:
     assert not torch.equal(seen(1, [places]), one)
     assert not torch.equal(seen(0, [[(i + 6, i) for i in range(6)]]), one)
     assert len({image.numpy().tobytes() for image in one}) > 2
+
+
+def seen(image: Any, count: int, **changes: Any) -> torch.Tensor:
+    """What a recipe makes of one image, so many times: (count, C, size, size), 0 to 1."""
+    recipe = Recipe(steps=20_000, **{"crop": "none", "flip": False} | changes)
+    split = Split(lambda i: image, torch.zeros(1, dtype=torch.int64), str)
+    examples = Examples(split, training_transform(recipe), 0)
+    return torch.stack([examples[place, 0]["image"] for place in range(count)]) / 2 + 0.5
+
+
+def coordinates(size: int) -> torch.Tensor:
+    """An image whose pixels say where they are: (3, size, size), 0 to 1 from left to right and from top to bottom."""
+    x = torch.linspace(0, 1, size).expand(size, size)
+    return torch.stack([x, x.T, x])
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    image = coordinates(16)
+    for flip in (True, False):
+        mirrored = [torch.allclose(found, image.flip(-1)) for found in seen(image, 64, image_size=16, flip=flip)]
+        kept = [torch.allclose(found, image) for found in seen(image, 64, image_size=16, flip=flip)]
+        assert [a != b for a, b in zip(mirrored, kept, strict=True)] == [True] * 64
+        assert 20 < sum(mirrored) < 44 if flip else not any(mirrored)
+
+
+def test_areas_of_inception_crops() -> None:
+    """From 8% to all of it."""
+    found = seen(coordinates(128), 200, crop="inception", image_size=32)
+    sides = [(channel.amax((1, 2)) - channel.amin((1, 2))) * 32 / 31 for channel in (found[:, 0], found[:, 1])]
+    areas = sides[0] * sides[1]  # of the outermost pixels' centres, all but exact
+    assert 0.07 < areas.min() < 0.12 and 0.9 < areas.max() < 1.05
+    assert 0.4 < areas.mean() < 0.65
+
+
+def test_random_crops_are_6_of_7() -> None:
+    """384 of 448 pixels, wherever."""
+    found = seen(coordinates(448), 20, crop="random", image_size=384) * 447
+    for axis, step in ((0, found[:, 0, 0]), (1, found[:, 1, :, 0])):
+        corners = step[:, 0].round()
+        torch.testing.assert_close(step, corners[:, None] + torch.arange(384.0), atol=1e-3, rtol=0)
+        assert len(set(corners.tolist())) > 10 and corners.min() < 20 and corners.max() > 44, axis
+
+
+def test_randaugment_changes_pixels() -> None:
+    pixels = torch.randint(256, (3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    plain = seen(pixels, 1, image_size=16)
+    assert [torch.equal(found, plain[0]) for found in seen(pixels, 20, image_size=16, randaugment=2)].count(True) < 5
+
+
+@pytest.mark.parametrize(("crop", "middle"), [("inception", True), ("random", False)])
+def test_what_was_cropped_in_training_is_tested_in_the_middle(crop: str, middle: bool, tmp_path: Path) -> None:
+    class Mean(Objective):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.nn.Linear(1, 1)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"loss": batch["image"].mean() + 0 * self.model.weight.sum()}
+
+    image = (coordinates(32) - 0.5).abs()
+    split = Split(lambda i: image, torch.zeros(2, dtype=torch.int64), str)
+    recipe = Recipe(steps=1, warmup_steps=0, batch_size=2, image_size=16, precision="float32", crop=crop)  # type: ignore[arg-type]
+    test = loop.train(Mean(), Data(split, split, 2), recipe, tmp_path)["test"]
+    wanted = [float(evaluation_transform(16, cut)(image).mean()) for cut in (middle, not middle)]
+    assert test["loss"] == pytest.approx(wanted[0], abs=1e-5) != pytest.approx(wanted[1], abs=1e-2)
 
 
 # -- the order ------------------------------------------------------------------------------------------------------

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvit.images import Images, decode, open_images
+from fastvit.images import IMAGE_COLUMNS, LABEL_COLUMNS, Images, decode, open_images
+from fastvit.training import torchvision_sets
+from fastvit.training.torchvision_sets import TORCHVISION
 
 log = logging.getLogger("fastvit")
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 HELD_OUT = 10  # one image of so many is for testing, where a source has one split alone
+LABEL = re.compile("0*[0-9]{1,6}")  # larger is no class: a stray number would make a classifier of so many outputs
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Data:
         channels: of the images, 1 or 3.
 
     Raises:
-        ValueError: there is no image for testing, or a label is none of the classes.
+        ValueError: there is no image for testing, or one class alone, or a label is none of the classes.
     """
 
     train: Split
@@ -79,6 +85,8 @@ class Data:
     def __post_init__(self) -> None:
         if not len(self.test):
             raise ValueError("the test set has no images")
+        if self.classes < 2:
+            raise ValueError(f"classes={self.classes}: there is nothing to learn; accepted: 2 or more")
         for split in (self.train, self.test):
             wrong = ((split.labels < 0) | (split.labels >= self.classes)).nonzero()
             if len(wrong):
@@ -104,39 +112,44 @@ def open_data(source: str, whole: bool = False) -> Data:
 
     Args:
         source: "digits"; one of :data:`TORCHVISION`, or NAME:FOLDER where its files are elsewhere than in data/; a
-            folder of class folders, or of such in "train" and in one of :data:`TEST_FOLDERS`; a .tar or .parquet, or a
-            pattern with * for several; what ``datasets`` saved with save_to_disk; or hf:NAME for its hub. Of a source
-            with one split alone a tenth is held out for testing, always the same.
+            folder of class folders, or of such in "train" and in one of :data:`TEST_FOLDERS` (the first with labels);
+            a .tar or .parquet, or a pattern with * for several; what ``datasets`` saved with save_to_disk; or hf:NAME
+            for its hub. Of a source with one split alone a tenth is held out for testing, always the same.
         whole: for testing alone: all of a source with one split, and of torchvision's sets none but the test set.
 
     Raises:
         ValueError: it is no such source, has no images, or labels that are missing or out of range.
         FileNotFoundError: there is nothing of that name; where it was looked for.
+        ImportError: a package is missing that reads it.
     """
     name, _, folder = source.partition(":")
     path = Path(source)
     if name == "digits":
         return digits()
     if name in TORCHVISION:
-        return _torchvision(name, Path(folder or "data"), whole)
-    if name == "hf":
-        return _huggingface(_datasets(source).load_dataset(folder), whole)
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        return _huggingface(_datasets(source).load_from_disk(source), whole)
+        parts = torchvision_sets.opened(name, Path(folder or "data"), whole)
+        return _data([Split(read, _numbers(labels, called), called) for read, labels, called in parts], None, whole)
+    if source.startswith("hf:") or any((path / told).is_file() for told in ("dataset_dict.json", "dataset_info.json")):
+        return _huggingface(source, whole)
     if (path / "train").is_dir():
-        test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
+        opened = cache(lambda part: open_images(path / part))
+        tests = [part for part in TEST_FOLDERS if (path / part).is_dir()]
+        test = _labelled(source, tests, lambda part: any(os.sep in key for key in opened(part).keys))
         if test is None:
-            raise ValueError(f"{source} has a folder train and none for testing; accepted: {', '.join(TEST_FOLDERS)}")
-        return _folders(open_images(path / "train"), path / "train", open_images(test), test)
+            raise ValueError(
+                f"{source} has a folder train and none with folders of classes for testing; accepted: "
+                f"{', '.join(TEST_FOLDERS)}"
+            )
+        return _folders([(path / part, opened(part)) for part in ("train", test)], whole)
     if path.is_dir():
-        return _folders(open_images(path), path, whole=whole)
+        return _folders([(path, open_images(path))], whole)
     sources = sorted(glob.glob(source))
     if not sources:
         raise FileNotFoundError(
             f"no data {source!r}: no such file or folder in {Path.cwd()}, and no known name: digits, "
             f"{', '.join(TORCHVISION)}, hf:NAME"
         )
-    return _one(_files([(Path(s), open_images(s)) for s in sources]), None, whole)
+    return _data([_files([(Path(s), open_images(s)) for s in sources])], None, whole)
 
 
 def digits() -> Data:
@@ -151,151 +164,139 @@ def digits() -> Data:
     return Data(split.subset(order[:-360]), split.subset(order[-360:]), 10, 1)
 
 
-def _one(split: Split, classes: int | None, whole: bool) -> Data:
-    """A source's one split: all of it for testing, or a tenth."""
-    known = int(split.labels.max()) + 1 if classes is None else classes
+def _numbers(labels: Sequence[object], name: Callable[[int], str]) -> Tensor:
+    """The labels of any source as int64 (N,).
+
+    Raises:
+        ValueError: one is no class's number; the image is named.
+    """
+    for i, label in enumerate(labels):
+        if isinstance(label, bool) or not isinstance(label, (int, str)) or not LABEL.fullmatch(str(label)):
+            raise ValueError(f"the label of {name(i)} is {label!r:.40}; accepted: whole numbers from 0 to 999999")
+    return torch.tensor([int(str(label)) for label in labels], dtype=torch.int64)
+
+
+def _labelled(source: str, splits: Sequence[str], has_labels: Callable[[str], bool]) -> str | None:
+    """The first of the splits for testing that has labels: of many sets those of "test" are not given away."""
+    for split in splits:
+        if has_labels(split):
+            return split
+        log.info("%s: %s has no labels and is left out", source, split)
+    return None
+
+
+def _data(splits: Sequence[Split], classes: Sequence[str] | None, whole: bool) -> Data:
+    """A training and a test split; of one alone all is for testing, or a tenth.
+
+    Args:
+        classes: their names; None: as many as the first split's labels have.
+    """
+    names = [str(i) for i in range(int(splits[0].labels.max()) + 1)] if classes is None else classes
+    if len(splits) == 2:
+        return Data(splits[0], splits[1], len(names))
+    (split,) = splits
     if whole:
-        return Data(split.subset([]), split, known)
+        return Data(split.subset([]), split, len(names))
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)).tolist()
     count = len(split) // HELD_OUT
     if not count:
         raise ValueError(f"{len(split)} images are too few to hold some out for testing; accepted: {HELD_OUT} or more")
     log.info("%d of %d images are held out for testing", count, len(split))
-    return Data(split.subset(sorted(order[count:])), split.subset(sorted(order[:count])), known)
+    data = Data(split.subset(sorted(order[count:])), split.subset(sorted(order[:count])), len(names))
+    if lost := sorted(set(data.test.labels.tolist()) - set(data.train.labels.tolist())):
+        log.warning("all images of these classes are held out for testing: %s", ", ".join(names[i] for i in lost))
+    return data
 
 
-def _folders(
-    train: Images, root: Path, test: Images | None = None, test_root: Path | None = None, whole: bool = False
-) -> Data:
-    """Classes are the names of folders, numbered in the order of the alphabet."""
-    names = sorted({str(train.label(i)) for i in range(len(train.keys))})
+def _folders(parts: Sequence[tuple[Path, Images]], whole: bool) -> Data:
+    """Classes are the names of folders, of the first part, numbered in the order of the alphabet."""
+    root, train = parts[0]
+    names = sorted({str(label) for label in train.labels()})
     numbers = {name: i for i, name in enumerate(names)}
+    if len(names) < 2:
+        raise ValueError(f"{root} has images in one folder alone, {names[0]!r}; accepted: a folder for each class")
 
-    def split(images: Images, where: Path) -> Split:
-        of = [str(images.label(i)) for i in range(len(images.keys))]
+    def split(where: Path, images: Images) -> Split:
+        of = [str(label) for label in images.labels()]
         if unknown := sorted(set(of) - set(names)):
             raise ValueError(f"{where} has classes that {root} has not: {', '.join(unknown[:8])}")
         labels = torch.tensor([numbers[name] for name in of])
         return Split(lambda i: decode(images.read(i)), labels, lambda i: str(where / images.keys[i]))
 
-    first = split(train, root)
-    if test is None or test_root is None:
-        return _one(first, len(names), whole)
-    return Data(first, split(test, test_root), len(names))
+    return _data([split(*part) for part in parts], names, whole)
 
 
 def _files(sources: Sequence[tuple[Path, Images]]) -> Split:
     """The images of several .tar and .parquet files, whose labels are numbers."""
     places = [(path, images, i) for path, images in sources for i in range(len(images.keys))]
 
-    def label(path: Path, images: Images, i: int) -> int:
-        found = images.label(i)
-        if isinstance(found, bool) or not str(found).lstrip("-").isdecimal():
-            raise ValueError(f"the label of {path}: {images.keys[i]} is {found!r}; accepted: whole numbers from 0")
-        return int(str(found))
+    def name(number: int) -> str:
+        path, images, i = places[number]
+        return f"{path}: {images.keys[i]}"
 
     def read(number: int) -> Any:
         _, images, i = places[number]
         return decode(images.read(i))
 
-    labels = torch.tensor([label(*place) for place in places])
-    return Split(read, labels, lambda number: f"{places[number][0]}: {places[number][1].keys[places[number][2]]}")
+    return Split(read, _numbers([label for _, images in sources for label in images.labels()], name), name)
 
 
-def _datasets(source: str) -> Any:
+def _huggingface(source: str, whole: bool) -> Data:
+    """A ``datasets.DatasetDict`` with "train" and a test split, or one ``Dataset``, with columns image and label."""
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"{source}: pip install 'fastvit[train]', for datasets") from error
-    return datasets
+        raise ImportError(f"{source}: pip install 'fastvit[train]', for datasets") from error
 
+    if source.startswith("hf:"):
+        if source == "hf:":
+            raise ValueError("'hf:' names no data set; accepted: hf:NAME, of one on Hugging Face's hub")
+        found = datasets.load_dataset(source.removeprefix("hf:"))
+    else:
+        try:
+            found = datasets.load_from_disk(source)
+        except Exception as error:  # whatever datasets makes of a broken folder
+            raise ValueError(f"{source} is no folder of save_to_disk, or a broken or empty one: {error!r}") from error
+    parts = found if isinstance(found, dict) else {"train": found}
+    splits = {name: table.with_format(None) for name, table in parts.items()}  # a format may make tensors of images
 
-def _huggingface(found: Any, whole: bool) -> Data:
-    """A ``datasets.DatasetDict`` with "train" and a test split, or one ``Dataset``, with columns image and label."""
-    splits = dict(found) if hasattr(found, "keys") else {"train": found}
-    wanted = [name for name in TEST_FOLDERS if name in splits][:1] + ["train"] * ("train" in splits)
-    wanted = wanted[:1] if whole else wanted
-    if "train" not in splits and not (whole and wanted):
-        raise ValueError(f"the data set has no split 'train'; its splits are {', '.join(splits)}")
+    def column(name: str, accepted: Sequence[str]) -> str:
+        of = splits[name].column_names
+        if chosen := next((column for column in accepted if column in of), None):
+            return chosen
+        raise ValueError(
+            f"{source}: split {name!r} has columns {', '.join(of)}; wanted: {' or '.join(IMAGE_COLUMNS)}, and "
+            f"{' or '.join(LABEL_COLUMNS)}"
+        )
+
+    @cache
+    def labels(name: str) -> list[object]:
+        return list(splits[name][column(name, LABEL_COLUMNS)][:])
 
     def split(name: str) -> Split:
-        table = splits[name]
-        columns = {wanted: next((c for c in choice if c in table.column_names), None) for wanted, choice in _COLUMNS}
-        if None in columns.values():
-            raise ValueError(f"split {name!r} has columns {', '.join(table.column_names)}; wanted: image and label")
-        import datasets
-
-        raw = table.cast_column(columns["image"], datasets.Image(decode=False))
+        table, images = splits[name], column(name, IMAGE_COLUMNS)
+        try:
+            table = table.select_columns([images]).cast_column(images, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"{source}: column {images} of split {name!r} holds no images: {error}") from error
 
         def read(i: int) -> Any:
-            cell = raw[i][columns["image"]]
-            return decode(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes())
+            cell = table[i][images]
+            if cell is None or (cell["bytes"] is None and cell["path"] is None):
+                raise ValueError("the row holds no image")
+            return decode(Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"])
 
-        labels = torch.tensor(table[columns["label"]][:], dtype=torch.int64)
-        return Split(read, labels, lambda i: f"row {i} of split {name!r}")
+        def called(i: int) -> str:
+            return f"{source}: row {i} of split {name!r}"
 
-    found = [split(name) for name in wanted]
-    features = splits[wanted[-1]].features
-    feature = next(features[c] for c in _COLUMNS[1][1] if c in features)
-    classes = getattr(feature, "num_classes", None) or int(found[-1].labels.max()) + 1
-    return _one(found[0], classes, whole) if len(found) == 1 else Data(found[1], found[0], classes)
+        if not len(table):
+            raise ValueError(f"{source}: split {name!r} has no images")
+        return Split(read, _numbers(labels(name), called), called)
 
-
-_COLUMNS = (("image", ("image", "img")), ("label", ("label", "labels", "fine_label")))
-
-# Name -> class in torchvision.datasets, its arguments for training and, if it has such a split, for testing.
-TORCHVISION: dict[str, tuple[str, Sequence[dict[str, Any]], Sequence[dict[str, Any]]]] = {
-    "mnist": ("MNIST", [{"train": True}], [{"train": False}]),
-    "cifar10": ("CIFAR10", [{"train": True}], [{"train": False}]),
-    "cifar100": ("CIFAR100", [{"train": True}], [{"train": False}]),
-    "flowers102": ("Flowers102", [{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
-    "pets": ("OxfordIIITPet", [{"split": "trainval"}], [{"split": "test"}]),
-    "imagenet": ("ImageNet", [{"split": "train"}], [{"split": "val"}]),
-    # Of VTAB, what torchvision has; some are one split, of which a tenth is held out.
-    "caltech101": ("Caltech101", [{}], []),
-    "clevr": ("CLEVRClassification", [{"split": "train"}], [{"split": "val"}]),
-    "dtd": ("DTD", [{"split": "train"}, {"split": "val"}], [{"split": "test"}]),
-    "eurosat": ("EuroSAT", [{}], []),
-    "sun397": ("SUN397", [{}], []),
-    "svhn": ("SVHN", [{"split": "train"}], [{"split": "test"}]),
-}
-
-
-def _torchvision(name: str, root: Path, whole: bool) -> Data:
-    """One of torchvision's sets, whose files are in ``root``; the paper trains on Flowers' train and val together."""
-    import torchvision.datasets
-
-    kind, *options = TORCHVISION[name]
-
-    def split(parts: Sequence[dict[str, Any]]) -> Split:
-        opened: Any = torch.utils.data.ConcatDataset(
-            [getattr(torchvision.datasets, kind)(root, **{**part, **_no_download(name)}) for part in parts]
-        )
-        labels = torch.tensor([label for part in opened.datasets for label in _labels(part)])
-        files = [path for part in opened.datasets for path, _ in getattr(part, "samples", ())]
-        return Split(
-            lambda i: opened[i][0].convert("RGB"),
-            labels,
-            lambda i: files[i] if files else f"image {i} of {name} in {root}",
-        )
-
-    wanted = [parts for parts in options if parts]
-    try:
-        found = [split(parts) for parts in (wanted[-1:] if whole else wanted)]
-    except (RuntimeError, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{name}: torchvision's {kind} does not find its files in {root.resolve()} ({error}). Put them there, or "
-            f"give --data {name}:FOLDER"
-        ) from error
-    classes = int(found[0].labels.max()) + 1
-    return _one(found[0], classes, whole) if len(found) == 1 else Data(found[0], found[1], classes)
-
-
-def _no_download(name: str) -> dict[str, Any]:
-    return {} if name == "imagenet" else {"download": False}  # which has no such argument
-
-
-def _labels(part: Any) -> list[int]:
-    """torchvision's own lists: reading labels from images would decode them all."""
-    found = next(getattr(part, name) for name in ("targets", "_labels", "labels", "y") if hasattr(part, name))
-    return [int(label) for label in found]
+    tests = [name for name in TEST_FOLDERS if name in splits]
+    test = _labelled(source, tests, lambda name: any(label not in (-1, None) for label in labels(name)))
+    wanted = [test or next(iter(tests), "train")] if whole else ["train", *([test] if test else [])]
+    if "train" in wanted and "train" not in splits:
+        raise ValueError(f"{source} has no split 'train'; its splits are {', '.join(splits)}")
+    feature = splits[wanted[0]].features[column(wanted[0], LABEL_COLUMNS)]
+    return _data([split(name) for name in wanted], getattr(feature, "names", None), whole)
