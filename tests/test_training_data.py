@@ -539,6 +539,29 @@ def test_whole(folder: Path, tmp_path: Path) -> None:
         open_data(str(tmp_path / "validation"))
 
 
+def test_images_without_labels(folder: Path, tmp_path: Path) -> None:
+    """They need none where none are asked for: in a folder, beside those of a .tar, in a table."""
+    shades = [Image.new("L", (4, 4), i) for i in range(20)]
+    (tmp_path / "flat").mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, image in enumerate(shades):
+            image.save(path := tmp_path / "flat" / f"{i:02}.png")
+            tar.add(path, f"{i:02}.png")
+    files = [path.read_bytes() for path in sorted((tmp_path / "flat").iterdir())]
+    pq.write_table(pa.table({"image": files}), tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"image": shades}).save_to_disk(tmp_path / "saved")
+    for source in (tmp_path / name for name in ("flat", "a.tar", "a.parquet", "saved")):
+        with pytest.raises(ValueError, match="label|in no folder of a class"):
+            open_data(str(source))
+        data = open_data(str(source), labels=False)
+        assert (len(data.train), len(data.test), data.classes) == (18, 2, 0)
+        assert sorted(first_pixels(data.train) + first_pixels(data.test)) == list(range(20))
+    bare, labelled = open_data(str(folder), labels=False), open_data(str(folder))
+    assert (len(bare.train), len(bare.test)) == (len(labelled.train), len(labelled.test))
+    with pytest.raises(FileNotFoundError, match="no data"):
+        open_data(str(tmp_path / "nowhere"), labels=False)
+
+
 def test_examples() -> None:
     """So many training images, of the seed's choice; the test set stays."""
     data = open_data("digits")

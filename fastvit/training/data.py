@@ -70,7 +70,7 @@ class Data:
 
     Args:
         train, test: their images; there may be none for training, where a model is only judged.
-        classes: how many; labels are below.
+        classes: how many; labels are below. 0: the images have no labels.
         channels: of the images, 1 or 3.
 
     Raises:
@@ -85,9 +85,9 @@ class Data:
     def __post_init__(self) -> None:
         if not len(self.test):
             raise ValueError("the test set has no images")
-        if self.classes < 2:
-            raise ValueError(f"classes={self.classes}: there is nothing to learn; accepted: 2 or more")
-        for split in (self.train, self.test):
+        if self.classes == 1:
+            raise ValueError("classes=1: there is nothing to learn; accepted: 2 or more, or 0 for no labels")
+        for split in (self.train, self.test) if self.classes else ():
             wrong = ((split.labels < 0) | (split.labels >= self.classes)).nonzero()
             if len(wrong):
                 first = int(wrong[0])
@@ -107,7 +107,7 @@ class Data:
         return replace(self, train=self.train.subset(order[:count]))
 
 
-def open_data(source: str, whole: bool = False) -> Data:
+def open_data(source: str, whole: bool = False, labels: bool = True) -> Data:
     """A data set by its name.
 
     Args:
@@ -116,6 +116,7 @@ def open_data(source: str, whole: bool = False) -> Data:
             a .tar or .parquet, or a pattern with * for several; what ``datasets`` saved with save_to_disk; or hf:NAME
             for its hub. Of a source with one split alone a tenth is held out for testing, always the same.
         whole: for testing alone: all of a source with one split, and of torchvision's sets none but the test set.
+        labels: whether labels are wanted; without, files need none, and folders are no classes.
 
     Raises:
         ValueError: it is no such source, has no images, or labels that are missing or out of range.
@@ -130,10 +131,16 @@ def open_data(source: str, whole: bool = False) -> Data:
         parts = torchvision_sets.opened(name, Path(folder or "data"), whole)
         return _data([Split(read, _numbers(labels, called), called) for read, labels, called in parts], None, whole)
     if source.startswith("hf:") or any((path / told).is_file() for told in ("dataset_dict.json", "dataset_info.json")):
-        return _huggingface(source, whole)
+        return _huggingface(source, whole, labels)
+    tests = [part for part in TEST_FOLDERS if (path / part).is_dir()]
+    if not labels:
+        places = [[Path(found) for found in sorted(glob.glob(source))]]
+        if (path / "train").is_dir():
+            places = [[path / part] for part in ("train", *tests[:1])]
+        if places[0]:
+            return _data([_files([(p, _bare(open_images(p))) for p in of]) for of in places], (), whole)
     if (path / "train").is_dir():
         opened = cache(lambda part: open_images(path / part))
-        tests = [part for part in TEST_FOLDERS if (path / part).is_dir()]
         test = _labelled(source, tests, lambda part: any(os.sep in key for key in opened(part).keys))
         if test is None:
             raise ValueError(
@@ -208,6 +215,11 @@ def _data(splits: Sequence[Split], classes: Sequence[str] | None, whole: bool) -
     return data
 
 
+def _bare(images: Images) -> Images:
+    """The same without labels: all are 0."""
+    return replace(images, labels=lambda: [0] * len(images.keys))
+
+
 def _folders(parts: Sequence[tuple[Path, Images]], whole: bool) -> Data:
     """Classes are the names of folders, of the first part, numbered in the order of the alphabet."""
     root, train = parts[0]
@@ -241,7 +253,7 @@ def _files(sources: Sequence[tuple[Path, Images]]) -> Split:
     return Split(read, _numbers([label for _, images in sources for label in images.labels()], name), name)
 
 
-def _huggingface(source: str, whole: bool) -> Data:
+def _huggingface(source: str, whole: bool, labelled: bool) -> Data:
     """A ``datasets.DatasetDict`` with "train" and a test split, or one ``Dataset``, with columns image and label."""
     try:
         import datasets
@@ -271,6 +283,8 @@ def _huggingface(source: str, whole: bool) -> Data:
 
     @cache
     def labels(name: str) -> list[object]:
+        if not labelled:
+            return [0] * len(splits[name])
         return list(splits[name][column(name, LABEL_COLUMNS)][:])
 
     def split(name: str) -> Split:
@@ -298,5 +312,7 @@ def _huggingface(source: str, whole: bool) -> Data:
     wanted = [test or next(iter(tests), "train")] if whole else ["train", *([test] if test else [])]
     if "train" in wanted and "train" not in splits:
         raise ValueError(f"{source} has no split 'train'; its splits are {', '.join(splits)}")
+    if not labelled:
+        return _data([split(name) for name in wanted], (), whole)
     feature = splits[wanted[0]].features[column(wanted[0], LABEL_COLUMNS)]
     return _data([split(name) for name in wanted], getattr(feature, "names", None), whole)
