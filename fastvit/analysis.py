@@ -154,9 +154,9 @@ def rollout(model: ViT, images: Tensor) -> Rollout:
     In each block the weights are averaged over the heads to A, and with the residual beside the attention to
     (A + I) / 2, whose rows sum to 1; the matrices of all blocks are multiplied. Of the product only what the head reads
     is computed: the class token's row; the mean of that and the distillation token's; the mean of the rows that an
-    "avg", "max" or "avgmax" pool is over, of all tokens where the pool is ""; or what an attention pool makes of them.
-    That is a row vector times one matrix after the other, from the last block to the first, so that only q, k and the
-    log-sum-exp of every block are kept.
+    "avg", "max" or "avgmax" pool is over, of all tokens where the pool is ""; or the rows as an attention pool weighs
+    them. That is a row vector times one matrix after the other, from the last block to the first, so that only q, k and
+    the log-sum-exp of every block are kept.
 
     Args:
         model: the ViT.
