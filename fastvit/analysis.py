@@ -18,10 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops, reference
-from fastvit.layers import Attention, BeitAttention, BeitBlock, Block, Positions, RelativeAttention
+from fastvit.layers import (
+    Attention,
+    AttentionPoolLatent,
+    AttentionPoolPrr,
+    BeitAttention,
+    BeitBlock,
+    Block,
+    Positions,
+    RelativeAttention,
+)
 from fastvit.layers.attention import head_norm
 from fastvit.layers.patch_embed import image_size
 from fastvit.models import ViT
+from fastvit.models.axial import AxialBlock
 
 ROWS = 64  # rows of attention that are in memory at once
 
@@ -31,16 +41,16 @@ _Result = TypeVar("_Result")
 class Rollout(NamedTuple):
     """What :func:`rollout` returns."""
 
-    weights: Tensor  # (B, T): how much of each token of the first block; they sum to 1
+    weights: Tensor  # (B, T): how much of each token that enters the first block; they sum to 1
     grid: Tensor  # (B, h, w): those of the patches, where they are in the image
 
 
 class _Heads(NamedTuple):
-    """The attention of one block, before it is taken."""
+    """The attention of one block, or of a pool, before it is taken."""
 
-    q: Tensor  # (B, T, H, d)
-    k: Tensor
-    lse: Tensor  # (B, H, T)
+    q: Tensor  # (B, R, H, d), R = T in a block
+    k: Tensor  # (B, T, H, d)
+    lse: Tensor  # (B, H, R)
     options: dict[str, Any]  # the scale, and what its scores have by relative position, as ops.attention takes them
 
     def rows(self, rows: Sequence[int] | Tensor) -> Tensor:
@@ -84,25 +94,38 @@ def patch_filters(model: ViT, count: int = 28) -> Tensor:
     return (components * largest.sign()).view(-1, *weight.shape[1:])
 
 
-def position_similarity(model: ViT) -> Tensor:
+def position_similarity(model: ViT, block: int = 0) -> Tensor:
     """The cosine of the angle between the position embeddings of every two patches (figure 7, centre).
 
     Args:
         model: the ViT.
+        block: whose, in a model that adds other positions before each block (``pos_embed_at="layers"``).
 
     Returns:
         (h, w, h, w) float32: of the patch in a row and column, with the patch in another row and column.
 
     Raises:
-        ValueError: the model learns no position embeddings.
+        ValueError: the model adds no position embeddings to its tokens, or ``block`` has none of its own.
     """
     grid = model.patch_embed.grid_size
-    positions = model._positions(grid)
-    if positions is None:
-        raise ValueError("the model has no position embeddings; accepted: one that adds learned ones to its tokens")
-    patches = positions.detach().float()[0, model._prefix_positions() :]
+    tables = model._positions(grid) if model.layer_pos_embed is None else model.layer_pos_embed(grid)
+    if tables is None:
+        raise ValueError(f"no position embeddings are added to the tokens; the model has {_other_positions(model)}")
+    if not 0 <= block < len(tables):
+        raise ValueError(f"block {block} has no position embeddings of its own; accepted: 0 to {len(tables) - 1}")
+    patches = tables[block].detach().float()[model._prefix_positions() :]
     unit = nn.functional.normalize(patches, dim=1)
     return (unit @ unit.T).view(*grid, *grid)
+
+
+def _other_positions(model: ViT) -> str:
+    """What a model has in place of position embeddings."""
+    if model.windowed:
+        return "biases by relative position"
+    if model.rope is not None:
+        return "queries and keys turned by position (rope)"
+    relative = any(isinstance(module, RelativeAttention) for module in model.modules())
+    return "keys of relative distances" if relative else "no positions at all"
 
 
 def attention_maps(model: ViT, images: Tensor, rows: Sequence[int] = (0,)) -> Tensor:
@@ -111,7 +134,8 @@ def attention_maps(model: ViT, images: Tensor, rows: Sequence[int] = (0,)) -> Te
     Args:
         model: the ViT.
         images: as its ``forward`` takes them.
-        rows: tokens by their index, which may count from the end; the class token is 0.
+        rows: tokens by their index, which may count from the end. 0 is the class token where there is one, which not
+            every head reads: that of a BEiT pools patches.
 
     Returns:
         (blocks, B, H, R, T): the softmax of the scores, in float32. Tokens are prefix tokens, then patches in raster
@@ -121,37 +145,30 @@ def attention_maps(model: ViT, images: Tensor, rows: Sequence[int] = (0,)) -> Te
         ValueError: a row that the model does not have.
         TypeError: a block, or its attention, of another class than ours.
     """
-    return torch.stack(_each_block(model, images, lambda heads: heads.rows(rows)))
+    return torch.stack(_each_block(model, images, lambda heads: heads.rows(rows))[0])
 
 
 def rollout(model: ViT, images: Tensor) -> Rollout:
     """Attention rollout (Abnar and Zuidema, 2020; appendix D.7 of the ViT paper): where the output comes from.
 
     In each block the weights are averaged over the heads to A, and with the residual beside the attention to
-    (A + I) / 2, whose rows sum to 1; the matrices of all blocks are multiplied. Of the product only the row of the
-    class token is computed, or the mean of the patches' rows in a model without one: a row vector times one matrix
-    after the other, from the last block to the first, so that only q, k and the log-sum-exp of every block are kept.
+    (A + I) / 2, whose rows sum to 1; the matrices of all blocks are multiplied. Of the product only what the head reads
+    is computed: the class token's row; the mean of that and the distillation token's; the mean of the rows that an
+    "avg", "max" or "avgmax" pool is over, of all tokens where the pool is ""; or the rows as an attention pool weighs
+    them. That is a row vector times one matrix after the other, from the last block to the first, so that only q, k and
+    the log-sum-exp of every block are kept.
 
     Args:
         model: the ViT.
         images: as its ``forward`` takes them.
 
     Returns:
-        ``weights`` (B, T) and those of the patches as a ``grid`` (B, h, w), both float32.
+        ``weights`` (B, T) and those of the patches as a ``grid`` (B, h, w), both float32 (float64 of a float64 model).
 
     Raises:
-        TypeError: a block, or its attention, of another class than ours.
+        TypeError: a block, its attention, or an attention pool of another class than ours.
     """
-    kept = _each_block(model, images, lambda heads: heads)
-    prefix, grid = model.num_prefix_tokens, _grid(model, images)
-    batch, tokens = kept[0].q.shape[:2] if kept else (images.shape[0], prefix + grid[0] * grid[1])
-    first = torch.zeros(batch, tokens, device=next(model.parameters()).device)
-    first[:, slice(1) if model.has_class_token else slice(prefix, None)] = 1
-    weights = first / first.sum(-1, keepdim=True)
-    with torch.no_grad():
-        while kept:
-            weights = (weights + _through(kept.pop(), weights)) / 2
-    return Rollout(weights, weights[:, prefix:].unflatten(-1, grid))
+    return _rollout(model, images, *_each_block(model, images, lambda heads: heads))
 
 
 def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
@@ -162,23 +179,90 @@ def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
         images: as its ``forward`` takes them.
 
     Returns:
-        (blocks, B, H) float32: the mean over the patches of the distance to the patches that they attend to.
+        (blocks, B, H) float32 (float64 of a float64 model): the mean over the patches of the distance to the patches
+        that they attend to.
 
     Raises:
         TypeError: a block, or its attention, of another class than ours.
     """
+    return torch.stack(_each_block(model, images, _distance(model, images))[0])
+
+
+def distance_and_rollout(model: ViT, images: Tensor) -> tuple[Tensor, Rollout]:
+    """:func:`mean_attention_distance` and :func:`rollout` in one pass through the model.
+
+    Args:
+        model: the ViT.
+        images: as its ``forward`` takes them.
+
+    Returns:
+        What each of the two returns.
+
+    Raises:
+        TypeError: as they do.
+    """
+    distance = _distance(model, images)
+    found, tokens = _each_block(model, images, lambda heads: (heads, distance(heads)))
+    kept, distances = zip(*found, strict=True)
+    return torch.stack(distances), _rollout(model, images, kept, tokens)
+
+
+def _distance(model: ViT, images: Tensor) -> Callable[[_Heads], Tensor]:
+    """The distance (B, H), in pixels, of a block's heads."""
     grid = _grid(model, images)
     height, width = model.patch_embed.feat_ratio(as_scalar=False)  # pixels, through a backbone too
     patch = (float(height), float(width))
-    return torch.stack(_each_block(model, images, lambda heads: heads.distance(grid, patch)))
+    return lambda heads: heads.distance(grid, patch)
+
+
+def _rollout(model: ViT, images: Tensor, kept: Sequence[_Heads], tokens: Tensor) -> Rollout:
+    """The rollout of what was kept of every block, and of the tokens (B, T, D) that came out of the last."""
+    with torch.no_grad():
+        weights = _read(model, tokens)
+        for heads in reversed(kept):
+            weights = (weights + _through(heads, weights)) / 2
+    return Rollout(weights, weights[:, model.num_prefix_tokens :].unflatten(-1, _grid(model, images)))
+
+
+def _read(model: ViT, tokens: Tensor) -> Tensor:
+    """(B, T): how much of each of the last block's tokens (B, T, D) the head reads, see ``Head.pool``."""
+    first, last = 0 if model.pool_include_prefix else model.num_prefix_tokens, tokens.shape[1]
+    weights = tokens.new_zeros(tokens.shape[:2], dtype=torch.promote_types(tokens.dtype, torch.float32))
+    if model.attn_pool is not None:
+        weights[:, first:] = _read_by_attention(model.attn_pool, model.norm(tokens)[:, first:])
+        return weights
+    if model.head_dist is not None or model.global_pool == "token":
+        first, last = 0, 1 if model.head_dist is None else 2
+    elif model.global_pool == "":
+        first = 0
+    weights[:, first:last] = 1 / (last - first)
+    return weights
+
+
+def _read_by_attention(pool: Any, x: Tensor) -> Tensor:
+    """(B, T): how much of each of the tokens x (B, T, D) an attention pool reads, the mean over its heads."""
+    if type(pool) not in (AttentionPoolLatent, AttentionPoolPrr):
+        raise TypeError(
+            f"the pool is a {type(pool).__name__}; accepted: fastvit.layers' AttentionPoolLatent or AttentionPoolPrr"
+        )
+    heads = (pool.num_heads, pool.head_dim)
+    if type(pool) is AttentionPoolLatent:
+        q = pool.q(pool.latent).unflatten(-1, heads).expand(x.shape[0], -1, -1, -1)
+        k = pool.kv(x).unflatten(-1, (2, *heads))[:, :, 0]
+    else:
+        k = x.unflatten(-1, heads)
+        q = k[:, :1] if pool.pool == "token" else k
+    _, lse = ops.attention(q, k, k, return_lse=True)
+    alike = torch.full(q.shape[:2], 1 / q.shape[1], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    return _through(_Heads(q, k, lse, {}), alike)
 
 
 def _through(heads: _Heads, weights: Tensor) -> Tensor:
-    """weights (B, T) times the block's attention, averaged over its heads: (B, T)."""
-    tokens = torch.arange(weights.shape[1], device=weights.device)
+    """weights of the queries (B, R) times their attention, averaged over the heads: (B, T)."""
+    queries = torch.arange(weights.shape[1], device=weights.device)
     parts = [
         torch.einsum("br,bhrt->bt", weights[:, rows], heads.rows(rows)) / heads.q.shape[2]
-        for rows in tokens.split(ROWS)
+        for rows in queries.split(ROWS)
     ]
     return torch.stack(parts).sum(0)
 
@@ -189,20 +273,23 @@ def _grid(model: ViT, images: Tensor) -> tuple[int, int]:
     return h, w
 
 
-def _each_block(model: ViT, images: Tensor, look: Callable[[_Heads], _Result]) -> list[_Result]:
-    """look(the heads of a block) for every block, as the images go through the model."""
+def _each_block(model: ViT, images: Tensor, look: Callable[[_Heads], _Result]) -> tuple[list[_Result], Tensor]:
+    """look(the heads of a block) for every block, as the images go through the model; and the tokens that come out."""
     found = []
     with _evaluated(model), torch.no_grad():
         x, told = model._tokens(images)
         for i, block in enumerate(model.blocks):
             found.append(look(_heads(block, i, x, **told)))
-            if i + 1 < len(model.blocks):
-                x = block(x, **told)
-    return found
+            x = block(x, **told)
+    return found, x
 
 
 def _heads(block: Any, index: int, x: Tensor, positions: Positions | None = None) -> _Heads:
     """The queries and keys that a block makes of its input x (B, T, D), and their log-sum-exp."""
+    if isinstance(block, AxialBlock):
+        raise TypeError(
+            "attention along rows and columns has no map of T x T weights; accepted: attention of all tokens"
+        )
     attn: Any = getattr(block, "attn", None)
     # Another class may do anything with its norm and qkv.
     if type(block) not in (Block, BeitBlock) or type(attn) not in (Attention, BeitAttention, RelativeAttention):

@@ -36,7 +36,10 @@ def _lacks(command: str, *modules: str, extra: str | None = None) -> bool:
 
 
 def _size(arguments: argparse.Namespace) -> tuple[int, int] | None:
-    return None if arguments.size is None else (arguments.size[0], arguments.size[-1])
+    size = arguments.size
+    if size is not None and len(size) > 2:
+        raise ValueError(f"--size {' '.join(map(str, size))}: accepted: one number, or height and width")
+    return None if size is None else (size[0], size[-1])
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -105,12 +108,15 @@ def _embed(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     if _lacks("inspect", "matplotlib", "PIL"):
         return 2
+    import logging
+
     from fastvit.inspect import inspect
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what of the model is guessed, say
     try:
         found = inspect(
             arguments.images, arguments.weights, arguments.out, size=_size(arguments), mean=arguments.mean,
-            std=arguments.std,
+            std=arguments.std, num_heads=arguments.num_heads,
         )  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"fastvit inspect: {error}", file=sys.stderr)
@@ -277,6 +283,9 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--size", nargs="+", type=_positive, metavar="PIXELS", help="one, or height and width")
     inspect.add_argument("--mean", nargs="+", type=float, default=[0.5], metavar="X", help="of the pixels, 0 to 1")
     inspect.add_argument("--std", nargs="+", type=float, default=[0.5], metavar="X", help="of the pixels, 0 to 1")
+    inspect.add_argument(
+        "--num-heads", type=_positive, metavar="N", help="attention heads; a guess from the width is printed"
+    )
     inspect.set_defaults(run=_inspect)
 
     train = commands.add_parser(

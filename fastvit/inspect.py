@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ __all__ = ["draw_distances", "draw_filters", "draw_rollout", "draw_similarity", 
 
 _COLUMNS = 7
 _DPI = 150
+_GAP = (0.62, 0.66, 0.74)  # between filters and around them: a grey that is none of theirs
+_CHUNK = 16  # images that go through the model at once
 
 
 def draw_filters(filters: Tensor) -> Figure:
@@ -39,9 +43,11 @@ def draw_filters(filters: Tensor) -> Figure:
     low, high = filters.amin((1, 2, 3), keepdim=True), filters.amax((1, 2, 3), keepdim=True)
     images = ((filters - low) / (high - low).clamp(min=1e-12)).expand(-1, 3, -1, -1)
     rows = -(-count // _COLUMNS)
-    blank = images.new_ones(rows * _COLUMNS - count, *images.shape[1:])
-    canvas = _tiled(torch.cat([images, blank]).permute(0, 2, 3, 1).unflatten(0, (rows, _COLUMNS)), 1.0)
-    figure = Figure((_COLUMNS, rows * filters.shape[2] / filters.shape[3] + 0.5), layout="constrained")
+    gap = images.new_tensor(_GAP)
+    blank = gap[:, None, None].expand(rows * _COLUMNS - count, *images.shape[1:])
+    canvas = _tiled(torch.cat([images, blank]).permute(0, 2, 3, 1).unflatten(0, (rows, _COLUMNS)), gap)
+    size = (_COLUMNS, rows * filters.shape[2] / filters.shape[3] + 0.5)
+    figure = Figure(size, layout="constrained", facecolor=_GAP)
     axes = figure.subplots()
     axes.set_title(f"Filters of the patch embedding: the first {count} principal components", fontsize="medium")
     axes.imshow(canvas.cpu().numpy(), interpolation="nearest")
@@ -49,7 +55,7 @@ def draw_filters(filters: Tensor) -> Figure:
     return figure
 
 
-def draw_similarity(similarity: Tensor) -> Figure:
+def draw_similarity(similarity: Tensor, title: str = "Similarity of position embeddings") -> Figure:
     """A tile for every patch of (h, w, h, w), :func:`fastvit.analysis.position_similarity`: its cosine with all others.
 
     Of a large grid every second, third, ... row and column has a tile, so that there are at most 16.
@@ -65,7 +71,7 @@ def draw_similarity(similarity: Tensor) -> Figure:
         axis.set_label_text(f"{name} of the patch")
     axes.tick_params(length=0, labelsize="small")
     axes.spines[:].set_visible(False)
-    axes.set_title("Similarity of position embeddings", fontsize="medium")
+    axes.set_title(title, fontsize="medium")
     figure.colorbar(image, ax=axes, fraction=0.04, shrink=0.8).set_label("cosine")
     return figure
 
@@ -78,46 +84,54 @@ def draw_distances(distances: Tensor) -> Figure:
     axes = figure.subplots()
     for head in range(heads):
         axes.scatter(range(1, blocks + 1), of_heads[:, head], s=18, color=f"C{head % 10}", alpha=0.8)
+    count = distances.shape[1]
     axes.set(
-        title=f"Size of the attended area, mean of {distances.shape[1]} image{'s' * (distances.shape[1] > 1)}",
-        xlabel=f"block (a dot for each of {heads} heads)",
+        title=f"Size of the attended area, {f'mean of {count} images' if count > 1 else 'of 1 image'}",
+        xlabel=f"block (a dot for each of {heads} heads)" if heads > 1 else "block (a dot for its only head)",
         ylabel="mean attention distance (pixels)",
-        ylim=(0, None),
+        ylim=(0, 1.05 * float(of_heads.max()) or 1),
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def draw_rollout(images: Tensor, grids: Tensor) -> Figure:
-    """Each image beside itself as lit by the attention that reaches the output.
+def draw_rollout(images: Tensor, grids: Tensor, names: Sequence[str]) -> Figure:
+    """Each image beside itself under a heat map of the attention that reaches the output, with the map's scale.
+
+    The scale is the weight of a patch in units of the mean patch, from 0 to the largest, or to 2 at least: a map on
+    which all patches are alike is of the one colour in the middle.
 
     Args:
         images: (N, C, H, W), C of 1 or 3, 0 to 1.
         grids: (N, h, w), the ``grid`` of :func:`fastvit.analysis.rollout`.
+        names: of the images.
     """
     count, _, height, width = images.shape
-    light = interpolate(grids[:, None].float().cpu(), (height, width), mode="bilinear")
-    light = light / light.amax((2, 3), keepdim=True)
-    coloured = images.float().cpu().expand(-1, 3, -1, -1)
-    pairs = torch.stack([coloured, coloured * light], 1).clamp(0, 1).permute(0, 1, 3, 4, 2).numpy()
-    across = min(count, 3)  # pairs
+    grids = grids[:, None].float().cpu()
+    heat = interpolate(grids / grids.mean((2, 3), keepdim=True), (height, width), mode="bilinear")[:, 0].numpy()
+    coloured = images.float().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    across = math.ceil(math.sqrt(count / 2))  # pairs: a page about as wide as high
     rows = -(-count // across)
-    figure = Figure((4 * across, 2.1 * rows * height / width + 0.6), layout="compressed")
+    figure = Figure((5 * across, (2.2 * height / width + 0.4) * rows + 0.4), layout="compressed")
     places = figure.subplots(rows, 2 * across, squeeze=False).reshape(-1, 2)
-    for place, pair in zip(places, pairs, strict=False):
-        for axes, pixels, title in zip(place, pair, ("input", "attention"), strict=True):
-            axes.imshow(pixels)
-            axes.set_title(title, fontsize="small")
-    for axes in figure.axes:
+    for (left, right), pixels, map_, name in zip(places, coloured.numpy(), heat, names, strict=False):
+        left.imshow(pixels)
+        left.set_title(name, fontsize="small")
+        right.imshow(pixels.mean(-1), cmap="gray", vmin=-1, vmax=1)  # pale, so that the map's colours are the scale's
+        drawn = right.imshow(map_, cmap="turbo", alpha=0.6, vmin=0, vmax=max(2, map_.max()))
+        right.set_title("attention", fontsize="small")
+        figure.colorbar(drawn, ax=right, fraction=0.05).ax.tick_params(labelsize="x-small")
+    for axes in places.flat:
         axes.axis("off")
-    figure.suptitle("Attention rollout: where the output comes from", fontsize="medium")
+    figure.suptitle("Attention rollout: where the output comes from (1 is the mean patch)", fontsize="medium")
     return figure
 
 
-def _tiled(tiles: Tensor, gap: float) -> Tensor:
+def _tiled(tiles: Tensor, gap: float | Tensor) -> Tensor:
     """(rows, columns, h, w, ...) as one picture (rows (h + 1) - 1, columns (w + 1) - 1, ...), a pixel between tiles."""
     rows, columns, h, w, *rest = tiles.shape
-    spaced = tiles.new_full((rows, h + 1, columns, w + 1, *rest), gap)
+    spaced = tiles.new_empty((rows, h + 1, columns, w + 1, *rest))
+    spaced[:] = gap
     spaced[:, :h, :, :w] = tiles.transpose(1, 2)
     return spaced.flatten(2, 3).flatten(0, 1)[:-1, :-1]
 
@@ -130,22 +144,25 @@ def inspect(
     size: tuple[int, int] | None = None,
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.5,),
+    num_heads: int | None = None,
 ) -> dict[str, Path | str]:
     """Draw a model's filters and positions, and what its attention makes of some images.
 
     Args:
         images: files; attention distances are the mean over them.
         weights: what :func:`fastvit.from_checkpoint` takes, or a model.
-        out: a folder for the pictures.
+        out: a folder for the pictures. Those of an earlier run that this model has not are removed.
         size: (height, width) the images are cut to; by default the model's. Positions are resampled for another.
         mean, std: of the pixels, in 0..1 units, as the model was trained with: one number for each channel, or for all.
+        num_heads: attention heads, where the weights do not tell; by default what models of their width have.
 
     Returns:
         ``filters``, ``positions``, ``attention_distance`` and ``rollout``, each with its file, or why this model has
         no such picture.
 
     Raises:
-        ValueError: no images, an image that can't be read, or a model whose images have neither 1 channel nor 3.
+        ValueError: no images, an image that can't be read, a mean or std that pixels can't have, or a model whose
+            images have neither 1 channel nor 3.
         OSError: a file that can't be opened.
     """
     if not images:
@@ -154,39 +171,63 @@ def inspect(
         model = weights
         if size is not None:
             raise ValueError("size: accepted with weights; a model has its own (set_input_size changes it)")
+        if num_heads is not None:
+            raise ValueError("num_heads: accepted with weights; a model has its own")
     else:
         options: dict[str, Any] = {} if size is None else {"img_size": size}
-        model = from_checkpoint(weights, **options)
+        model = from_checkpoint(weights, num_heads=num_heads, **options)
     channels = model.in_chans
     if channels not in (1, 3):
         raise ValueError(f"the model takes images of {channels} channels; accepted: 1 or 3")
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             raise ValueError(f"{name}: {len(values)} numbers; accepted: 1, or {channels} as the model's channels")
+        if not all(math.isfinite(value) and (value > 0 or name == "mean") for value in values):
+            raise ValueError(f"{name}: {list(values)}; accepted: finite numbers{', above 0' if name == 'std' else ''}")
     to = tuple(model.patch_embed.img_size)
     pixels = torch.stack([_read(Path(path), to, channels) for path in images])
     batch = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    parameter = next(model.parameters())
-    batch = batch.to(parameter.device, parameter.dtype)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
 
+    @cache
+    def attended() -> tuple[Tensor, Tensor]:
+        return _attended(model, batch)
+
+    each = model.layer_pos_embed is not None and model.layer_pos_embed.tables > 1
+    of = "position embeddings" + " of the first block (each has its own)" * each
     drawings = {
         "filters": lambda: draw_filters(analysis.patch_filters(model)),
-        "positions": lambda: draw_similarity(analysis.position_similarity(model)),
-        "attention_distance": lambda: draw_distances(analysis.mean_attention_distance(model, batch)),
-        "rollout": lambda: draw_rollout(pixels, analysis.rollout(model, batch).grid),
+        "positions": lambda: draw_similarity(analysis.position_similarity(model), f"Similarity of {of}"),
+        "attention_distance": lambda: draw_distances(attended()[0]),
+        "rollout": lambda: draw_rollout(pixels, attended()[1], [Path(path).name for path in images]),
     }
     found: dict[str, Path | str] = {}
-    for name, draw in tqdm(drawings.items(), desc="inspect", unit="picture", leave=False):
+    for name, draw in drawings.items():
+        path = out / f"{name}.png"
         try:
             figure = draw()
         except (TypeError, ValueError) as error:  # of another kind of model
             found[name] = str(error)
+            path.unlink(missing_ok=True)  # an earlier run's would look like this one's
             continue
-        found[name] = out / f"{name}.png"
-        figure.savefig(out / f"{name}.png", dpi=_DPI, bbox_inches="tight")
+        found[name] = path
+        figure.savefig(path, dpi=_DPI, bbox_inches="tight")
     return found
+
+
+def _attended(model: ViT, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances (blocks, B, H) and rollout's grids (B, h, w) of a batch of any size, some images at a time."""
+    parameter = next(model.parameters())
+    distances, grids = [], []
+    with tqdm(total=len(batch), desc="inspect", unit="image", leave=False) as bar:
+        for some in batch.split(_CHUNK):
+            some = some.to(parameter.device, parameter.dtype)
+            distance, rollout = analysis.distance_and_rollout(model, some)
+            distances.append(distance)
+            grids.append(rollout.grid)
+            bar.update(len(some))
+    return torch.cat(distances, 1), torch.cat(grids)
 
 
 def _read(path: Path, size: tuple[int, int], channels: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import ViT, analysis, ops
+from fastvit.models.axial import AxialViT
 from parity import randomise
 
 SMALL: dict[str, Any] = {
@@ -69,6 +70,15 @@ def weights(model: ViT, images: Tensor) -> list[Tensor]:
     return found
 
 
+def multiplied(blocks: list[Tensor]) -> Tensor:
+    """Rollout's matrices (B, T, T) of all blocks."""
+    product = unit = torch.eye(blocks[0].shape[-1])
+    for block in blocks:
+        mixed = block.mean(1) + unit
+        product = mixed / mixed.sum(-1, keepdim=True) @ product
+    return product
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_maps_are_the_softmax(name: str) -> None:
     model, images = build(name)
@@ -85,19 +95,67 @@ def test_maps_are_the_softmax(name: str) -> None:
 def test_rollout_is_the_product_of_all_blocks(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(analysis, "ROWS", rows)
     model, images = build(name)
-    blocks = weights(model, images)
-    product = unit = torch.eye(blocks[0].shape[-1])
-    for block in blocks:
-        mixed = block.mean(1) + unit
-        product = mixed / mixed.sum(-1, keepdim=True) @ product
-    prefix = model.num_prefix_tokens
-    expected = product[:, 0] if model.has_class_token else product[:, prefix:].mean(1)
+    product, prefix = multiplied(weights(model, images)), model.num_prefix_tokens
+    expected = product[:, prefix:].mean(1) if model.global_pool == "avg" else product[:, 0]
     found = analysis.rollout(model, images)
     torch.testing.assert_close(found.weights, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.weights.sum(-1), torch.ones(2))
     h, w = images.shape[2] // 8, images.shape[3] // 10
     assert found.grid.shape == (2, h, w)
     assert torch.equal(found.grid[:, 1, 2], found.weights[:, prefix + w + 2])
+
+
+@pytest.mark.parametrize(
+    ("options", "read"),
+    [
+        ({}, range(1)),
+        ({"distilled": True}, range(2)),
+        ({"global_pool": "avg"}, range(3, 15)),
+        ({"global_pool": "avg", "pool_include_prefix": True}, range(15)),
+        ({"global_pool": "max"}, range(3, 15)),
+        ({"global_pool": "avgmax", "class_token": False}, range(2, 14)),
+        ({"global_pool": ""}, range(15)),
+    ],
+)
+def test_rollout_starts_from_what_the_head_reads(options: dict[str, Any], read: range) -> None:
+    model = randomise(ViT(**SMALL | {"reg_tokens": 2} | options)).eval()
+    images = torch.randn(2, 3, 24, 40)
+    expected = multiplied(weights(model, images))[:, list(read)].mean(1)
+    torch.testing.assert_close(analysis.rollout(model, images).weights, expected, rtol=0, atol=1e-5)
+    if "max" not in model.global_pool:  # which reads another token in each feature
+        tokens = model.forward_features(images).detach().requires_grad_()
+        model.forward_head(tokens).square().sum().backward()
+        assert tokens.grad is not None and tokens.grad[0].any(-1).nonzero().flatten().tolist() == list(read)
+
+
+@pytest.mark.parametrize(("pool", "class_token"), [("map", True), ("prr", True), ("prr", False)])
+def test_rollout_starts_from_what_an_attention_pool_reads(pool: str, class_token: bool) -> None:
+    model = randomise(ViT(**SMALL, reg_tokens=2, global_pool=pool, class_token=class_token)).eval()
+    images, attn = torch.randn(2, 3, 24, 40), model.attn_pool
+    tokens = model.forward_features(images).detach()
+    if pool == "map":
+        query, keys = attn.q(attn.latent).expand(2, -1, -1), attn.kv(tokens[:, 3:])[..., :32]
+    else:
+        query, keys = tokens[:, : 1 if class_token else None], tokens
+    query, keys = (x.unflatten(-1, (4, 8)).transpose(1, 2) for x in (query, keys))
+    start = (query @ keys.mT / 8**0.5).softmax(-1).mean((1, 2))
+    start = nn.functional.pad(start, (tokens.shape[1] - start.shape[1], 0))
+    expected = (start[:, None] @ multiplied(weights(model, images)))[:, 0]
+    torch.testing.assert_close(analysis.rollout(model, images).weights, expected, rtol=0, atol=1e-5)
+    model.attn_pool = nn.Identity()
+    with pytest.raises(TypeError, match="the pool is a Identity; accepted"):
+        analysis.rollout(model, images)
+
+
+def test_distance_and_rollout_are_those_of_one_pass() -> None:
+    model, images = build("registers, qk norm, LayerScale")
+    model.double()
+    passes: list[Any] = []
+    model.patch_embed.register_forward_pre_hook(lambda *_: passes.append(None))
+    distance, rollout = analysis.distance_and_rollout(model, images.double())
+    assert len(passes) == 1 and rollout.weights.dtype == distance.dtype == torch.float64
+    assert torch.equal(distance, analysis.mean_attention_distance(model, images.double()))
+    assert torch.equal(rollout.weights, analysis.rollout(model, images.double()).weights)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -155,10 +213,7 @@ def test_timms_beit_is_looked_into(shared: bool, monkeypatch: pytest.MonkeyPatch
         theirs.forward_features(images)
     maps = analysis.attention_maps(ours, images, rows=range(13))
     torch.testing.assert_close(maps, torch.stack(found), rtol=0, atol=1e-5)
-    product = torch.eye(13)
-    for block in found:
-        product = (block.mean(1) + torch.eye(13)) / 2 @ product
-    torch.testing.assert_close(analysis.rollout(ours, images).weights, product[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(analysis.rollout(ours, images).weights, multiplied(found)[:, 0], rtol=0, atol=1e-5)
     centres = torch.cartesian_prod(torch.tensor([4.0, 12.0, 20.0]), torch.tensor([5.0, 15.0, 25.0, 35.0]))
     distance = (centres[:, None] - centres).norm(dim=-1)
     expected = torch.stack([(block[..., 1:, 1:] * distance).sum(-1).mean(-1) for block in found])
@@ -187,6 +242,9 @@ def test_what_is_refused() -> None:
     model.blocks[1].attn = nn.Identity()
     with pytest.raises(TypeError, match="block 1 is a Block with Identity for its attention; accepted"):
         analysis.rollout(model, images)
+    axial = AxialViT(**SMALL)
+    with pytest.raises(TypeError, match="attention along rows and columns has no map of T x T weights"):
+        analysis.mean_attention_distance(axial, images)
 
 
 def test_filters_are_the_principal_components() -> None:
@@ -214,5 +272,29 @@ def test_similarity_is_of_patches(prefix: dict[str, Any]) -> None:
     for here in ((0, 0), (2, 1)):
         expected = nn.functional.cosine_similarity(patches[here], patches, dim=-1)
         torch.testing.assert_close(found[here], expected)
-    with pytest.raises(ValueError, match="no position embeddings"):
-        analysis.position_similarity(ViT(**SMALL, pos_embed="none"))
+
+
+@pytest.mark.parametrize("kind", ["learn", "learn_2d"])
+@pytest.mark.parametrize(("place", "tables"), [("layers", 3), ("shared", 1)])
+def test_similarity_of_positions_that_blocks_add(kind: str, place: str, tables: int) -> None:
+    model = ViT(**SMALL, pos_embed=kind, pos_embed_at=place)
+    for block, table in enumerate(model.layer_pos_embed((3, 4))[:, 1:].detach()):
+        expected = nn.functional.cosine_similarity(table[:, None], table, dim=-1).view(3, 4, 3, 4)
+        torch.testing.assert_close(analysis.position_similarity(model, block), expected)
+    with pytest.raises(ValueError, match=f"block {tables} has no .* of its own; accepted: 0 to {tables - 1}"):
+        analysis.position_similarity(model, tables)
+
+
+@pytest.mark.parametrize(
+    ("options", "instead"),
+    [
+        ({}, "no positions at all"),
+        ({"rope": 100.0}, "queries and keys turned by position"),
+        ({"use_shared_rel_pos_bias": True}, "biases by relative position"),
+        ({"pos_embed": "relative"}, "keys of relative distances"),
+    ],
+)
+def test_positions_of_another_kind_are_named(options: dict[str, Any], instead: str) -> None:
+    model = ViT(**SMALL | {"pos_embed": "none"} | options)
+    with pytest.raises(ValueError, match=f"no position embeddings are added to the tokens; the model has {instead}"):
+        analysis.position_similarity(model)

@@ -411,6 +411,28 @@ def test_heads_are_those_of_the_width_and_said_so(caplog: pytest.LogCaptureFixtu
         assert f"{heads} attention heads, {why}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rel_pos_bias": True},
+        {"use_shared_rel_pos_bias": True},
+        {"pos_embed": "relative"},
+        {"qk_norm": True},
+    ],
+)
+def test_heads_that_a_tensor_tells_are_not_guessed(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = fastvit.ViT(**SIZES | {"num_heads": 4} | options).eval()
+    with caplog.at_level(logging.INFO, "fastvit"):
+        ours = fastvit.from_checkpoint(model.state_dict()).eval()
+    assert "attention heads" not in caplog.text
+    assert torch.equal(ours(IMAGES), model(IMAGES))
+    if "use_rel_pos_bias" in options:
+        convert(model.state_dict(), tmp_path / "beit", "huggingface")
+        assert json.loads((tmp_path / "beit" / "config.json").read_text())["num_attention_heads"] == 4
+
+
 def test_dtype_and_folders_in_parts(tmp_path: Path) -> None:
     model, run = timms()
     state = model.state_dict()

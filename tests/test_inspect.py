@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastvit import ViT, cli, inspect
+from fastvit.pretraining import DVAE
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 3}
 PICTURES = ["filters", "positions", "attention_distance", "rollout"]
@@ -40,16 +44,46 @@ def test_the_model_sees_normalised_pixels(tmp_path: Path) -> None:
     model, seen = ViT(**SMALL), list[torch.Tensor]()
     model.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     inspect.inspect([tmp_path / "plain.png"], model, tmp_path / "out", mean=(0.2, 0.3, 0.5), std=(0.5, 0.2, 0.25))
-    assert len(seen) == 2
-    for images in seen:
-        torch.testing.assert_close(images, torch.tensor([0.0, 0.5, 2.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32))
+    [images] = seen
+    torch.testing.assert_close(images, torch.tensor([0.0, 0.5, 2.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32))
+
+
+def test_images_go_through_the_model_once_and_some_at_a_time(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (32, 32), (51, 102, 255)).save(tmp_path / "plain.png")
+    images, model = [tmp_path / "plain.png", image, image], ViT(**SMALL)
+    drawn: list[torch.Tensor] = []
+    for name, at in (("draw_distances", 0), ("draw_rollout", 1)):
+        draw = getattr(inspect, name)
+        monkeypatch.setattr(inspect, name, lambda *a, draw=draw, at=at: (drawn.append(a[at]), draw(*a))[1])
+    inspect.inspect(images, model, tmp_path / "out")
+    monkeypatch.setattr(inspect, "_CHUNK", 2)
+    sizes: list[int] = []
+    model.patch_embed.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    inspect.inspect(images, model, tmp_path / "out")
+    assert sizes == [2, 1]
+    for whole, chunked in zip(drawn[:2], drawn[2:], strict=True):
+        torch.testing.assert_close(whole, chunked)
 
 
 def test_what_a_model_does_not_have_is_said(image: Path, tmp_path: Path) -> None:
+    inspect.inspect([image], ViT(**SMALL), tmp_path)
+    assert (tmp_path / "positions.png").exists()
     found = inspect.inspect([image], ViT(**SMALL, pos_embed="none"), tmp_path)
     assert "no position embeddings" in str(found["positions"])
     assert [name for name in PICTURES if isinstance(found[name], Path)] == ["filters", "attention_distance", "rollout"]
-    assert not (tmp_path / "positions.png").exists()
+    assert not (tmp_path / "positions.png").exists()  # nor an earlier model's
+
+
+@pytest.mark.parametrize("place", ["layers", "shared"])
+def test_positions_that_blocks_add_are_drawn(image: Path, tmp_path: Path, place: str, monkeypatch: Any) -> None:
+    titles: list[str] = []
+    draw = inspect.draw_similarity
+    monkeypatch.setattr(inspect, "draw_similarity", lambda *a: (titles.append(a[1]), draw(*a))[1])
+    found = inspect.inspect([image], ViT(**SMALL, pos_embed_at=place), tmp_path)
+    assert found["positions"] == tmp_path / "positions.png"
+    assert ("of the first block (each has its own)" in titles[0]) == (place == "layers")
 
 
 def test_tiles() -> None:
@@ -64,14 +98,30 @@ def test_tiles() -> None:
     ]
 
 
-def test_rollout_lights_what_it_weighs() -> None:
-    images = torch.full((1, 1, 32, 32), 0.8)
-    grid = torch.zeros(1, 4, 4)
-    grid[0, 1, 2] = 0.3
-    before, lit = (axes.images[0].get_array() for axes in inspect.draw_rollout(images, grid).axes)
-    np.testing.assert_allclose(before, 0.8, rtol=1e-6)
-    assert lit[8:16, 16:24].max() == pytest.approx(0.8, rel=0.2)
-    assert lit[24:].max() == 0
+@pytest.mark.parametrize("channels", [1, 3])
+def test_filters_lie_on_a_grey_that_is_none_of_theirs(channels: int) -> None:
+    figure = inspect.draw_filters(torch.rand(9, channels, 4, 4))
+    canvas = figure.axes[0].images[0].get_array()
+    assert canvas.shape == (9, 34, 3)
+    for gap in (canvas[4], canvas[:, 4], canvas[5:, 10:]):
+        np.testing.assert_allclose(gap, np.broadcast_to(inspect._GAP, gap.shape), rtol=1e-6)
+    np.testing.assert_allclose(figure.get_facecolor()[:3], inspect._GAP)
+
+
+def test_rollout_is_a_heat_map_with_its_scale_and_the_images_name() -> None:
+    images = torch.full((2, 1, 32, 32), 0.8)
+    grids = torch.full((2, 4, 4), 0.02)
+    grids[0, 1, 2] = 0.3  # 0.6 in all: 8 times the mean
+    figure = inspect.draw_rollout(images, grids, ["a.png", "b.png"])
+    (one, heat, other, flat), bars = figure.axes[:4], figure.axes[4:]
+    assert [axes.get_title() for axes in (one, other)] == ["a.png", "b.png"]
+    np.testing.assert_allclose(one.images[0].get_array(), 0.8, rtol=1e-6)
+    drawn = heat.images[1]
+    assert drawn.get_array()[8:16, 16:24].max() == pytest.approx(8, rel=0.3)
+    assert drawn.get_clim() == (0, drawn.get_array().max())
+    np.testing.assert_allclose(flat.images[1].get_array(), 1, rtol=1e-6)
+    assert flat.images[1].get_clim() == (0, 2)  # a colour in the middle
+    assert [bar.get_ylim() for bar in bars] == [drawn.get_clim(), (0, 2)]
 
 
 def test_distances_are_means_over_images() -> None:
@@ -79,6 +129,12 @@ def test_distances_are_means_over_images() -> None:
     [axes] = inspect.draw_distances(distances).axes
     drawn = [points.get_offsets().tolist() for points in axes.collections]
     assert drawn == [[[1, head + 1.5], [2, head + 7.5]] for head in range(3)]
+    assert axes.get_ylim() == pytest.approx((0, 1.05 * 9.5))  # no dot is cut by the frame
+    assert axes.get_xlabel() == "block (a dot for each of 3 heads)"
+    assert axes.get_title().endswith("mean of 2 images")
+    [axes] = inspect.draw_distances(torch.zeros(2, 1, 1)).axes
+    assert axes.get_xlabel() == "block (a dot for its only head)"
+    assert axes.get_title().endswith("of 1 image")
 
 
 def test_similarity_of_a_large_grid_has_at_most_16_tiles_a_side() -> None:
@@ -92,10 +148,29 @@ def test_command(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     asked = ["inspect", str(image), "--weights", str(tmp_path / "vit.pth"), "--out", str(tmp_path / "out")]
     assert cli.main([*asked, "--size", "48", "64"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"saved {tmp_path / 'out' / name}.png" for name in PICTURES]
+    assert cli.main([*asked, "--size", "64", "128", "32"]) == 2
+    assert "--size 64 128 32: accepted: one number, or height and width" in capsys.readouterr().err
     (tmp_path / "image.png").write_bytes(b"no image")
     assert cli.main(asked) == 2
     assert "image.png can't be read as an image" in capsys.readouterr().err
     assert cli.main([*asked[:-2], "--out", str(tmp_path / "vit.pth")]) == 2
+
+
+def test_the_command_says_that_heads_are_guessed_or_takes_them(image: Path, tmp_path: Path) -> None:
+    torch.save(ViT(**SMALL).state_dict(), tmp_path / "vit.pth")
+    asked = [sys.executable, "-m", "fastvit", "inspect", image, "--weights", "vit.pth", "--out", "out"]
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "vit.pth: 1 attention heads, 64 features each" in run(asked).stderr
+    assert "attention heads" not in run([*asked, "--num-heads", "2"]).stderr
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_heads_are_those_asked_for(image: Path, tmp_path: Path, heads: int, monkeypatch: Any) -> None:
+    seen: list[torch.Tensor] = []
+    draw = inspect.draw_distances
+    monkeypatch.setattr(inspect, "draw_distances", lambda distances: (seen.append(distances), draw(distances))[1])
+    inspect.inspect([image], ViT(**SMALL).state_dict(), tmp_path, num_heads=heads)
+    assert seen[0].shape == (2, 1, heads)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +179,15 @@ def test_command(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ({"images": []}, "no images; accepted: one file or more"),
         ({"mean": [0.5] * 2}, "mean: 2 numbers; accepted: 1, or 3 as the model's channels"),
         ({"std": []}, "std: 0 numbers; accepted: 1, or 3"),
+        ({"std": [0.2, 0.0, 0.2]}, r"std: \[0.2, 0.0, 0.2\]; accepted: finite numbers, above 0"),
+        ({"std": [float("inf")]}, r"std: \[inf\]; accepted: finite numbers, above 0"),
+        ({"mean": [float("nan")]}, r"mean: \[nan\]; accepted: finite numbers$"),
+        ({"num_heads": 2}, "num_heads: accepted with weights; a model has its own"),
+        (
+            {"weights": dict.fromkeys(("stages.0.blocks.0.conv1.weight", "norm.bias"), torch.ones(1))},
+            "it is a ResNet, of fastvit.resnet",
+        ),
+        ({"weights": DVAE([0.5], [0.5], 4, 1, 4).state_dict()}, "it is a tokenizer, fastvit.pretraining.DVAE"),
         ({"weights": ViT(**SMALL, in_chans=4)}, "images of 4 channels; accepted: 1 or 3"),
         ({"size": (64, 64)}, "size: accepted with weights; a model has its own"),
     ],

@@ -554,12 +554,14 @@ LAYOUTS = (
     OPENCLIP,
 )
 
-# What is seen to be a transformer that a ViT is not: a tensor of it, and why it is refused.
+# What is seen to be another model than a ViT: a tensor of it, and why it is refused.
 _REFUSED = {
     r"(.*\.)?patch_embed\.backbone\.(?!(stem\.|stages\.|conv\.|norm\.)).*": (
         "its patches are the features of another network than BiT's ResNet"
     ),
     r"(.*\.)?(conv_root|block1)\..*": "it is a hybrid, in names that no layout has",
+    r"stages\.\d+\.blocks\..*": "it is a ResNet, of fastvit.resnet",
+    r"pixels\.mean": "it is a tokenizer, fastvit.pretraining.DVAE",
 }
 
 

@@ -25,6 +25,7 @@ from fastvit.checkpoints.resample import (
     window_of,
 )
 from fastvit.checkpoints.rules import State
+from fastvit.checkpoints.sizes import heads_of
 from fastvit.ops import onednn
 
 log = logging.getLogger("fastvit")
@@ -277,8 +278,8 @@ def convert(source: Source, path: str | os.PathLike[str], layout: str = "timm", 
 
 
 def _heads(checkpoint: Checkpoint, num_heads: int | None, needs: str) -> int:
-    """The attention heads that the caller gives, else those that the source tells."""
-    heads = num_heads or checkpoint.options.get("num_heads")
+    """The attention heads that the caller gives, else those that the source or its tensors tell."""
+    heads = num_heads or checkpoint.options.get("num_heads") or heads_of(checkpoint.state)
     if heads is None:
         raise ValueError(f"{checkpoint.name} does not tell its attention heads, which {needs} needs: give num_heads=")
     return int(heads)

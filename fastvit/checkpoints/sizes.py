@@ -1,4 +1,4 @@
-"""The positions that weights have, and from their rows the size of the images that they are for."""
+"""What the shapes of tensors tell of attention: its heads, and its positions with the size of images they are for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from torch import Tensor
 
 from fastvit.checkpoints.layouts import blocks
 from fastvit.checkpoints.resample import window_of
+
+
+def heads_of(state: Mapping[str, Tensor]) -> int | None:
+    """How many attention heads weights under timm's names have, where any tensor tells; None where none does.
+
+    Keys of distances and tables of biases have a row or column for each head; the norm of queries is as wide as one.
+    """
+    attn = "blocks.0.attn"
+    if f"{attn}.rel_pos_keys" in state:
+        return state[f"{attn}.rel_pos_keys"].shape[0]
+    for table in (f"{attn}.relative_position_bias_table", "rel_pos_bias.relative_position_bias_table"):
+        if table in state:
+            return state[table].shape[1]
+    if f"{attn}.q_norm.weight" in state:
+        return state[f"{attn}.qkv.weight"].shape[0] // (3 * state[f"{attn}.q_norm.weight"].shape[0])
+    return None
 
 
 def position_arguments(

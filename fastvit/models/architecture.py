@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvit.checkpoints.backbone import layers_of, stem_of
 from fastvit.checkpoints.layouts import blocks
-from fastvit.checkpoints.sizes import position_arguments
+from fastvit.checkpoints.sizes import heads_of, position_arguments
 from fastvit.layers import BeitBlock, LayerNorm, Mlp, SwiGLU
 from fastvit.layers.resolve import ACTIVATIONS
 from fastvit.models.hybrid import HybridEmbed, reduction
@@ -32,7 +32,8 @@ def architecture(
         state: the weights.
         options: what the file or the caller says, which goes before what shapes say. ``eps`` is the norms'.
         name: of the file, for messages.
-        heads: attention heads by width, where nobody says how many there are; 64 features each at other widths.
+        heads: attention heads by width, where neither anybody nor a tensor says how many there are; 64 features each
+            at other widths.
 
     Raises:
         ValueError: they are no complete ViT's, or the positions fit no grid.
@@ -89,6 +90,8 @@ def architecture(
     if "eps" in options:
         found["norm_layer"] = partial(LayerNorm, eps=options.pop("eps"))
     if options.get("num_heads") is None:
+        options["num_heads"] = heads_of(state)
+    if options["num_heads"] is None:
         options["num_heads"] = heads.get(width, max(width // 64, 1))
         known = "as models of that width have" if width in heads else "64 features each"
         log.info("%s: %d attention heads, %s; num_heads= says otherwise", name, options["num_heads"], known)

@@ -80,7 +80,7 @@ def attention_distance(
 ) -> Tensor:
     """How far each head looks: mean over patches i of sum_j p_ij |i - j|, j over all patches.
 
-    (The mean attention distance of Dosovitskiy et al., 2021, figures 7 and 11.) |i - j| is the Euclidean distance
+    (The mean attention distance of Dosovitskiy et al., 2021, figures 7 and 10.) |i - j| is the Euclidean distance
     between the centres of two patches. p are the weights as attention has them: what a patch gives to the class token
     and to registers counts as distance 0, and nothing is renormalised. The kernels add the weights up as they come:
     T x T is never in memory. No gradient flows, and the result requires none.
