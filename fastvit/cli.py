@@ -281,8 +281,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--weights", required=True, help="a file, a folder of Hugging Face, or hf-hub:org/name")
     inspect.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
     inspect.add_argument("--size", nargs="+", type=_positive, metavar="PIXELS", help="one, or height and width")
-    inspect.add_argument("--mean", nargs="+", type=float, default=[0.5], metavar="X", help="of the pixels, 0 to 1")
-    inspect.add_argument("--std", nargs="+", type=float, default=[0.5], metavar="X", help="of the pixels, 0 to 1")
+    _add_pixels(inspect)
     inspect.add_argument(
         "--num-heads", type=_positive, metavar="N", help="attention heads; a guess from the width is printed"
     )

@@ -249,11 +249,13 @@ def decode(data: bytes, mode: str = "RGB") -> Image.Image:
     Raises:
         ValueError: it is no image, or cut short; or its pixels are floats or 32-bit integers, of no known range.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no image of a format that is known" if data else "it is empty") from error
     except Exception as error:  # whatever a decoder makes of a broken file
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if image.mode in ("F", "I"):

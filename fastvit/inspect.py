@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from fastvit import analysis
+from fastvit.checkpoints.files import pixel_statistics
 from fastvit.checkpoints.load import Source
 from fastvit.images import preprocess
 from fastvit.models import ViT, from_checkpoint
@@ -142,8 +143,8 @@ def inspect(
     out: str | Path,
     *,
     size: tuple[int, int] | None = None,
-    mean: Sequence[float] = (0.5,),
-    std: Sequence[float] = (0.5,),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     num_heads: int | None = None,
 ) -> dict[str, Path | str]:
     """Draw a model's filters and positions, and what its attention makes of some images.
@@ -153,7 +154,8 @@ def inspect(
         weights: what :func:`fastvit.from_checkpoint` takes, or a model.
         out: a folder for the pictures. Those of an earlier run that this model has not are removed.
         size: (height, width) the images are cut to; by default the model's. Positions are resampled for another.
-        mean, std: of the pixels, in 0..1 units, as the model was trained with: one number for each channel, or for all.
+        mean, std: of the pixels, in 0..1 units, as the model was trained with: one number for each channel, or for all;
+            by default as the weights' folder says, else 0.5.
         num_heads: attention heads, where the weights do not tell; by default what models of their width have.
 
     Returns:
@@ -179,11 +181,7 @@ def inspect(
     channels = model.in_chans
     if channels not in (1, 3):
         raise ValueError(f"the model takes images of {channels} channels; accepted: 1 or 3")
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) not in (1, channels):
-            raise ValueError(f"{name}: {len(values)} numbers; accepted: 1, or {channels} as the model's channels")
-        if not all(math.isfinite(value) and (value > 0 or name == "mean") for value in values):
-            raise ValueError(f"{name}: {list(values)}; accepted: finite numbers{', above 0' if name == 'std' else ''}")
+    mean, std = pixel_statistics(weights, mean, std, channels)
     to = tuple(model.patch_embed.img_size)
     pixels = torch.stack([_read(Path(path), to, channels) for path in images])
     batch = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

@@ -264,7 +264,7 @@ def test_pixels_and_sizes_are_those_of_the_weights(
             assert cli.main([*run, *more]) == 0
             assert capsys.readouterr().out.split()[-1] == f"{expected:.2%}"
     assert cli.main([*run, "--mean", "1", "2", "3"]) == 2
-    assert "mean has 3 values and the images 1 channels" in capsys.readouterr().err
+    assert "mean: 3 numbers; accepted: 1, or 1" in capsys.readouterr().err
 
 
 def test_evaluate_refuses(model: fastvit.ViT) -> None:

@@ -177,7 +177,7 @@ def test_heads_are_those_asked_for(image: Path, tmp_path: Path, heads: int, monk
     ("change", "message"),
     [
         ({"images": []}, "no images; accepted: one file or more"),
-        ({"mean": [0.5] * 2}, "mean: 2 numbers; accepted: 1, or 3 as the model's channels"),
+        ({"mean": [0.5] * 2}, "mean: 2 numbers; accepted: 1, or 3 as the images have channels"),
         ({"std": []}, "std: 0 numbers; accepted: 1, or 3"),
         ({"std": [0.2, 0.0, 0.2]}, r"std: \[0.2, 0.0, 0.2\]; accepted: finite numbers, above 0"),
         ({"std": [float("inf")]}, r"std: \[inf\]; accepted: finite numbers, above 0"),

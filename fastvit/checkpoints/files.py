@@ -105,18 +105,19 @@ def pixel_statistics(
     config.json or transformers' preprocessor_config.json says beside them, else 0.5 as in the paper's code.
 
     Raises:
-        ValueError: neither one value nor one of each channel, or a std that is not positive.
+        ValueError: neither one number nor one of each channel, or a std that is not positive.
     """
-    told = None if (mean and std) or not isinstance(source, str | os.PathLike) else _pixels_told(source)
+    given = mean is not None and std is not None
+    told = None if given or not isinstance(source, str | os.PathLike) else _pixels_told(source)
     if told is not None:
         log.info("%s: pixels were normalised by mean %s and std %s", source, *told)
     default = told or ((0.5,), (0.5,))
-    found = tuple(mean or default[0]), tuple(std or default[1])
+    found = tuple(default[0] if mean is None else mean), tuple(default[1] if std is None else std)
     for name, values in zip(("mean", "std"), found, strict=True):
         if channels is not None and len(values) not in (1, channels):
-            raise ValueError(f"{name} has {len(values)} values and the images {channels} channels")
-    if not all(math.isfinite(value) for values in found for value in values) or min(found[1]) <= 0:
-        raise ValueError(f"mean={found[0]} and std={found[1]}: finite numbers, std above 0")
+            raise ValueError(f"{name}: {len(values)} numbers; accepted: 1, or {channels} as the images have channels")
+        if not all(math.isfinite(value) and (value > 0 or name == "mean") for value in values):
+            raise ValueError(f"{name}: {list(values)}; accepted: finite numbers{', above 0' if name == 'std' else ''}")
     return found
 
 

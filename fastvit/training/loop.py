@@ -113,9 +113,7 @@ class Run:
         self.steps = recipe.steps
         if recipe.batch_size % place.world:
             raise ValueError(f"batch_size={recipe.batch_size} can't be shared by {place.world} processes")
-        for name, values in (("mean", recipe.mean), ("std", recipe.std)):
-            if len(values) not in (1, data.channels):
-                raise ValueError(f"{name} has {len(values)} values and the images {data.channels} channels")
+        files.pixel_statistics(None, recipe.mean, recipe.std, data.channels)  # or an error
         self.share = recipe.batch_size // place.world
         self.piece = min(recipe.micro_batch or self.share, self.share)
         self.step = 0

@@ -83,8 +83,6 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} is not positive and finite")
-        if not (all(map(math.isfinite, (*self.mean, *self.std))) and min(self.std, default=0) > 0 < len(self.mean)):
-            raise ValueError(f"mean={self.mean} and std={self.std}: finite numbers, std above 0")
         for name in ("warmup_steps", "weight_decay", "mixup", "randaugment"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is negative or not finite")
