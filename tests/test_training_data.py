@@ -619,6 +619,7 @@ def test_patch_camelyon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ImportError, match="pcam: h5py is not found"):
             open_data(f"pcam:{tmp_path}")
     import h5py
+
     (tmp_path / "pcam").mkdir()
     for part, labels in (("train", [0, 1, 1]), ("test", [1, 0])):
         values = {"x": np.broadcast_to(np.array(labels, np.uint8)[:, None, None, None], (len(labels), 96, 96, 3))}
