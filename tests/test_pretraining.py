@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import cli
-from fastvit.models import ViT
+from fastvit.models import AxialViT, HybridEmbed, ViT
 from fastvit.pretraining import DVAE, Beit, Corruption, MaskedPatches, Tokenizing, blockwise_masks, mean_colours
 from fastvit.pretraining.build import pretrain
 from fastvit.pretraining.recipes import RECIPES
@@ -32,6 +33,16 @@ def small(channels: int = 1, **options: Any) -> ViT:
 
 
 BEIT = {"global_pool": "avg", "init_values": 0.1, "pos_embed": "none", "use_rel_pos_bias": True}
+
+# Every kind of encoder, for images of 32 pixels: 4 x 4 patches of 8 x 8 pixels.
+ENCODERS: dict[str, Any] = {
+    "hybrid": partial(small, img_size=32, patch_size=1, embed_layer=partial(HybridEmbed, layers=(1, 1))),
+    "axial": lambda: AxialViT(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=2, num_heads=2, num_classes=0),
+    "dinov3": lambda: fastvit.create_model(
+        "vit_small_patch16_dinov3", img_size=32, patch_size=8, in_chans=1, num_classes=0, depth=2
+    ),
+    "beit": partial(small, img_size=32, patch_size=8, **BEIT),
+}
 
 
 # -- corrupting patch embeddings --------------------------------------------------------------------------------------
@@ -169,6 +180,11 @@ def test_targets_that_do_not_fit_are_refused() -> None:
         MaskedPatches(small(patch_drop_rate=0.1), *HALF)
     with pytest.raises(ValueError, match="std"):
         MaskedPatches(small(), [0.5], [0.0])
+    with pytest.raises(ValueError, match=r"share=0\.01 of 16 patches"):
+        MaskedPatches(small(), *HALF, share=0.01)
+    padding = MaskedPatches(small(dynamic_img_size=True, dynamic_img_pad=True), *HALF)
+    with pytest.raises(ValueError, match=r"15x16; accepted: whole patches of 4x4 pixels"):
+        padding({"image": torch.rand(1, 1, 15, 16)})
 
 
 def test_only_corrupted_patches_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +233,13 @@ def test_masks_that_do_not_fit_are_refused() -> None:
     for options, name in (({"least": 79}, "least=79"), ({"aspect": 0.0}, "aspect"), ({"share": 1.2}, "share")):
         with pytest.raises(ValueError, match=name):
             blockwise_masks(1, (14, 14), **options)
+    with pytest.raises(ValueError, match=r"least=16: .* 4x4"):
+        Beit(small(), DVAE(*HALF, codes=4, halvings=1, width=4))
+
+
+def test_a_tokenizer_of_other_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokenizer reads images of 3 channels, the model of 1"):
+        Beit(small(), DVAE([0.5] * 3, [0.5] * 3, codes=4, halvings=1, width=4), least=2)
 
 
 @pytest.mark.parametrize("options", [{}, BEIT])
@@ -268,6 +291,28 @@ def test_gradients_reach_what_they_should(name: str) -> None:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
     if name != "tokenizer":
         assert not any("mask" in key for key in objective.model.state_dict())
+
+
+@pytest.mark.parametrize("method", ["masked", "beit"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_step_of_every_encoder(encoder: str, method: str) -> None:
+    """Patches are of pixels, also where a backbone comes before them; the same batch then is better predicted."""
+    model, images = ENCODERS[encoder](), torch.rand(4, 1, 32, 32) * 2 - 1
+    if method == "masked":
+        objective: Objective = MaskedPatches(model, *HALF, "colours")
+        assert objective.predict.out_features == 16 * 8  # 8 levels of each of 4 x 4 parts
+    else:
+        objective = Beit(model, DVAE(*HALF, codes=16, halvings=1, width=8), least=2)
+
+    def loss() -> Tensor:
+        torch.manual_seed(0)
+        return objective({"image": images})["loss"]
+
+    before = loss()
+    before.backward()
+    torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], 0.01).step()
+    assert loss() < before
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_the_tokenizer_of_beit_does_not_change() -> None:
