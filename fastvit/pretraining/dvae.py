@@ -54,7 +54,7 @@ class DVAE(nn.Module):
             raise ValueError(f"codes={codes}: a vocabulary has 2 codes at least")
         self.codes, self.halvings, width = codes, count("halvings", halvings), positive("width", width)
         self.pixels = Pixels(mean, std)
-        channels = len(mean)
+        self.channels = channels = len(mean)
         down: list[nn.Module] = [Residual(width)]
         up: list[nn.Module] = [Residual(width)]
         for _ in range(halvings):
