@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -480,13 +481,65 @@ def test_the_loop_tells_an_objective_how_far_it_is(tmp_path: Path, monkeypatch: 
     assert seen == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
-def test_beit_trains_its_tokenizer_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that BEiT trains for itself takes two steps."""
     monkeypatch.setitem(RECIPES, "tokenizer_digits", RECIPES["tokenizer_digits"].override(short(2)["settings"]))
-    pretrain("beit", "digits", tmp_path, **short(2))
-    assert json.loads((tmp_path / "tokenizer" / "metrics.json").read_text())["steps"] == 2
-    trained = DVAE.from_checkpoint(tmp_path / "tokenizer").state_dict()
-    state = torch.load(tmp_path / "checkpoint.pt")["objective"]
-    assert all(torch.equal(value, state[f"tokenizer.{name}"]) for name, value in trained.items())
+
+
+@pytest.mark.usefixtures("short_tokenizer")
+def test_beit_trains_its_tokenizer_where_none_is_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says so, tells it what concerns the machine, and goes on wherever the folder is moved."""
+    run = short(3)
+    run["settings"] = [*run["settings"], "micro_batch=8"]
+    with caplog.at_level("INFO", "fastvit"):
+        pretrain("beit", "digits", tmp_path / "run", codes=32, share=0.3, **run)
+    assert f"one for 2 steps by the recipe tokenizer_digits, in {tmp_path / 'run' / 'tokenizer'}" in caplog.text
+    out = (tmp_path / "run").rename(tmp_path / "moved")
+    trained, told = DVAE.from_checkpoint(out / "tokenizer"), json.loads((out / "tokenizer" / "run.json").read_text())
+    state = torch.load(out / "checkpoint.pt")["objective"]
+    assert all(torch.equal(value, state[f"tokenizer.{name}"]) for name, value in trained.state_dict().items())
+    assert (trained.codes, told["codes"], told["recipe.steps"], told["recipe.micro_batch"]) == (32, 32, 2, 8)
+    assert json.loads((out / "run.json").read_text())["share"] == 0.3
+    pretrain("beit", "digits", out, codes=32, share=0.3, **run)
+    with pytest.raises(ValueError, match=r"another share \(there 0\.3, now 0\.4\)"):
+        pretrain("beit", "digits", out, codes=32, **run)
+    with pytest.raises(ValueError, match=r"another codes \(there 32, now 64\)"):
+        pretrain("beit", "digits", out, share=0.3, **run)
+
+
+def test_a_tokenizer_is_known_by_its_weights(tokenizer: str, tmp_path: Path) -> None:
+    """Not by its path: another one in the same place is refused, the same one in another place is not."""
+    place = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer, place)
+    pretrain("beit", "digits", tmp_path / "run", tokenizer=place, **short(2))
+    pretrain("beit", "digits", tmp_path / "run", tokenizer=f"{tmp_path}/./tokenizer/", **short(2))
+    pretrain("beit", "digits", tmp_path / "run", tokenizer=tokenizer, **short(2))
+    shutil.rmtree(place)
+    pretrain("tokenizer", "digits", place, **short(3))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        pretrain("beit", "digits", tmp_path / "run", tokenizer=place, **short(2))
+    with pytest.raises(ValueError, match="whose tokenizer is elsewhere"):
+        pretrain("beit", "digits", tmp_path / "run", **short(2))
+
+
+@pytest.mark.usefixtures("short_tokenizer")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "nonesuch"}, "nonesuch"),
+        ({"model": "R50x1"}, "'R50x1' is of the class ResNetV2"),
+        ({"share": 0.01}, r"share=0\.01"),
+        ({"share": 2.0}, "share"),
+        ({"codes": 1}, "codes=1"),
+        ({"steps": 50}, "warmup_steps=100 of 50 steps"),
+        ({"settings": ["examples=2000"]}, "examples=2000"),
+    ],
+)
+def test_beit_is_checked_before_a_tokenizer_is_trained(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        pretrain("beit", "digits", tmp_path, **options)
+    assert not (tmp_path / "tokenizer").exists()
 
 
 @pytest.mark.parametrize("method", ["masked", "beit"])
@@ -522,9 +575,12 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "no tokenizer 'vqgan'" in fails("--method", "tokenizer", "--model", "vqgan")
     assert "no checkpoint" in fails("--method", "beit", "--tokenizer", str(tmp_path / "nowhere"))
     assert "did you mean 'lr'" in fails("--method", "masked", "--set", "lrr=1")
-    assert "'masked' has" in fails("--method", "beit", "--target", "pixels")
-    assert "'beit' has" in fails("--method", "masked", "--tokenizer", "x")
-    assert "no ViT" in fails("--method", "masked", "--model", "R50x1")
+    assert "target=pixels is of the method masked" in fails("--method", "beit", "--target", "pixels")
+    assert "tokenizer=x is of the method beit" in fails("--method", "masked", "--tokenizer", "x")
+    assert "share=0.3 is of the method masked or beit" in fails("--method", "tokenizer", "--share", "0.3")
+    assert "codes=8 is of the method beit or tokenizer" in fails("--method", "masked", "--codes", "8")
+    assert "has its own" in fails("--method", "beit", "--tokenizer", "x", "--codes", "8")
+    assert "ViTs alone; model 'R50x1' is of the class ResNetV2" in fails("--method", "masked", "--model", "R50x1")
     with pytest.raises(ValueError, match=r"'mae'.*masked, beit, tokenizer"):
         pretrain("mae", "digits", tmp_path)
 

@@ -57,11 +57,16 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def name_of(method: str, data: str) -> str:
+    """The key in :data:`RECIPES` of a method on a data set."""
+    own = f"{method}_{data.partition(':')[0]}"
+    return own if own in RECIPES else method
+
+
 def recipe_for(method: str, data: str, settings: list[str], steps: int | None = None) -> Recipe:
     """The recipe of a method on a data set, with what is overridden.
 
     Raises:
         ValueError: a setting that fits none.
     """
-    recipe = RECIPES.get(f"{method}_{data.partition(':')[0]}", RECIPES[method])
-    return recipe.override([*settings, *([] if steps is None else [f"steps={steps}"])])
+    return RECIPES[name_of(method, data)].override([*settings, *([] if steps is None else [f"steps={steps}"])])
