@@ -16,7 +16,7 @@ import fastvit
 from fastvit import cli
 from fastvit.models import AxialViT, HybridEmbed, ViT
 from fastvit.pretraining import DVAE, Beit, Corruption, MaskedPatches, Tokenizing, blockwise_masks, mean_colours
-from fastvit.pretraining.build import pretrain
+from fastvit.pretraining.build import TOKENIZERS, pretrain
 from fastvit.pretraining.recipes import RECIPES
 from fastvit.training import loop
 from fastvit.training.build import MODELS
@@ -218,16 +218,22 @@ def test_blockwise_masks() -> None:
     assert beside > 0.7
 
 
-def test_a_single_block() -> None:
-    """With the limit at one block, a mask begins with a rectangle of its area and sides."""
-    for mask in blockwise_masks(200, (14, 14), share=16.5 / 196, least=16):
-        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-        height, width = len(rows), len(columns)
-        assert mask.sum() <= 16
-        if mask.sum() == height * width and height * width >= 14:
-            assert max(height, width) / min(height, width) <= 1 / 0.3 + 1
-    ratios = {(int(m.any(1).sum()), int(m.any(0).sum())) for m in blockwise_masks(200, (14, 14), 16.5 / 196, 16)}
-    assert {(4, 4), (2, 8), (8, 2)} & ratios and len(ratios) > 1
+@pytest.mark.parametrize(
+    ("shape", "height", "width"), [(0.0, 7, 2), (0.25, 5, 3), (0.5, 4, 4), (0.75, 3, 5), (1.0, 2, 7)]
+)
+def test_a_single_block(monkeypatch: pytest.MonkeyPatch, shape: float, height: int, width: int) -> None:
+    """Of 16 patches before its sides are rounded, and these from 0.3 to 1 / 0.3 of each other, evenly in logarithms.
+
+    The draws are always the same, so that no other block comes to the first.
+    """
+    places = torch.tensor([0.0, 0.5, 0.999])
+    drawn = torch.stack([torch.zeros(3), torch.full((3,), shape), places, places.flip(0)])
+    monkeypatch.setattr(torch, "rand", lambda *_: drawn)
+    want = torch.zeros(3, 14, 14, dtype=torch.bool)
+    for mask, down, right in zip(want, places.tolist(), places.flip(0).tolist(), strict=True):
+        top, left = int(down * (15 - height)), int(right * (15 - width))
+        mask[top : top + height, left : left + width] = True
+    assert torch.equal(blockwise_masks(3, (14, 14)), want)
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
@@ -260,11 +266,36 @@ def test_only_masked_patches_tokens_are_predicted(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(objective({"image": images})["loss"], torch.stack(losses).mean())
 
 
-def test_masked_pixels_are_not_seen() -> None:
-    """With every patch masked, the encoder's output is the same for any image; the mask token alone is there."""
-    model, images = small(), torch.randn(2, 1, 16, 16)
-    tokens = model.forward_features(images, corrupt=lambda x: torch.zeros_like(x))
-    assert_same(tokens[0], tokens[1])
+@pytest.mark.parametrize("method", ["masked", "beit"])
+@pytest.mark.parametrize("options", [{}, BEIT])
+def test_masked_pixels_are_not_seen(monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, Any]) -> None:
+    """What is predicted from: with every patch masked the same for any image, else of the other patches' pixels."""
+    objective: MaskedPatches | Beit = MaskedPatches(small(**options), *HALF)
+    if method == "beit":
+        objective = Beit(small(**options), DVAE(*HALF, codes=16, halvings=2, width=8), least=2)
+    read: list[Tensor] = []
+    objective.predict.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
+
+    def tokens(images: Tensor, masks: Tensor) -> Tensor:
+        """Representations of the masked patches (B, M, D), of images (B, 1, 16, 16) and masks (16,) bool."""
+        masks = masks.expand(len(images), -1)
+        chosen = masks[0].nonzero().flatten().expand(len(images), -1)
+        drawn = Corruption(chosen, masks, torch.arange(16).expand(len(images), -1))
+        monkeypatch.setattr(Corruption, "draw", lambda *_: drawn)
+        monkeypatch.setattr("fastvit.pretraining.beit.blockwise_masks", lambda *_: masks.unflatten(1, (4, 4)))
+        objective({"image": images})
+        return read.pop().unflatten(0, (len(images), -1)) if method == "beit" else read.pop()
+
+    images = torch.randn(2, 1, 16, 16)
+    found = tokens(images, torch.ones(16, dtype=torch.bool))
+    torch.testing.assert_close(found[0], found[1])
+    some = torch.zeros(16, dtype=torch.bool)
+    some[[5, 6]] = True
+    found, masked, seen = tokens(images, some), images.clone(), images.clone()
+    masked[:, :, 4:8, 4:12] += 1  # patches 5 and 6
+    seen[:, :, 4:8, 12:] += 1  # patch 7
+    torch.testing.assert_close(tokens(masked, some), found)
+    assert not torch.allclose(tokens(seen, some), found)
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
@@ -585,8 +616,15 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         pretrain("mae", "digits", tmp_path)
 
 
-def test_the_papers_recipe() -> None:
-    """Appendix B.1.2."""
-    recipe = RECIPES["masked"]
-    assert (recipe.lr, recipe.steps, recipe.batch_size, recipe.warmup_steps) == (2e-4, 1_000_000, 4096, 10_000)
-    assert (recipe.optimizer, recipe.decay) == ("adam", "cosine")
+def test_published_recipes() -> None:
+    """Appendix B.1.2 of the ViT paper; BEiT's command for ImageNet and its defaults; DALL-E's appendix A.2."""
+    masked, beit, tokenizer = (RECIPES[name] for name in ("masked", "beit", "tokenizer"))
+    assert (masked.lr, masked.steps, masked.batch_size, masked.warmup_steps) == (2e-4, 1_000_000, 4096, 10_000)
+    assert (masked.optimizer, masked.decay) == ("adam", "cosine")
+    assert (beit.lr, beit.beta2, beit.weight_decay, beit.clip, beit.drop_path) == (1.5e-3, 0.98, 0.05, 3.0, 0.1)
+    assert (beit.optimizer, beit.decay, beit.batch_size, beit.epochs) == ("adam", "cosine", 2048, 800)
+    assert beit.warmup_steps == round(10 * 1_281_167 / 2048)  # 10 epochs of ImageNet
+    assert (tokenizer.lr, tokenizer.beta2, tokenizer.weight_decay, tokenizer.polyak) == (1e-4, 0.999, 1e-4, 0.999)
+    assert (tokenizer.optimizer, tokenizer.decay, tokenizer.batch_size) == ("adam", "cosine", 512)
+    assert TOKENIZERS[tokenizer.model] == ({"codes": 8192, "halvings": 3, "width": 256}, 6.6)
+    assert tokenizer.image_size == 112 and beit.image_size == 224
