@@ -76,7 +76,7 @@ def _own_tokenizer(
 ) -> DVAE:
     """The tokenizer of a run of BEiT that is given none, trained in ``out``/tokenizer."""
     folder = out / "tokenizer"
-    if (out / "run.json").exists() and not folder.exists():
+    if (out / "checkpoint.pt").exists() and not folder.exists():
         raise ValueError(f"{out} holds a run whose tokenizer is elsewhere: give it, or another folder for this run")
     machine = [setting for setting in settings if setting.partition("=")[0] in MACHINE]
     log.info(
