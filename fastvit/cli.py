@@ -17,6 +17,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{number}; accepted: 0 to 2^32 - 1")
+    return number
+
+
 def _lacks(command: str, *modules: str, extra: str | None = None) -> bool:
     """Say which of the modules that a command needs is missing, and what installs it."""
     for name in modules:
@@ -141,7 +148,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     """How a run of the training loop is done, whatever it trains."""
     command.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="of the recipe")
     command.add_argument("--steps", type=_positive, metavar="N", help="in place of the recipe's steps or epochs")
-    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--seed", type=_seed, default=0, metavar="N")
     command.add_argument("--checkpoint-every", type=_positive, default=500, metavar="STEPS", help="(default: 500)")
     command.add_argument(
         "--evaluate-every", type=_positive, metavar="STEPS", help="by default only after the last step"

@@ -161,7 +161,7 @@ def test_evaluate_refuses(model: fastvit.ViT) -> None:
 
 def test_command(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    build.describe(model, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(build.describe(model, recipe_of("digits"))))
     expected = evaluation.evaluate(model, open_data("digits"), "knn")["knn"]
     capsys.readouterr()
     assert cli.main(["evaluate", "--weights", str(tmp_path), "--data", "digits", "--probe", "knn"]) == 0
@@ -187,7 +187,7 @@ def test_real_labels(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureF
     torch.manual_seed(0)
     color = build.model_of("digits", recipe_of("digits"), replace(data, channels=3))
     save_file(color.state_dict(), tmp_path / "model.safetensors")
-    build.describe(color, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(build.describe(color, recipe_of("digits"))))
     told = ["evaluate", "--weights", str(tmp_path), "--data", source, "--whole", "--real"]
     assert cli.main([*told, str(tmp_path / "real.json")]) == 0
     assert capsys.readouterr().out.split()[-3:-1] == ["ReaL", "3"]

@@ -555,6 +555,15 @@ def test_a_tokenizer_is_known_by_its_weights(tokenizer: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("short_tokenizer")
+def test_a_tokenizer_reads_pixels_as_its_own_were(tokenizer: str, tmp_path: Path) -> None:
+    settings = [*short(2)["settings"], "mean=0.4"]
+    with pytest.raises(ValueError, match=r"mean=\[0\.4\].* by mean=\[0\.5\], std=\[0\.5\]"):
+        pretrain("beit", "digits", tmp_path, tokenizer=tokenizer, settings=settings)
+    pretrain("beit", "digits", tmp_path, settings=settings)
+    assert DVAE.from_checkpoint(tmp_path / "tokenizer").pixels.mean.item() == pytest.approx(0.4)
+
+
+@pytest.mark.usefixtures("short_tokenizer")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

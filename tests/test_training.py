@@ -1,70 +1,27 @@
-"""``fastvit train``: recipes, the loop, its checkpoints; killed runs, other runs in the same folder, lost runs."""
+"""``fastvit train``: recipes, the models that it trains, and the loop, step by step."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from training_cases import linear, lines, plain, some, train
 
 import fastvit
 from fastvit import cli
 from fastvit.training import build, loop
-from fastvit.training.data import Data, open_data
-from fastvit.training.objectives import Batch, Classification, Objective
+from fastvit.training.data import Data
+from fastvit.training.objectives import Batch, Classification
 from fastvit.training.recipes import RECIPES, Recipe, recipe_of
-from processes import spawn
-
-
-def plain(**changes: Any) -> Recipe:
-    """A recipe for a few steps on small images, where nothing is left to chance but the order."""
-    given: dict[str, Any] = {
-        "steps": 6, "batch_size": 16, "lr": 0.02, "warmup_steps": 2, "crop": "none", "flip": False, "image_size": 8,
-        "precision": "float32",
-    }  # fmt: skip
-    return Recipe(**given | changes)
-
-
-def some() -> Data:
-    """48 digits, and 20 to test on."""
-    data = open_data("digits")
-    return Data(data.train.subset(range(48)), data.test.subset(range(20)), 10, 1)
-
-
-def linear() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    return load_file(out / "model.safetensors")
-
-
-def lines(out: Path, split: str = "train") -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in found if line["split"] == split]
-
-
-def train(out: Path, recipe: Recipe, model: nn.Module | None = None, **options: Any) -> dict[str, Tensor]:
-    """The weights that a linear model, or another, ends with."""
-    objective = options.pop("objective", None) or Classification(model or linear(), 10)
-    loop.train(objective, some(), recipe, out, options=loop.Options(log_every=1, **options))
-    return weights(out)
 
 
 def by_hand(recipe: Recipe, out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -261,8 +218,8 @@ def test_fine_tuning_starts_from_a_run(tmp_path: Path) -> None:
     data, recipe = some(), plain(steps=3, image_size=16)
     torch.manual_seed(0)
     model = build.model_of("digits", plain(), data)
-    loop.train(Classification(model, 10), data, plain(steps=3), tmp_path)
-    build.describe(model, tmp_path)
+    config = build.describe(model, plain())
+    loop.train(Classification(model, 10), data, plain(steps=3), tmp_path, config=config)
     again = fastvit.from_checkpoint(tmp_path)
     assert again.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
     images = torch.randn(2, 1, 8, 8)
@@ -273,6 +230,81 @@ def test_fine_tuning_starts_from_a_run(tmp_path: Path) -> None:
     assert not tuned.head.weight.any()
     assert not tuned.head.bias.any()
     assert torch.equal(tuned.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits_beit", "vit_tiny_r_s16_p8_224", "R+ViT-Ti/16", "vit_small_plus_patch16_dinov3_qkvb", "Axial-ViT-Ti/16",
+        "axial_resnet50", "R50x1", "deit_tiny_distilled_patch16_224",
+    ],
+)  # fmt: skip
+def test_every_family_can_be_trained_and_read_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the command, on two digits; its folder is the model, and one to fine-tune."""
+    few = Data(some().train.subset(range(2)), some().test.subset(range(2)), 10, 1)
+    monkeypatch.setattr(build, "open_data", lambda source: few)
+    out, size = tmp_path / "out", 16 if name == "digits_beit" else 32
+    given = ["--recipe", "digits", "--steps", "1", "--set", "warmup_steps=0", "batch_size=2", "mixup=0"]
+    given += [f"image_size={size}", "polyak=0", "lr=1e-3"]
+    assert cli.main(["train", "--data", "digits", "--model", name, "--out", str(out), *given]) == 0
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["objective"]
+    torch.manual_seed(0)
+    recipe = recipe_of("digits").override([f"image_size={size}"])
+    model = build.model_of(name, recipe, few)
+    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
+    again = fastvit.from_checkpoint(out)
+    images = torch.randn(2, 1, size, size)
+    assert torch.equal(again.eval()(images), model.eval()(images))
+    tuned = ["--weights", str(out), "--out", str(tmp_path / "tuned"), *given, "lr=1e-9"]
+    assert cli.main(["train", "--data", "digits", *tuned]) == 0
+    heads = [value for key, value in load_file(tmp_path / "tuned" / "model.safetensors").items() if "head" in key]
+    assert heads and all(value.abs().max() < 1e-6 for value in heads)
+
+
+def test_a_folder_tells_what_shapes_do_not(tmp_path: Path) -> None:
+    model = fastvit.ViT(
+        img_size=(16, 32), patch_size=8, embed_dim=48, depth=1, num_heads=3, act_layer="quick_gelu", class_token=False,
+        norm_layer=partial(fastvit.layers.LayerNorm, eps=1e-3), global_pool="max", rope=50.0, pos_embed="none",
+        num_classes=3, pool_include_prefix=True, reg_tokens=2,
+    ).eval()  # fmt: skip
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(build.describe(model, plain(mean=(0.1,), std=(0.2,)))))
+    images = torch.randn(2, 3, 16, 32)
+    assert torch.equal(fastvit.from_checkpoint(tmp_path).eval()(images), model(images))
+    recipe = build.recipe_for("digits", "x", [], weights=str(tmp_path))
+    assert (recipe.mean, recipe.std) == ((0.1,), (0.2,))
+    assert build.recipe_for("digits", "x", ["mean=0.4,0.5,0.6"], weights=str(tmp_path)).mean == (0.4, 0.5, 0.6)
+    (tmp_path / "config.json").write_text("{}")
+    told = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    assert build.recipe_for("digits", "x", [], weights=str(tmp_path)).mean == (0.48, 0.46, 0.41)
+
+
+def test_what_a_resnet_can_not_have() -> None:
+    with pytest.raises(ValueError, match=r"dropout=0\.1: of a ResNet, accepted is 0"):
+        build.model_of("R50x1", plain(dropout=0.1), some())
+
+
+def test_the_recipe_of_a_data_set() -> None:
+    assert build.recipe_for(None, "imagenet:/data", []) == recipe_of("vit_imagenet")
+    assert build.recipe_for(None, "imagenet:/data", [], weights="vit.npz") == recipe_of("finetune_imagenet")
+    with pytest.raises(ValueError, match="finetune_cifar is for a model that is trained"):
+        build.recipe_for(None, "cifar10", [])
+
+
+def test_pixels_are_normalised_as_the_recipe_says(tmp_path: Path) -> None:
+    seen = []
+
+    class Watching(Classification):
+        def forward(self, batch: Batch) -> dict[str, Tensor]:
+            seen.append(batch["image"])
+            return super().forward(batch)
+
+    train(tmp_path, plain(mean=(0.25,), std=(0.5,)), objective=Watching(linear(), 10))
+    last = torch.stack([some().test.image(i) for i in range(16, 20)])
+    torch.testing.assert_close(seen[-1], (last - 0.25) / 0.5)
+    with pytest.raises(ValueError, match="mean has 3 values and the images 1 channels"):
+        train(tmp_path / "other", plain(mean=(0.1, 0.2, 0.3)))
 
 
 # -- the loop -------------------------------------------------------------------------------------------------------
@@ -363,243 +395,3 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: py
     assert [message for message in caplog.messages if "TensorBoard is not installed" in message]
     assert not (tmp_path / "without" / "tensorboard").exists()
     assert (tmp_path / "without" / "log.jsonl").read_text() == (tmp_path / "with" / "log.jsonl").read_text()
-
-
-# -- runs that end, and go on -----------------------------------------------------------------------------------------
-
-
-class Bad(Classification):
-    """Its loss, or its gradient, is no number in the step after ``good``."""
-
-    def __init__(self, good: int, where: str) -> None:
-        super().__init__(linear(), 10)
-        self.good, self.where = good, where
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        found = super().forward(batch)
-        if self.training:
-            self.good -= 1
-            if self.good < 0 and self.where == "loss":
-                found["loss"] = found["loss"] * math.nan
-            if self.good < 0 and self.where == "gradient":
-                found["loss"] = found["loss"] + 0 * torch.sqrt(self.model[1].bias - self.model[1].bias.detach()).sum()
-        return found
-
-
-@pytest.mark.parametrize(("where", "name"), [("loss", "loss"), ("gradient", "grad_norm")])
-def test_a_run_without_numbers_stops(where: str, name: str, tmp_path: Path) -> None:
-    """The weights are as before that step, and so is the checkpoint."""
-    objective = Bad(3, where)
-    with pytest.raises(loop.Diverged, match=rf"{name} is nan at step 4, lr .*; the last checkpoint.*checkpoint\.pt"):
-        train(tmp_path, plain(), objective=objective, checkpoint_every=2)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 2
-    assert all(value.isfinite().all() for value in state["objective"].values())
-    assert all(p.isfinite().all() for p in objective.parameters())
-    assert not (tmp_path / "metrics.json").exists()
-    with pytest.raises(loop.Diverged, match="there is no checkpoint yet"):
-        train(tmp_path / "other", plain(), objective=Bad(0, where))
-
-
-def test_other_runs_are_refused(tmp_path: Path) -> None:
-    """Of another recipe, model, objective, seed or data; nothing is changed."""
-    train(tmp_path, plain())
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-
-    class Other(Classification):
-        pass
-
-    small = some()
-    cut = Data(small.train.subset(range(40)), small.test, 10, 1)
-    deep = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Linear(5, 10))
-    for objective, data, recipe, seed, message in (
-        (Classification(linear(), 10), small, plain(lr=0.5), 0, r"another recipe\.lr \(there 0\.02, now 0\.5\)"),
-        (Classification(linear(), 10), small, plain(steps=7), 0, r"recipe\.steps \(there 6, now 7\)"),
-        (Classification(deep, 10), small, plain(), 0, "another parameters"),
-        (Other(linear(), 10), small, plain(), 0, "objective .there 'Classification', now 'Other'"),
-        (Classification(linear(), 10), cut, plain(), 0, "another labels"),
-        (Classification(linear(), 10), small, plain(), 1, "seed .there 0, now 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            loop.train(objective, data, recipe, tmp_path, seed=seed)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-
-
-def test_a_finished_run_says_the_same_again(tmp_path: Path) -> None:
-    first = train(tmp_path, plain(polyak=0.5))
-    log, metrics = (tmp_path / "log.jsonl").read_text(), (tmp_path / "metrics.json").read_text()
-    again = train(tmp_path, plain(polyak=0.5), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
-    assert all(torch.equal(again[name], value) for name, value in first.items())
-    assert (tmp_path / "metrics.json").read_text() == metrics
-    assert (tmp_path / "log.jsonl").read_text() == log
-
-
-def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up in the middle of writing: the run ends as it would have, started again."""
-    expected = train(tmp_path / "whole", plain(optimizer="sgd"), checkpoint_every=2)
-    save, calls = torch.save, []
-
-    def filled(state: Any, file: Any) -> None:
-        calls.append(state["step"])
-        if len(calls) == 2:
-            file.write(b"a part")
-            raise OSError("No space left on device")
-        save(state, file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", filled)
-        with pytest.raises(OSError, match="No space"):
-            train(tmp_path / "cut", plain(optimizer="sgd"), checkpoint_every=2)
-    assert calls == [2, 4]
-    with (tmp_path / "cut" / "log.jsonl").open("a") as file:
-        file.write('{"step": 5, "spl')
-    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 2
-    found = train(tmp_path / "cut", plain(optimizer="sgd"), checkpoint_every=2)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
-
-
-def test_an_objectives_own_parameters_are_trained_and_stay_in_checkpoints_alone(tmp_path: Path) -> None:
-    class Scaled(Objective):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = linear()
-            self.scale = nn.Parameter(torch.ones(1, 1))
-
-        def forward(self, batch: Batch) -> dict[str, Tensor]:
-            return {"loss": F.cross_entropy(self.model(batch["image"]) * self.scale, batch["label"])}
-
-        def no_weight_decay(self) -> set[str]:
-            return {"scale"}
-
-    objective = Scaled()
-    optimizer = loop.optimizer_of(objective, plain())
-    assert [p is objective.scale for p in optimizer.param_groups[1]["params"]] == [True, False]
-    start = copy.deepcopy(objective)
-    found = train(tmp_path, plain(), objective=objective)
-    assert not torch.equal(objective.scale, start.scale)
-    assert set(found) == {"1.weight", "1.bias"}
-    assert "scale" in torch.load(tmp_path / "checkpoint.pt", weights_only=True)["objective"]
-
-
-def test_examples_are_what_a_run_learns_from() -> None:
-    place, recipe = loop.Place(0, 1, torch.device("cpu")), plain(examples=20)
-    run = loop.Run(Classification(linear(), 10), some(), recipe, Path(), 3, loop.Options(), place)
-    assert run.data.train.labels.tolist() == some().of(20, 3).train.labels.tolist()
-    with pytest.raises(ValueError, match="examples=49 of 48 training images"):
-        loop.Run(Classification(linear(), 10), some(), plain(examples=49), Path(), 3, loop.Options(), place)
-    nothing = replace(some(), train=some().train.subset([]))
-    with pytest.raises(ValueError, match="the training set has no images"):
-        loop.Run(Classification(linear(), 10), nothing, plain(), Path(), 0, loop.Options(), place)
-
-
-def test_a_batch_is_shared_evenly_or_not_at_all() -> None:
-    place = loop.Place(0, 3, torch.device("cpu"))
-    with pytest.raises(ValueError, match="batch_size=16 can't be shared by 3 processes"):
-        loop.Run(Classification(linear(), 10), some(), plain(), Path(), 0, loop.Options(), place)
-
-
-def command(out: Path, *more: str) -> list[str]:
-    return [
-        "train", "--data", "digits", "--out", str(out), "--steps", "24", "--checkpoint-every", "4", "--set",
-        "batch_size=32", "warmup_steps=2", "dropout=0.1", "mixup=0.2", "micro_batch=24", "crop=affine", *more,
-    ]  # fmt: skip
-
-
-def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights, averages and the log, bit for bit; with dropout, accumulation, and images that a worker augments."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert cli.main(command(whole)) == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastvit", *command(cut, "--workers", "1")], stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
-    while not (cut / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert 0 < torch.load(cut / "checkpoint.pt", weights_only=True)["step"] < 24
-    assert not (cut / "metrics.json").exists()
-    capsys.readouterr()
-    assert cli.main(command(cut)) == 0
-    accuracy = json.loads((whole / "metrics.json").read_text())["test"]["accuracy"]
-    assert capsys.readouterr().out == f"test accuracy: {accuracy:.2%}\n"
-    found = weights(cut)
-    assert all(torch.equal(found[name], value) for name, value in weights(whole).items())
-    for name in ("log.jsonl", "metrics.json", "run.json"):
-        assert (cut / name).read_text() == (whole / name).read_text()
-    assert sorted(os.listdir(cut)) == sorted(os.listdir(whole))
-
-
-def torchrun(world: int, arguments: list[str]) -> list[str]:
-    """The command line."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    return [*run, "-m", "fastvit", *arguments]
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """The loss of every tenth step to 1e-5, and the accuracy; gradients accumulated too; copied and sharded."""
-    more = ("--set", "dropout=0", "mixup=0", "micro_batch=10", "optimizer=sgd", "lr=0.2", "crop=none", "--steps", "60")
-    subprocess.run(torchrun(1, command(tmp_path / "one", *more)), check=True)
-    one = lines(tmp_path / "one")
-    assert len(one) == 6
-    assert max(line["loss"] for line in one) - min(line["loss"] for line in one) > 0.1  # or nothing is told apart
-    for name, fsdp in (("copied", ()), ("sharded", ("--fsdp",))):
-        out = tmp_path / name
-        subprocess.run(torchrun(2, command(out, *more, *fsdp)), check=True)
-        for a, b in zip(one, lines(out), strict=True):
-            assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
-            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-        tests = [lines(run, "test")[0] for run in (tmp_path / "one", out)]
-        assert tests[0]["loss"] == pytest.approx(tests[1]["loss"], abs=1e-5)
-        assert tests[0]["accuracy"] == tests[1]["accuracy"]
-        for key, value in weights(tmp_path / "one").items():
-            torch.testing.assert_close(weights(out)[key], value, rtol=1e-3, atol=1e-4)
-
-
-def evaluated(out: Path, fsdp: bool) -> dict[str, float]:
-    """Test scalars of an untrained model on one image; called in each of several processes, or in one."""
-    torch.manual_seed(0)
-    data = some()
-    data = Data(data.train, data.test.subset([3]), data.classes, data.channels)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    place = loop.Place(rank, world, torch.device("cpu"))
-    model = build.model_of("digits", plain(), data)
-    return loop.Run(Classification(model, 10), data, plain(), out, 0, loop.Options(fsdp=fsdp), place).evaluate()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_fewer_test_images_than_processes(fsdp: bool, tmp_path: Path) -> None:
-    found = spawn(2, tmp_path / "found", {"test": (evaluated, (tmp_path, fsdp))})["test"]
-    assert found == pytest.approx(evaluated(tmp_path, False), abs=1e-6)
-
-
-@pytest.mark.slow
-def test_a_killed_sharded_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Both of its processes killed; Adam's moments, averages and dropout go on in each."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(torchrun(2, command(whole, "--fsdp")), check=True)
-    process = subprocess.Popen(torchrun(2, command(cut, "--fsdp")), start_new_session=True)
-    while not (cut / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 0 < torch.load(cut / "checkpoint.pt", weights_only=True)["step"] < 24
-    subprocess.run(torchrun(2, command(cut, "--fsdp")), check=True)
-    found = weights(cut)
-    assert all(torch.equal(found[name], value) for name, value in weights(whole).items())
-    assert (cut / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_digits(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The defaults reach 98% of the 360 test images, in less than 200 seconds of CPU."""
-    began = time.process_time()
-    assert cli.main(["train", "--data", "digits", "--out", str(tmp_path), "--seed", str(seed)]) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text())["test"]["accuracy"] >= 0.98
-    assert time.process_time() - began < 200

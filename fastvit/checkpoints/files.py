@@ -24,7 +24,10 @@ log = logging.getLogger("fastvit")
 HUB = "hf-hub:"
 # Where training scripts put the weights: a teacher goes before its student, an average before its model.
 _NESTED = ("model_ema", "ema", "state_dict_ema", "teacher", "state_dict", "model", "module", "params", "student")
-_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+RUN = "checkpoint.pt"  # of a run of `fastvit train` that is not done
+_WEIGHTS = (
+    "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin", RUN,
+)  # fmt: skip
 _CONFIGS = ("config.json", "open_clip_config.json")
 
 
@@ -91,6 +94,20 @@ def _folder(folder: Path) -> Raw:
     raise ValueError(f"{folder} has no weights; accepted: {', '.join(_WEIGHTS)}, or an index of their parts")
 
 
+def pixel_statistics(source: str | os.PathLike[str]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) of the pixels, 0 to 1, that a folder's weights were trained with, as timm's config.json or
+    transformers' preprocessor_config.json says; None where neither does."""
+    folder = _download(str(source).removeprefix(HUB)) if str(source).startswith(HUB) else Path(source)
+    for name, keys in (("config.json", ("mean", "std")), ("preprocessor_config.json", ("image_mean", "image_std"))):
+        if (folder / name).is_file():
+            told = _json(folder / name)
+            told = {**told, **told.get("pretrained_cfg", {})}
+            if all(isinstance(told.get(key), list) for key in keys):
+                mean, std = (tuple(map(float, told[key])) for key in keys)
+                return mean, std
+    return None
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
@@ -129,6 +146,8 @@ def _file(path: Path) -> Raw:
 
 def _tensors(found: Any, name: str) -> dict[str, Tensor]:
     """The weights among what a training script saved."""
+    if isinstance(found, Mapping) and {"objective", "average", "chance"} <= set(found):
+        found = _of_a_run(found)
     while isinstance(found, Mapping):
         inner = next((key for key in _NESTED if isinstance(found.get(key), Mapping)), None)
         if inner is None:
@@ -142,6 +161,13 @@ def _tensors(found: Any, name: str) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{name} has no tensors; its keys are {sorted(map(str, found))[:8]}")
     return tensors
+
+
+def _of_a_run(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's weights in a checkpoint of fastvit.training, the averaged ones where there are any."""
+    found = state["objective"] if state["average"] is None else state["average"]
+    names = {name: name.removeprefix("module.") for name in found}
+    return {own.removeprefix("model."): found[name] for name, own in names.items() if own.startswith("model.")}
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> None:

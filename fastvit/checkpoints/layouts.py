@@ -58,6 +58,9 @@ def _timm(config: Config) -> dict[str, Any]:
         "init_values",
         "fc_norm",
         "act_layer",
+        "eps",
+        "rope",
+        "pool_include_prefix",
     )
     return {name: given[name] for name in known if name in given}
 

@@ -49,7 +49,7 @@ class Checkpoint:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-Source = str | os.PathLike[str] | Mapping[str, Any] | Checkpoint
+Source = str | os.PathLike[str] | Mapping[str, Any] | files.Raw | Checkpoint
 
 
 def read_checkpoint(source: Source, prefix: str = "") -> Checkpoint:
@@ -61,7 +61,7 @@ def read_checkpoint(source: Source, prefix: str = "") -> Checkpoint:
     """
     if isinstance(source, Checkpoint):
         return source
-    raw = files.read(source)
+    raw = source if isinstance(source, files.Raw) else files.read(source)
     if raw.npz:
         state, heads = from_npz(raw.tensors, Path(raw.name), prefix)
         return Checkpoint(raw.name, "npz", state, {"num_heads": heads})
@@ -108,7 +108,7 @@ def load_checkpoint(model: nn.Module, source: Source, *, head: str = "auto", pre
             then is as it was.
     """
     if not hasattr(model, "patch_embed") and not isinstance(source, Checkpoint):
-        model.load_state_dict(files.read(source).tensors)
+        model.load_state_dict((source if isinstance(source, files.Raw) else files.read(source)).tensors)
         return
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and can't hold weights: model.to_empty(device=...) first")

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvit.checkpoints.backbone import layers_of, stem_of
 from fastvit.checkpoints.layouts import blocks
 from fastvit.checkpoints.sizes import position_arguments
-from fastvit.layers import BeitBlock, LayerNorm, SwiGLU
+from fastvit.layers import BeitBlock, LayerNorm, Mlp, SwiGLU
+from fastvit.layers.resolve import ACTIVATIONS
 from fastvit.models.hybrid import HybridEmbed, reduction
+from fastvit.models.resnet import CHANNELS, STEM_CHANNELS
+from fastvit.models.vit import ViT
 
 log = logging.getLogger("fastvit")
 
@@ -90,6 +93,43 @@ def architecture(
         known = "as models of that width have" if width in heads else "64 features each"
         log.info("%s: %d attention heads, %s; num_heads= says otherwise", name, options["num_heads"], known)
     return found | position_arguments(state, (p, q), options, name) | options
+
+
+def untold(model: ViT) -> dict[str, Any]:
+    """What :func:`architecture` has to be told of a model, in ``options``: the arguments that shapes don't tell."""
+    modules = list(model.blocks.modules())
+    act = next(m.act for m in modules if isinstance(m, Mlp | SwiGLU))
+    found = {
+        "img_size": list(model.patch_embed.img_size),
+        "num_heads": next(m.num_heads for m in modules if hasattr(m, "num_heads")),
+        "global_pool": model.global_pool,
+        "pool_include_prefix": model.pool_include_prefix,
+        "eps": next(m.eps for m in modules if isinstance(m, nn.LayerNorm)),
+        "act_layer": next((name for name, kind in ACTIVATIONS.items() if type(act) is kind), None),
+        "rope": model.rope,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def resnet_architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of :class:`fastvit.resnet.ResNetV2` for weights under its names, which are timm's; of an AxialResNet,
+    whose attention's keys tell the size of the images, "img_size" and "num_heads" too."""
+    stem, classifier = state["stem.conv.weight"], state.get("head.fc.weight")
+    depths = [
+        sum(f"stages.{i}.blocks.{j}.norm1.weight" in state for j in range(len(state))) for i in range(len(CHANNELS))
+    ]
+    found: dict[str, Any] = {
+        "layers": depths,
+        "width_factor": stem.shape[0] // STEM_CHANNELS,
+        "in_chans": stem.shape[1],
+        "num_classes": 0 if classifier is None else classifier.shape[0],
+    }
+    attention = "stages.0.blocks.0.conv2"
+    if f"{attention}.row.rel_pos_keys" in state:
+        keys = [state[f"{attention}.{axis}.rel_pos_keys"] for axis in ("column", "row")]
+        found["img_size"] = tuple(4 * ((len(of) + 1) // 2) for of in keys)
+        found["num_heads"] = state[f"{attention}.row.qkv.weight"].shape[1] // keys[1].shape[1]
+    return found
 
 
 def _pool(state: Mapping[str, Tensor]) -> str:

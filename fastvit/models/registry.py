@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from fastvit.checkpoints import files
 from fastvit.checkpoints.load import Checkpoint, Source, fit, load_checkpoint, read_checkpoint
 from fastvit.models import families
-from fastvit.models.architecture import architecture
+from fastvit.models.architecture import architecture, resnet_architecture
 from fastvit.models.axial import AxialResNet, AxialViT
 from fastvit.models.families import VARIANTS
 from fastvit.models.resnet import ResNetV2
@@ -61,6 +62,15 @@ def _parse(name: str) -> tuple[type[ViT] | type[ResNetV2], dict[str, Any]]:
         "patch_size": int(match["patch"]),
         **variant.arguments,
     }
+
+
+def model_class(name: str) -> type[ViT] | type[ResNetV2]:
+    """The class of a model's name.
+
+    Raises:
+        ValueError: an unknown name; the nearest ones are listed.
+    """
+    return _parse(name)[0]
 
 
 def list_models(filter: str = "") -> list[str]:
@@ -125,7 +135,7 @@ def from_checkpoint(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **kwargs: Any,
-) -> ViT:
+) -> ViT | Any:
     """The :class:`fastvit.ViT` that weights are of, with them: its architecture is read off their shapes.
 
     What shapes don't tell (attention heads, the norms' eps, the activation, the image's size) comes from the
@@ -133,37 +143,75 @@ def from_checkpoint(
 
     Args:
         source: a file, a folder of Hugging Face, "hf-hub:org/name" or a state_dict, in any layout that
-            :func:`fastvit.load_checkpoint` takes.
+            :func:`fastvit.load_checkpoint` takes; or of a BiT ResNet under timm's names, or an AxialResNet.
         num_classes: another number than the file's starts a new classifier; 0 leaves it out.
         num_heads: attention heads, in place of what is found.
         device, dtype: of the model; by default the CPU and PyTorch's default dtype.
         **kwargs: arguments of ViT that go before what is found: img_size and patch_size resample, for example.
 
+    Returns:
+        A ViT, or for a ResNet's weights a ResNetV2 (which is typed as Any, so that a ViT needs no cast).
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, of no known layout, or does not fit what is asked for.
     """
+    copy = isinstance(source, Mapping | Checkpoint)
+    if not isinstance(source, Checkpoint | files.Raw):
+        source = files.read(source)
+    if isinstance(source, files.Raw) and is_resnet(source):
+        return _resnet(source, num_classes, device, dtype, kwargs)
     checkpoint = read_checkpoint(source)
+    del source  # or the file's tensors would outlive the checkpoint's
     told = checkpoint.options if num_heads is None else {**checkpoint.options, "num_heads": num_heads}
     heads = {variant.width: variant.heads for variant in VARIANTS.values()}
     if "rope" in told:
         heads |= {variant.width: variant.heads for variant, _ in families.DINOV3.values()}
-    model_class: type[ViT] = ViT
+    kind: type[ViT] = ViT
     state = checkpoint.state
     if any(name.startswith("blocks.0.row.") for name in state):  # of which the columns' blocks have the shapes too
-        model_class, state = AxialViT, {name.replace(".row.", "."): value for name, value in state.items()}
+        kind, state = AxialViT, {name.replace(".row.", "."): value for name, value in state.items()}
     found = architecture(state, told, checkpoint.name, heads) | kwargs
     dtype = dtype or torch.get_default_dtype()
     if num_classes not in (None, found["num_classes"]):
-        model = model_class(**found | {"num_classes": num_classes}, device=device, dtype=dtype)
+        model = kind(**found | {"num_classes": num_classes}, device=device, dtype=dtype)
         load_checkpoint(model, checkpoint, head="drop")
         return model
     # Never twice in memory: the model takes a file's tensors for its parameters. Those read before are somebody's own.
-    model = model_class(**found, device="meta", dtype=dtype)
-    values, copy = fit(model, checkpoint, "keep"), isinstance(source, Mapping | Checkpoint)
+    model = kind(**found, device="meta", dtype=dtype)
+    values = fit(model, checkpoint, "keep")
     if not copy:
         checkpoint.state.clear()
     model.load_state_dict(
         {name: values.pop(name).to(device or "cpu", dtype, copy=copy) for name in list(values)}, assign=True
     )
+    return model
+
+
+def is_resnet(raw: files.Raw) -> bool:
+    """Whether weights are a ResNet's, which :func:`fastvit.load_checkpoint` reads by no other names than its own."""
+    return "stem.conv.weight" in raw.tensors and "patch_embed.proj.weight" not in raw.tensors
+
+
+def _resnet(
+    raw: files.Raw,
+    num_classes: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    options: Mapping[str, Any],
+) -> ResNetV2:
+    """The ResNet that weights are of; see :func:`from_checkpoint`.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of other shapes.
+    """
+    try:
+        found = resnet_architecture(raw.tensors)
+        kind = AxialResNet if "num_heads" in found else ResNetV2
+        model = kind(**found | dict(options), device=device, dtype=dtype)
+        model.load_state_dict(raw.tensors)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{raw.name} is no complete ResNet: {error}") from error
+    if num_classes not in (None, model.num_classes):
+        model.reset_classifier(num_classes)
     return model

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,17 @@ from fastvit.models import ViT
 from fastvit.pretraining.beit import Beit
 from fastvit.pretraining.dvae import DVAE, Tokenizing
 from fastvit.pretraining.masked import MaskedPatches
-from fastvit.pretraining.recipes import RECIPES, name_of, recipe_for
+from fastvit.pretraining.recipes import name_of, recipe_for
 from fastvit.training import loop
-from fastvit.training.augment import MEAN, STD
-from fastvit.training.build import describe, model_of
+from fastvit.training.build import describe, model_of, run
 from fastvit.training.data import Data, open_data
 from fastvit.training.recipes import Recipe
 
 log = logging.getLogger("fastvit")
 
 METHODS = ("masked", "beit", "tokenizer")
-MACHINE = ("micro_batch", "precision")  # settings of a run of BEiT that hold for the tokenizer trained for it
+# Settings of a run of BEiT that hold for the tokenizer that is trained for it: what concerns machine and pixels.
+SHARED = ("micro_batch", "precision", "mean", "std")
 
 # Arguments of DVAE, and the weight of the divergence, which DALL-E has relative to 8 x 8 pixels of a code.
 TOKENIZERS: dict[str, tuple[dict[str, Any], float]] = {
@@ -50,7 +49,13 @@ def encoder_of(name: str, recipe: Recipe, data: Data) -> ViT:
     return model
 
 
-def tokenizer_of(name: str, data: Data, codes: int | None = None) -> Tokenizing:
+def pixels_of(recipe: Recipe, data: Data) -> tuple[list[float], list[float]]:
+    """(mean, std) that the recipe normalises pixels by, a value of each channel."""
+    mean, std = (list(values) * (data.channels if len(values) == 1 else 1) for values in (recipe.mean, recipe.std))
+    return mean, std
+
+
+def tokenizer_of(name: str, recipe: Recipe, data: Data, codes: int | None = None) -> Tokenizing:
     """A new tokenizer, with its loss; with another number of codes than its own, where one is given.
 
     Raises:
@@ -60,7 +65,7 @@ def tokenizer_of(name: str, data: Data, codes: int | None = None) -> Tokenizing:
         raise ValueError(f"no tokenizer {name!r}; accepted: {', '.join(TOKENIZERS)}")
     sizes, divergence = TOKENIZERS[name]
     sizes = sizes if codes is None else sizes | {"codes": codes}
-    return Tokenizing(DVAE([MEAN] * data.channels, [STD] * data.channels, **sizes), divergence)
+    return Tokenizing(DVAE(*pixels_of(recipe, data), **sizes), divergence)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -71,19 +76,30 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _same_pixels(dvae: DVAE, mean: list[float], std: list[float]) -> None:
+    """Raise a ValueError where a tokenizer would be given images that are normalised otherwise than its own were."""
+    ours = torch.tensor([mean, std])
+    theirs = torch.stack([dvae.pixels.mean, dvae.pixels.std]).flatten(1)
+    if not torch.equal(ours, theirs):
+        told = ", ".join(
+            f"{name}={[round(value, 6) for value in values]}"
+            for name, values in zip(("mean", "std"), theirs.tolist(), strict=True)
+        )
+        raise ValueError(f"mean={mean}, std={std}: the tokenizer's images were normalised by {told}; --set these")
+
+
 def _own_tokenizer(
-    source: str, out: Path, codes: int | None, settings: Sequence[str], seed: int, options: loop.Options | None
+    source: str, out: Path, codes: int | None, settings: list[str], seed: int, options: loop.Options | None
 ) -> DVAE:
     """The tokenizer of a run of BEiT that is given none, trained in ``out``/tokenizer."""
     folder = out / "tokenizer"
     if (out / "checkpoint.pt").exists() and not folder.exists():
         raise ValueError(f"{out} holds a run whose tokenizer is elsewhere: give it, or another folder for this run")
-    machine = [setting for setting in settings if setting.partition("=")[0] in MACHINE]
     log.info(
-        "no --tokenizer: training one for %s steps by the recipe %s, in %s; of --set and --steps it takes %s alone",
-        recipe_for("tokenizer", source, machine).steps, name_of("tokenizer", source), folder, " and ".join(MACHINE),
+        "no --tokenizer: training one for %s steps by the recipe %s, in %s; of --set and --steps only %s hold for it",
+        recipe_for("tokenizer", source, settings).steps, name_of("tokenizer", source), folder, ", ".join(SHARED),
     )  # fmt: skip
-    pretrain("tokenizer", source, folder, codes=codes, settings=machine, seed=seed, options=options)
+    pretrain("tokenizer", source, folder, codes=codes, settings=settings, seed=seed, options=options)
     return DVAE.from_checkpoint(folder)
 
 
@@ -114,7 +130,7 @@ def pretrain(
         tokenizer: folder of a trained one, for "beit"; None trains one in ``out``/tokenizer, by its own recipe.
         codes: of "tokenizer", or of the one that "beit" trains, by default the model's.
         settings, steps: what is overridden in the recipe, "field=value"; of the recipe of a tokenizer that "beit"
-            trains, :data:`MACHINE` alone.
+            trains, :data:`SHARED` alone.
 
     Returns:
         What is in metrics.json.
@@ -137,37 +153,52 @@ def pretrain(
     data, recipe = open_data(source), recipe_for(method, source, list(settings), steps)
     chosen = data if recipe.examples is None else data.of(recipe.examples, seed)
     recipe.for_images(len(chosen.train))  # refuses what the loop would, before a tokenizer is trained for it
-    described: dict[str, Any] = {"method": method, "data": source, "model": model or recipe.model}
-    part = {} if share is None else {"share": share}
+    described: dict[str, Any] = {
+        "method": method,
+        "data": os.path.normpath(source),
+        "model": model or recipe.model,
+    }
+    part: dict[str, Any] = {} if share is None else {"share": share}
     torch.manual_seed(seed)
     objective: Tokenizing | MaskedPatches | Beit
     if method == "tokenizer":
-        objective = tokenizer_of(described["model"], data, codes)
+        objective = tokenizer_of(described["model"], recipe, data, codes)
         described["codes"] = objective.model.codes
     elif method == "masked":
         described["target"] = target = target or "colour"
         encoder = encoder_of(described["model"], recipe, data)
-        objective = MaskedPatches(encoder, [MEAN] * data.channels, [STD] * data.channels, target, **part)
+        objective = MaskedPatches(encoder, *pixels_of(recipe, data), target, **part)
         described["share"] = objective.share
     else:
         encoder = encoder_of(described["model"], recipe, data)
         least = max(1, round(16 / 14**2 * encoder.patch_embed.num_patches))  # BEiT's 16 of 14 x 14, in proportion
-        name = RECIPES[name_of("tokenizer", source)].model
-        dvae = tokenizer_of(name, data, codes).model if tokenizer is None else DVAE.from_checkpoint(tokenizer)
+        if tokenizer is None:
+            shared = [setting for setting in settings if setting.partition("=")[0] in SHARED]
+            own = recipe_for("tokenizer", source, shared)
+            dvae = tokenizer_of(own.model, own, data, codes).model
+        else:
+            dvae = DVAE.from_checkpoint(tokenizer)
         objective = Beit(encoder, dvae, least=least, **part)
+        _same_pixels(dvae, *pixels_of(recipe, data))
         if tokenizer is None:  # trained now that all else is known to fit
-            dvae.load_state_dict(_own_tokenizer(source, Path(out), codes, settings, seed, options).state_dict())
-        described |= {"share": objective.share, "tokenizer": fingerprint(objective.tokenizer)}
-    found = loop.train(objective, data, recipe, out, seed=seed, options=options or loop.Options(), described=described)
-    if os.environ.get("RANK", "0") == "0":
-        describe(objective.model, out)
-    return found
+            dvae.load_state_dict(_own_tokenizer(source, Path(out), codes, shared, seed, options).state_dict())
+        described |= {"share": objective.share, "tokenizer": fingerprint(dvae)}
+    return loop.train(
+        objective,
+        data,
+        recipe,
+        out,
+        seed=seed,
+        options=options or loop.Options(),
+        described=described,
+        config=describe(objective.model, recipe),
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     """``fastvit pretrain``."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def told() -> str:
         found = pretrain(
             arguments.method,
             arguments.data,
@@ -182,9 +213,6 @@ def main(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             options=loop.options_of(arguments),
         )
-    except (ValueError, OSError, ImportError, loop.Diverged) as error:
-        print(f"fastvit pretrain: {error}", file=sys.stderr)
-        return 2
-    if os.environ.get("RANK", "0") == "0":
-        print(", ".join(f"test {name}: {value:.4f}" for name, value in found["test"].items()))
-    return 0
+        return ", ".join(f"test {name}: {value:.4f}" for name, value in found["test"].items())
+
+    return run("pretrain", told)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastvit.training.data import Split
 from fastvit.training.recipes import Recipe
 
-MEAN, STD = 0.5, 0.5  # pixels become -1 to 1, as in the paper's code
+
+class Unreadable(ValueError):
+    """An image that can't be read; the message names it."""
 
 
 def training_transform(recipe: Recipe) -> Any:
-    """A PIL image or tensor (C, H, W) -> float32 (C, size, size) in -1 to 1, augmented as the recipe says."""
+    """A PIL image or tensor (C, H, W) -> float32 (C, size, size), augmented and normalised as the recipe says."""
     from torchvision.transforms import v2
 
     size, bicubic = recipe.image_size, v2.InterpolationMode.BICUBIC
@@ -35,23 +38,27 @@ def training_transform(recipe: Recipe) -> Any:
         steps.append(v2.RandomHorizontalFlip())
     if recipe.randaugment:
         steps.append(v2.RandAugment(recipe.randaugment))
-    return v2.Compose([*steps, *_normalised()])
+    return v2.Compose([*steps, *_normalised(recipe.mean, recipe.std)])
 
 
-def evaluation_transform(size: int, middle: bool = False) -> Any:
+def evaluation_transform(
+    size: int, middle: bool = False, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)
+) -> Any:
     """The same without chance: the whole image as a square, or its middle, 224 of 256."""
     from torchvision.transforms import v2
 
     bicubic = v2.InterpolationMode.BICUBIC
     cut = [v2.Resize(round(size * 8 / 7), bicubic), v2.CenterCrop(size)]
     whole = [v2.Resize((size, size), bicubic)]
-    return v2.Compose([v2.ToImage(), *(cut if middle else whole), *_normalised()])
+    return v2.Compose([v2.ToImage(), *(cut if middle else whole), *_normalised(mean, std)])
 
 
-def _normalised() -> list[Any]:
+def _normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
+    """Pixels of 0 to 1, less their mean, by their deviation: one value each, or one of each channel."""
     from torchvision.transforms import v2
 
-    return [v2.ToDtype(torch.float32, scale=True), v2.Lambda(lambda image: ((image - MEAN) / STD).as_subclass(Tensor))]
+    m, s = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    return [v2.ToDtype(torch.float32, scale=True), v2.Lambda(lambda image: ((image - m) / s).as_subclass(Tensor))]
 
 
 class Examples(Dataset[dict[str, Any]]):
@@ -66,7 +73,10 @@ class Examples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, where: tuple[int, int]) -> dict[str, Any]:
         place, number = where
-        image = self.split.image(number)
+        try:
+            image = self.split.image(number)
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_mixed(self.seed, place))
             return {"image": self.transform(image), "label": self.split.labels[number]}
@@ -110,13 +120,28 @@ class Order(Sampler[list[tuple[int, int]]]):
             yield from (chosen[i : i + self.piece] for i in range(0, share, self.piece))
 
 
+class _Loader(DataLoader[dict[str, Tensor]]):
+    def __iter__(self) -> Any:
+        try:
+            yield from super().__iter__()
+        except Unreadable as error:  # a worker's has its whole traceback for a message
+            raise Unreadable(str(error).rstrip().rsplit("Unreadable: ", 1)[-1]) from error
+
+
+def _of_a_worker(number: int) -> None:
+    """Ctrl-C, which reaches all processes, is the run's own matter; SIGTERM ends a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def loader(examples: Examples, batches: Any, workers: int) -> DataLoader[dict[str, Tensor]]:
     """The batches, read ahead by ``workers`` processes; it draws nothing from PyTorch's global generator."""
-    return DataLoader(
+    return _Loader(
         examples,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=_of_a_worker,
         multiprocessing_context="fork" if workers else None,  # splits read by closures, which can't be pickled
     )

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastvit.models import ViT, create_model, from_checkpoint, list_models
+from fastvit.checkpoints import files
+from fastvit.models import ViT, create_model, from_checkpoint
+from fastvit.models.architecture import untold
+from fastvit.models.axial import AxialResNet
+from fastvit.models.registry import is_resnet, model_class
+from fastvit.models.resnet import ResNetV2
 from fastvit.training import loop
 from fastvit.training.data import Data, open_data
 from fastvit.training.objectives import Classification
 from fastvit.training.recipes import Recipe, recipe_of
+
+log = logging.getLogger("fastvit")
 
 # Models of this room, for `digits` at twice their size: 16 patches and a class token.
 MODELS: dict[str, dict[str, Any]] = {
@@ -48,22 +55,30 @@ DEFAULTS = {
     "flowers102": "finetune_flowers",
     "imagenet": "vit_imagenet",
 }
+FINETUNING = {"vit_imagenet": "finetune_imagenet"}  # in its place where there are weights to start from
 
 
 def recipe_for(
     name: str | None, data: str, settings: list[str], steps: int | None = None, weights: str | None = None
 ) -> Recipe:
-    """The recipe that is named, or the data set's own, with what is overridden.
+    """The recipe that is named, or the data set's own, with what is overridden; pixels are normalised as ``weights``
+    say that theirs were.
 
     Raises:
         ValueError: no such recipe, none for this data set, a setting that fits none, or fine-tuning without weights.
     """
-    name = name or DEFAULTS.get(data.partition(":")[0])
+    if name is None:
+        name = DEFAULTS.get(data.partition(":")[0])
+        name = FINETUNING.get(name or "", name) if weights is not None else name
     if name is None:
         raise ValueError(f"there is no recipe for {data} alone: give one with --recipe; see docs/training.md")
     if name.startswith("finetune_") and weights is None:
         raise ValueError(f"{name} is for a model that is trained: give its --weights, or another --recipe")
-    return recipe_of(name).override([*settings, *([] if steps is None else [f"steps={steps}"])])
+    recipe = recipe_of(name)
+    if weights is not None and (pixels := files.pixel_statistics(weights)) is not None:
+        log.info("%s: pixels are normalised by mean %s and std %s", weights, *pixels)
+        recipe = replace(recipe, mean=pixels[0], std=pixels[1])
+    return recipe.override([*settings, *([] if steps is None else [f"steps={steps}"])])
 
 
 def model_of(name: str, recipe: Recipe, data: Data, weights: str | None = None, **arguments: Any) -> nn.Module:
@@ -73,38 +88,60 @@ def model_of(name: str, recipe: Recipe, data: Data, weights: str | None = None, 
         name: of :data:`MODELS`, or what :func:`fastvit.create_model` takes. With ``weights`` it is the file's model.
         weights: a checkpoint to start from, resampled to the image size; a new classifier starts at zero.
         **arguments: more of :class:`fastvit.ViT`.
+
+    Raises:
+        ValueError: no such model or weights, or a ResNet with what it can't have: dropout, images of other channels.
     """
-    given: dict[str, Any] = {"in_chans": data.channels, **arguments}
-    if name in list_models("resnetv2_*") or name.startswith("R"):
-        if weights is not None:
-            raise ValueError(f"weights={weights}: of a ResNet, accepted is none")
-        return create_model(name, num_classes=data.classes, **given)
-    given |= {
-        "img_size": recipe.image_size,
-        "pos_drop_rate": recipe.dropout,
-        "proj_drop_rate": recipe.dropout,
-        "drop_path_rate": recipe.drop_path,
-    }
-    if weights is not None:
-        model = from_checkpoint(weights, num_classes=0, **given)
+    given: dict[str, Any] = {"in_chans": data.channels, "drop_path_rate": recipe.drop_path, **arguments}
+    raw = None if weights is None else files.read(weights)
+    if is_resnet(raw) if raw is not None else name not in MODELS and issubclass(model_class(name), ResNetV2):
+        if recipe.dropout:
+            raise ValueError(f"dropout={recipe.dropout}: of a ResNet, accepted is 0 (--set dropout=0)")
+        if raw is None and issubclass(model_class(name), AxialResNet):
+            given["img_size"] = recipe.image_size
+    else:
+        given |= {
+            "img_size": recipe.image_size,
+            "pos_drop_rate": recipe.dropout,
+            "proj_drop_rate": recipe.dropout,
+        }
+    if raw is not None:
+        model = from_checkpoint(raw, num_classes=0, **given)
         model.reset_classifier(data.classes)
         return model
     given["num_classes"] = data.classes
     return ViT(**MODELS[name] | given) if name in MODELS else create_model(name, **given)
 
 
-def describe(model: nn.Module, out: str | Path) -> None:
-    """Write config.json, as timm has it: with model.safetensors the folder is one that ``from_checkpoint`` takes."""
-    if isinstance(model, ViT):
-        heads = model.blocks[0].attn.num_heads  # type: ignore[union-attr]
-        told = {"img_size": list(model.patch_embed.img_size), "num_heads": heads, "global_pool": model.global_pool}
-        (Path(out) / "config.json").write_text(json.dumps({"model_args": told}, indent=1))
+def describe(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
+    """A config.json, as timm has it: with model.safetensors the folder is one that ``from_checkpoint`` takes."""
+    pixels = {"mean": list(recipe.mean), "std": list(recipe.std)}
+    return {"model_args": untold(model) if isinstance(model, ViT) else {}, "pretrained_cfg": pixels}
+
+
+def run(command: str, call: Callable[[], str]) -> int:
+    """Do what a command is for, print what it says, and return the exit status; what goes wrong is told in a line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        told = call()
+    except loop.Stopped as stopped:
+        print(f"fastvit {command}: {stopped}", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        print(f"fastvit {command}: {error}\nFewer images at a time need less: --set micro_batch=64", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, ImportError, loop.Diverged) as error:
+        print(f"fastvit {command}: {error}", file=sys.stderr)
+        return 2
+    if os.environ.get("RANK", "0") == "0":
+        print(told)
+    return 0
 
 
 def main(arguments: argparse.Namespace) -> int:
     """``fastvit train``."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def train() -> str:
         recipe = recipe_for(arguments.recipe, arguments.data, arguments.set, arguments.steps, arguments.weights)
         data = open_data(arguments.data)
         if arguments.model and arguments.weights:
@@ -112,20 +149,16 @@ def main(arguments: argparse.Namespace) -> int:
         name = arguments.model or recipe.model
         torch.manual_seed(arguments.seed)
         model = model_of(name, recipe, data, arguments.weights)
-        objective = Classification(model, data.classes, recipe.label_smoothing, recipe.mixup)
         found = loop.train(
-            objective,
+            Classification(model, data.classes, recipe.label_smoothing, recipe.mixup),
             data,
             recipe,
             arguments.out,
             seed=arguments.seed,
             options=loop.options_of(arguments),
-            described={"data": arguments.data, "model": name, "weights": arguments.weights},
+            described={"data": os.path.normpath(arguments.data), "model": name, "weights": arguments.weights},
+            config=describe(model, recipe),
         )
-    except (ValueError, OSError, ImportError, loop.Diverged) as error:
-        print(f"fastvit train: {error}", file=sys.stderr)
-        return 2
-    if os.environ.get("RANK", "0") == "0":
-        describe(model, arguments.out)
-        print(f"test accuracy: {found['test']['accuracy']:.2%}")
-    return 0
+        return f"test accuracy: {found['test']['accuracy']:.2%}"
+
+    return run("train", train)

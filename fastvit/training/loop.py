@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fastvit.checkpoints import files
-from fastvit.training.augment import Examples, Order, evaluation_transform, loader, training_transform
+from fastvit.training.augment import Examples, Order, Unreadable, evaluation_transform, loader, training_transform
 from fastvit.training.data import Data
+from fastvit.training.logger import Logger, write
 from fastvit.training.objectives import Objective
+from fastvit.training.processes import Interruption, Place, processes
 from fastvit.training.recipes import Recipe
 
 log = logging.getLogger("fastvit")
@@ -47,36 +48,8 @@ class Diverged(RuntimeError):
     """The loss or its gradients are no finite numbers."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """This process among those of a run, and its device."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes."""
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values / self.world
-
-
-@contextmanager
-def processes() -> Iterator[Place]:
-    """Where this process is; under torchrun, with the group of all processes meanwhile."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Place(rank, world, device)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+class Stopped(RuntimeError):
+    """The run was asked to stop, and can go on."""
 
 
 def optimizer_of(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
@@ -140,8 +113,14 @@ class Run:
         self.steps = recipe.steps
         if recipe.batch_size % place.world:
             raise ValueError(f"batch_size={recipe.batch_size} can't be shared by {place.world} processes")
+        for name, values in (("mean", recipe.mean), ("std", recipe.std)):
+            if len(values) not in (1, data.channels):
+                raise ValueError(f"{name} has {len(values)} values and the images {data.channels} channels")
         self.share = recipe.batch_size // place.world
+        self.piece = min(recipe.micro_batch or self.share, self.share)
         self.step = 0
+        self.test: dict[str, float] | None = None  # the test set's scalars, when all is done
+        self.description: dict[str, Any] = {}
         self.objective = objective.to(place.device).train()
         self.average: AveragedModel | None = None
         if recipe.polyak:
@@ -161,80 +140,88 @@ class Run:
             device_ids = [place.device] if place.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(objective, device_ids=device_ids)
         torch.manual_seed(seed + place.rank)  # what was drawn before is in the weights
+        self.chance = self.drawn()
 
     @property
     def checkpoint(self) -> Path:
         """Where the newest state is."""
-        return self.out / "checkpoint.pt"
+        return self.out / files.RUN
 
     def autocast(self) -> Any:
         """The recipe's precision."""
         return torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
+    def drawn(self) -> dict[str, Tensor]:
+        """The states of PyTorch's generators in this process; ``chance`` has those at the beginning of a step."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.place.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.place.device)
+        return states
+
     # -- what is in the folder ------------------------------------------------------------------------------------
 
-    def claim(self, described: Mapping[str, Any]) -> None:
-        """Say in ``out`` which run it is of, or refuse to mix another one with it."""
+    def describe(self, described: Mapping[str, Any]) -> None:
+        """Take down which run this is, as its checkpoints tell it."""
         shapes = [(name, tuple(p.shape)) for name, p in self.objective.named_parameters()]
         labels = self.data.train.labels.numpy().tobytes() + self.data.test.labels.numpy().tobytes()
         mine = {
             **described,
             **{f"recipe.{name}": value for name, value in asdict(self.recipe).items() if name != "model"},
             "objective": self.kind,
-            "parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
-            "labels": hashlib.sha256(labels).hexdigest(),
             "seed": self.seed,
             "processes": self.place.world,
+            "parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
+            "labels": hashlib.sha256(labels).hexdigest(),
         }
-        mine = json.loads(json.dumps(mine))
-        path = self.out / "run.json"
-        if path.exists():
-            theirs = json.loads(path.read_text())
-            other = [
-                f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})"
-                for name in sorted({*mine, *theirs})
-                if theirs.get(name) != mine.get(name)
-            ]
-            if other:
-                raise ValueError(f"{self.out} holds a run with another {', '.join(other)}; give another folder")
-        elif self.place.rank == 0:
-            _write(path, json.dumps(mine, indent=1))
+        self.description = json.loads(json.dumps(mine))
 
     def save(self) -> None:
-        """Write all of the run's state, whole or not at all."""
-        chance = [self.chance()]
+        """Write all of the run's state between two steps, whole or not at all."""
+        chance = [self.chance]
         if self.place.world > 1:
             chance = [{} for _ in range(self.place.world)]
-            dist.all_gather_object(chance, self.chance())
+            dist.all_gather_object(chance, self.chance)
         objective, optimizer = get_state_dict(self.objective, self.optimizer, options=WHOLE)
         state = {
+            "run": self.description,
             "step": self.step,  # which is the place in the data's order, too
             "objective": objective,
             "optimizer": optimizer,
             "average": None if self.average is None else get_model_state_dict(self.average, options=WHOLE),
             "chance": chance,
+            "test": self.test,
         }
         if self.place.rank == 0:
             part = self.checkpoint.with_suffix(".part")
-            with part.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.checkpoint)
-
-    def chance(self) -> dict[str, Tensor]:
-        """The states of PyTorch's generators in this process."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.place.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.place.device)
-        return states
+            try:
+                with part.open("wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, self.checkpoint)
+            except RuntimeError as error:  # which is what torch.save makes of a full disk
+                raise OSError(f"{self.checkpoint} can't be written: {error}") from error
+            finally:
+                part.unlink(missing_ok=True)
 
     def resume(self) -> None:
-        """Take up the newest checkpoint, if there is one."""
+        """Take up the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: it is another run's, or no checkpoint.
+        """
         if not self.checkpoint.exists():
             return
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        self.step = state["step"]
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            theirs, chance = state["run"], state["chance"]
+        except Exception as error:  # whatever a damaged file makes torch.load raise
+            raise ValueError(
+                f"{self.checkpoint} is no checkpoint of a run, or is cut short ({type(error).__name__}); move it away "
+                "to begin anew"
+            ) from error
+        self._refuse_another(theirs)
+        self.step, self.test = state["step"], state["test"]
         set_state_dict(
             self.objective,
             self.optimizer,
@@ -244,52 +231,82 @@ class Run:
         )
         if self.average is not None:
             set_model_state_dict(self.average, state["average"], options=WHOLE)
-        chance = state["chance"][self.place.rank]
-        torch.set_rng_state(chance["cpu"])
-        if "cuda" in chance:
-            torch.cuda.set_rng_state(chance["cuda"], self.place.device)
+        self.chance = chance[self.place.rank]
+        torch.set_rng_state(self.chance["cpu"])
+        if "cuda" in self.chance:
+            torch.cuda.set_rng_state(self.chance["cuda"], self.place.device)
         log.info("%s: goes on after step %d", self.out, self.step)
+
+    def _refuse_another(self, theirs: Mapping[str, Any]) -> None:
+        mine = self.description
+        others = [name for name in sorted({*mine, *theirs}) if theirs.get(name) != mine.get(name)]
+        told = [
+            f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})"
+            for name in others
+            if name not in ("parameters", "labels")  # whose hashes tell nobody anything
+        ]
+        if others:
+            raise ValueError(f"{self.out} holds a run with another {', '.join(told or others)}; give another folder")
 
     # -- the steps ------------------------------------------------------------------------------------------------
 
-    def train(self, logger: Logger) -> dict[str, float]:
-        """All steps that are left -> the test set's scalars after the last."""
-        test = dict[str, float]()
+    def train(self, logger: Logger, interruption: Interruption) -> dict[str, float]:
+        """All that is left to do -> the test set's scalars in the end."""
+        if self.test is None:
+            try:
+                self.remaining_steps(logger, interruption)
+                test = self.evaluate()
+            except Unreadable:
+                if self.place.world == 1 and self.step:  # of several processes the others don't know
+                    self.save()
+                raise
+            self.test = test
+            logger.write(self.step, "test", test)
+            self.save()
+        return self.test
+
+    def remaining_steps(self, logger: Logger, interruption: Interruption) -> None:
+        """All steps that are left."""
+        begin = self.step
         examples = Examples(self.data.train, training_transform(self.recipe), self.seed)
-        piece = min(self.recipe.micro_batch or self.share, self.share)
         order = Order(
-            len(self.data.train), self.recipe.batch_size, piece, self.step, self.steps, self.seed, self.place.rank,
+            len(self.data.train), self.recipe.batch_size, self.piece, begin, self.steps, self.seed, self.place.rank,
             self.place.world,
         )  # fmt: skip
         pieces = iter(loader(examples, order, self.options.workers))
-        with tqdm(total=self.steps, initial=self.step, unit="step", desc="train", disable=self.place.rank != 0) as bar:
+        with tqdm(total=self.steps, initial=begin, unit="step", desc="train", disable=self.place.rank != 0) as bar:
             while self.step < self.steps:
                 lr, self.objective.progress = self.recipe.lr_at(self.step), self.step / self.steps
-                scalars = self.one_step([next(pieces) for _ in range(-(-self.share // piece))], lr)
-                self.step += 1
+                scalars = self.gradients(pieces, interruption, lr)
+                stops = scalars.pop("stops") > 0
+                # Only now, when the loss of these weights is known to be finite.
+                if self.step > begin and (stops or self.step % self.options.checkpoint_every == 0):
+                    self.save()
+                if stops:
+                    raise Stopped(f"stopped after step {self.step}; the same command goes on from there")
+                self.update(lr)
                 bar.update()
                 last = self.step == self.steps
                 if last or self.step % self.options.log_every == 0:
                     logger.write(self.step, "train", {**scalars, "lr": lr})
                     bar.set_postfix(loss=f"{scalars['loss']:.4f}")
-                if last or (self.options.evaluate_every and self.step % self.options.evaluate_every == 0):
-                    test = self.evaluate()
-                    logger.write(self.step, "test", test)
-                if last or self.step % self.options.checkpoint_every == 0:
-                    self.save()  # after what is logged of the step, which a run that goes on does not repeat
-        return test or self.evaluate()
+                if not last and self.options.evaluate_every and self.step % self.options.evaluate_every == 0:
+                    logger.write(self.step, "test", self.evaluate())
 
-    def one_step(self, pieces: list[Mapping[str, Tensor]], lr: float) -> dict[str, float]:
-        """Gradients of all pieces, and a step of the optimizer -> the batch's scalars.
+    def gradients(
+        self, pieces: Iterator[Mapping[str, Tensor]], interruption: Interruption, lr: float
+    ) -> dict[str, float]:
+        """Gradients of a batch's pieces -> its scalars, and whether any process is asked to stop.
 
         Raises:
-            Diverged: before the weights are changed.
+            Diverged: they are not finite; the weights are as they were.
         """
         sums: dict[str, Tensor] = {}
-        for i, piece in enumerate(pieces):
-            batch = {name: value.to(self.place.device, non_blocking=True) for name, value in piece.items()}
+        count = -(-self.share // self.piece)
+        for i in range(count):
+            batch = {name: value.to(self.place.device, non_blocking=True) for name, value in next(pieces).items()}
             part = len(batch["image"]) / self.share
-            last = i == len(pieces) - 1
+            last = i == count - 1
             if isinstance(self.objective, FSDPModule):
                 self.objective.set_requires_gradient_sync(last)
             apart = isinstance(self.wrapped, DistributedDataParallel) and not last
@@ -299,23 +316,36 @@ class Run:
                 (found["loss"] * part).backward()
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() * part
+        sums["stops"] = torch.tensor(float(interruption.asked), device=self.place.device)
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.recipe.clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         means = self.place.mean(torch.stack([*sums.values()])).tolist()
         scalars = {**dict(zip(sums, means, strict=True)), "grad_norm": float(norm)}
+        self._finite(scalars, f"at step {self.step + 1}, lr {lr:.3g}")
+        return scalars
+
+    def _finite(self, scalars: Mapping[str, float], where: str) -> None:
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(scalars[name]):
-                kept = f"the last checkpoint, in {self.checkpoint}, is good" if self.checkpoint.exists() else (
-                    "there is no checkpoint yet"
-                )  # fmt: skip
-                raise Diverged(f"{name} is {scalars[name]} at step {self.step + 1}, lr {lr:.3g}; {kept}")
+            value = scalars.get(name, 0.0)
+            if not math.isfinite(value):
+                kept = "there is no checkpoint yet"
+                if self.checkpoint.exists():
+                    kept = (
+                        f"the last checkpoint, {self.checkpoint}, is good, and --weights {self.out} starts another run "
+                        "from it"
+                    )
+                raise Diverged(f"{name} is {value} {where}; {kept}")
+
+    def update(self, lr: float) -> None:
+        """A step of the optimizer, and of the average."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.objective)
-        return scalars
+        self.step += 1
+        self.chance = self.drawn()
 
     # -- what comes out -------------------------------------------------------------------------------------------
 
@@ -326,15 +356,19 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The objective's scalars, averaged over the test set; the same whenever it is called, and it draws nothing."""
+        """The objective's scalars, averaged over the test set; the same whenever it is called, and it draws nothing.
+
+        Raises:
+            Diverged: they are not finite.
+        """
         objective, count = self.result().eval(), len(self.data.test)
         numbers = range(self.place.rank, count, self.place.world)
         size = min(self.share, 256)
         whole = range(0, -(-count // self.place.world), size)  # as many batches in each process, as FSDP wants
         batches = [[(i, i) for i in numbers[k : k + size]] or [(0, 0)] for k in whole]
-        examples = Examples(
-            self.data.test, evaluation_transform(self.recipe.image_size, self.recipe.crop == "inception"), self.seed
-        )
+        recipe = self.recipe
+        seen = evaluation_transform(recipe.image_size, recipe.crop == "inception", recipe.mean, recipe.std)
+        examples = Examples(self.data.test, seen, self.seed)
         sums: dict[str, Tensor] = {}
         devices = [self.place.device] if self.place.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.autocast():
@@ -345,40 +379,9 @@ class Run:
                     sums[name] = sums.get(name, 0) + value.double() * len(numbers[k : k + size])
         self.objective.train()
         means = self.place.mean(torch.stack([*sums.values()])) * self.place.world / count
-        return dict(zip(sums, means.tolist(), strict=True))
-
-
-class Logger:
-    """Scalars to log.jsonl and TensorBoard, by the first process alone."""
-
-    def __init__(self, out: Path, step: int, writes: bool) -> None:
-        self.path, self.writes, self.board = out / "log.jsonl", writes, None
-        if not writes:
-            return
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a run that was killed may have written a part of one
-        _write(self.path, "".join(line for line in whole if json.loads(line)["step"] <= step))
-        if importlib.util.find_spec("tensorboard") is None:
-            log.info("TensorBoard is not installed (pip install 'fastvit[train]'): the log is in %s alone", self.path)
-        else:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, split: str, scalars: Mapping[str, float]) -> None:
-        """One line of the log."""
-        if not self.writes:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "split": split, **scalars}) + "\n")
-        if self.board is not None:
-            for name, value in scalars.items():
-                self.board.add_scalar(f"{split}/{name}", value, step)
-
-    def close(self) -> None:
-        """Write what TensorBoard's writer still holds."""
-        if self.board is not None:
-            self.board.close()
+        scalars = dict(zip(sums, means.tolist(), strict=True))
+        self._finite(scalars, f"on the test set after step {self.step}")
+        return scalars
 
 
 def train(
@@ -390,12 +393,14 @@ def train(
     seed: int = 0,
     options: Options = Options(),
     described: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train by a recipe; called again with the same arguments it goes on where it was, bit for bit.
 
-    In ``out``: checkpoint.pt, all that going on needs; log.jsonl and tensorboard/; and in the end model.safetensors,
-    the weights of ``objective.model`` (averaged where the recipe says so), and metrics.json. Under torchrun, DDP shares
-    each batch among the processes.
+    In ``out``: run.json, what is done, and config.json; checkpoint.pt, all that going on needs; log.jsonl and
+    tensorboard/; and in the end model.safetensors, the weights of ``objective.model`` (averaged where the recipe says
+    so), and metrics.json. Under torchrun, DDP shares each batch among the processes. Ctrl-C and SIGTERM stop it with a
+    checkpoint.
 
     Args:
         objective: a model and its loss.
@@ -405,34 +410,35 @@ def train(
         seed: of the order of images, augmentation and all else that is drawn from here on.
         options: how it is done.
         described: what else the run is, by name; another such run is refused in the same folder.
+        config: what config.json says of the model; None writes none.
 
     Returns:
         {"steps", "images", "test": {"loss", ...}}, what is in metrics.json.
 
     Raises:
-        ValueError: ``out`` holds another run, or the recipe fits neither data nor processes.
+        ValueError: ``out`` holds another run, the recipe fits neither data nor processes, or an image can't be read.
         Diverged: loss or gradients are not finite. The last checkpoint stays.
+        Stopped: by a signal, with a checkpoint.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with processes() as place:
+    with processes() as place, Interruption() as interruption:
         run = Run(objective, data, recipe, out, seed, options, place)
-        run.claim(described or {})
+        run.describe(described or {})
         run.resume()
+        if place.rank == 0:
+            for name, told in (("run.json", run.description), ("config.json", config)):
+                if told is not None:
+                    write(out / name, json.dumps(told, indent=1))
         logger = Logger(out, run.step, place.rank == 0)
         try:
-            test = run.train(logger)
+            test = run.train(logger, interruption)
             found = {"steps": run.step, "images": run.step * recipe.batch_size, "test": test}
         finally:
             logger.close()
         weights = get_model_state_dict(run.result().model, options=WHOLE)
         if place.rank == 0:
             files.write(out / "model.safetensors", weights)
-            _write(out / "metrics.json", json.dumps(found, indent=1))
+            write(out / "metrics.json", json.dumps(found, indent=1))
+        place.wait()  # others may read what the first has written
         return found
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)

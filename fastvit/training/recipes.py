@@ -37,6 +37,8 @@ class Recipe:
             the side), "affine" (turned by up to 10 degrees, moved by 6%, scaled by 10%) or "none".
         flip: half of the training images left to right.
         image_size: pixels a side.
+        mean, std: of the pixels, 0 to 1, by which they are normalised: one value, or one of each channel with commas
+            between. The paper's code has 0.5.
         polyak: factor of the running average of the weights, which then is what is evaluated and saved; 0 is none.
         precision: "float32", or "bfloat16": products in it, weights and sums in float32.
         micro_batch: images at a time in a process; their gradients are added up to the batch. None: all.
@@ -62,6 +64,8 @@ class Recipe:
     crop: Literal["inception", "random", "affine", "none"] = "inception"
     flip: bool = True
     image_size: int = 224
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
     polyak: float = 0.0
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     micro_batch: int | None = None
@@ -79,6 +83,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} is not positive and finite")
+        if not (all(map(math.isfinite, (*self.mean, *self.std))) and min(self.std, default=0) > 0 < len(self.mean)):
+            raise ValueError(f"mean={self.mean} and std={self.std}: finite numbers, std above 0")
         for name in ("warmup_steps", "weight_decay", "mixup", "randaugment"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is negative or not finite")
@@ -133,6 +139,8 @@ class Recipe:
 
 def _parse(name: str, text: str, hint: Any) -> Any:
     """``text`` as a value of the type ``hint``."""
+    if get_origin(hint) is tuple:
+        return tuple(_parse(name, part, get_args(hint)[0]) for part in text.split(","))
     kinds = get_args(hint) if get_origin(hint) is not Literal else (str,)
     kinds = kinds or (hint,)
     if text.lower() == "none" and type(None) in kinds:

@@ -1,0 +1,79 @@
+"""The processes of a run, and the signals that ask it to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those of a run, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes() -> Iterator[Place]:
+    """Where this process is; under torchrun, with the group of all processes meanwhile."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Place(rank, world, device)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+class Interruption:
+    """Whether Ctrl-C or SIGTERM asked the run to stop, which it does between two steps; a second one stops it at once.
+
+    As a context it catches these signals, in a process's main thread.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
