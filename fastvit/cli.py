@@ -343,7 +343,16 @@ def parser() -> argparse.ArgumentParser:
         choices=("colour", "colours", "pixels"),
         help="of masked: the mean colour of a patch (default), of 4 x 4 parts of it, or all its pixels by L2",
     )
+    pretrain.add_argument(
+        "--share",
+        type=float,
+        metavar="X",
+        help="of masked: of the patches that are corrupted (default: 0.5); of beit: of those masked, at most (0.4)",
+    )
     pretrain.add_argument("--tokenizer", metavar="DIR", help="of beit: OUT of a run of --method tokenizer")
+    pretrain.add_argument(
+        "--codes", type=_positive, metavar="N", help="of tokenizer, and of beit's own: size of the vocabulary"
+    )
     _add_run_options(pretrain)
     pretrain.set_defaults(run=_pretrain)
     return top

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import cli
-from fastvit.models import ViT
+from fastvit.models import AxialViT, HybridEmbed, ViT
 from fastvit.pretraining import DVAE, Beit, Corruption, MaskedPatches, Tokenizing, blockwise_masks, mean_colours
-from fastvit.pretraining.build import pretrain
+from fastvit.pretraining.build import TOKENIZERS, pretrain
 from fastvit.pretraining.recipes import RECIPES
 from fastvit.training import loop
 from fastvit.training.build import MODELS
@@ -32,6 +34,16 @@ def small(channels: int = 1, **options: Any) -> ViT:
 
 
 BEIT = {"global_pool": "avg", "init_values": 0.1, "pos_embed": "none", "use_rel_pos_bias": True}
+
+# Every kind of encoder, for images of 32 pixels: 4 x 4 patches of 8 x 8 pixels.
+ENCODERS: dict[str, Any] = {
+    "hybrid": partial(small, img_size=32, patch_size=1, embed_layer=partial(HybridEmbed, layers=(1, 1))),
+    "axial": lambda: AxialViT(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=2, num_heads=2, num_classes=0),
+    "dinov3": lambda: fastvit.create_model(
+        "vit_small_patch16_dinov3", img_size=32, patch_size=8, in_chans=1, num_classes=0, depth=2
+    ),
+    "beit": partial(small, img_size=32, patch_size=8, **BEIT),
+}
 
 
 # -- corrupting patch embeddings --------------------------------------------------------------------------------------
@@ -169,6 +181,11 @@ def test_targets_that_do_not_fit_are_refused() -> None:
         MaskedPatches(small(patch_drop_rate=0.1), *HALF)
     with pytest.raises(ValueError, match="std"):
         MaskedPatches(small(), [0.5], [0.0])
+    with pytest.raises(ValueError, match=r"share=0\.01 of 16 patches"):
+        MaskedPatches(small(), *HALF, share=0.01)
+    padding = MaskedPatches(small(dynamic_img_size=True, dynamic_img_pad=True), *HALF)
+    with pytest.raises(ValueError, match=r"15x16; accepted: whole patches of 4x4 pixels"):
+        padding({"image": torch.rand(1, 1, 15, 16)})
 
 
 def test_only_corrupted_patches_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,22 +218,35 @@ def test_blockwise_masks() -> None:
     assert beside > 0.7
 
 
-def test_a_single_block() -> None:
-    """With the limit at one block, a mask begins with a rectangle of its area and sides."""
-    for mask in blockwise_masks(200, (14, 14), share=16.5 / 196, least=16):
-        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-        height, width = len(rows), len(columns)
-        assert mask.sum() <= 16
-        if mask.sum() == height * width and height * width >= 14:
-            assert max(height, width) / min(height, width) <= 1 / 0.3 + 1
-    ratios = {(int(m.any(1).sum()), int(m.any(0).sum())) for m in blockwise_masks(200, (14, 14), 16.5 / 196, 16)}
-    assert {(4, 4), (2, 8), (8, 2)} & ratios and len(ratios) > 1
+@pytest.mark.parametrize(
+    ("shape", "height", "width"), [(0.0, 7, 2), (0.25, 5, 3), (0.5, 4, 4), (0.75, 3, 5), (1.0, 2, 7)]
+)
+def test_a_single_block(monkeypatch: pytest.MonkeyPatch, shape: float, height: int, width: int) -> None:
+    """Of 16 patches before its sides are rounded, and these from 0.3 to 1 / 0.3 of each other, evenly in logarithms.
+
+    The draws are always the same, so that no other block comes to the first.
+    """
+    places = torch.tensor([0.0, 0.5, 0.999])
+    drawn = torch.stack([torch.zeros(3), torch.full((3,), shape), places, places.flip(0)])
+    monkeypatch.setattr(torch, "rand", lambda *_: drawn)
+    want = torch.zeros(3, 14, 14, dtype=torch.bool)
+    for mask, down, right in zip(want, places.tolist(), places.flip(0).tolist(), strict=True):
+        top, left = int(down * (15 - height)), int(right * (15 - width))
+        mask[top : top + height, left : left + width] = True
+    assert torch.equal(blockwise_masks(3, (14, 14)), want)
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
     for options, name in (({"least": 79}, "least=79"), ({"aspect": 0.0}, "aspect"), ({"share": 1.2}, "share")):
         with pytest.raises(ValueError, match=name):
             blockwise_masks(1, (14, 14), **options)
+    with pytest.raises(ValueError, match=r"least=16: .* 4x4"):
+        Beit(small(), DVAE(*HALF, codes=4, halvings=1, width=4))
+
+
+def test_a_tokenizer_of_other_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokenizer reads images of 3 channels, the model of 1"):
+        Beit(small(), DVAE([0.5] * 3, [0.5] * 3, codes=4, halvings=1, width=4), least=2)
 
 
 @pytest.mark.parametrize("options", [{}, BEIT])
@@ -236,11 +266,36 @@ def test_only_masked_patches_tokens_are_predicted(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(objective({"image": images})["loss"], torch.stack(losses).mean())
 
 
-def test_masked_pixels_are_not_seen() -> None:
-    """With every patch masked, the encoder's output is the same for any image; the mask token alone is there."""
-    model, images = small(), torch.randn(2, 1, 16, 16)
-    tokens = model.forward_features(images, corrupt=lambda x: torch.zeros_like(x))
-    assert_same(tokens[0], tokens[1])
+@pytest.mark.parametrize("method", ["masked", "beit"])
+@pytest.mark.parametrize("options", [{}, BEIT])
+def test_masked_pixels_are_not_seen(monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, Any]) -> None:
+    """What is predicted from: with every patch masked the same for any image, else of the other patches' pixels."""
+    objective: MaskedPatches | Beit = MaskedPatches(small(**options), *HALF)
+    if method == "beit":
+        objective = Beit(small(**options), DVAE(*HALF, codes=16, halvings=2, width=8), least=2)
+    read: list[Tensor] = []
+    objective.predict.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
+
+    def tokens(images: Tensor, masks: Tensor) -> Tensor:
+        """Representations of the masked patches (B, M, D), of images (B, 1, 16, 16) and masks (16,) bool."""
+        masks = masks.expand(len(images), -1)
+        chosen = masks[0].nonzero().flatten().expand(len(images), -1)
+        drawn = Corruption(chosen, masks, torch.arange(16).expand(len(images), -1))
+        monkeypatch.setattr(Corruption, "draw", lambda *_: drawn)
+        monkeypatch.setattr("fastvit.pretraining.beit.blockwise_masks", lambda *_: masks.unflatten(1, (4, 4)))
+        objective({"image": images})
+        return read.pop().unflatten(0, (len(images), -1)) if method == "beit" else read.pop()
+
+    images = torch.randn(2, 1, 16, 16)
+    found = tokens(images, torch.ones(16, dtype=torch.bool))
+    torch.testing.assert_close(found[0], found[1])
+    some = torch.zeros(16, dtype=torch.bool)
+    some[[5, 6]] = True
+    found, masked, seen = tokens(images, some), images.clone(), images.clone()
+    masked[:, :, 4:8, 4:12] += 1  # patches 5 and 6
+    seen[:, :, 4:8, 12:] += 1  # patch 7
+    torch.testing.assert_close(tokens(masked, some), found)
+    assert not torch.allclose(tokens(seen, some), found)
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
@@ -268,6 +323,28 @@ def test_gradients_reach_what_they_should(name: str) -> None:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
     if name != "tokenizer":
         assert not any("mask" in key for key in objective.model.state_dict())
+
+
+@pytest.mark.parametrize("method", ["masked", "beit"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_step_of_every_encoder(encoder: str, method: str) -> None:
+    """Patches are of pixels, also where a backbone comes before them; the same batch then is better predicted."""
+    model, images = ENCODERS[encoder](), torch.rand(4, 1, 32, 32) * 2 - 1
+    if method == "masked":
+        objective: Objective = MaskedPatches(model, *HALF, "colours")
+        assert objective.predict.out_features == 16 * 8  # 8 levels of each of 4 x 4 parts
+    else:
+        objective = Beit(model, DVAE(*HALF, codes=16, halvings=1, width=8), least=2)
+
+    def loss() -> Tensor:
+        torch.manual_seed(0)
+        return objective({"image": images})["loss"]
+
+    before = loss()
+    before.backward()
+    torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], 0.01).step()
+    assert loss() < before
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_the_tokenizer_of_beit_does_not_change() -> None:
@@ -435,13 +512,74 @@ def test_the_loop_tells_an_objective_how_far_it_is(tmp_path: Path, monkeypatch: 
     assert seen == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
-def test_beit_trains_its_tokenizer_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that BEiT trains for itself takes two steps."""
     monkeypatch.setitem(RECIPES, "tokenizer_digits", RECIPES["tokenizer_digits"].override(short(2)["settings"]))
-    pretrain("beit", "digits", tmp_path, **short(2))
-    assert json.loads((tmp_path / "tokenizer" / "metrics.json").read_text())["steps"] == 2
-    trained = DVAE.from_checkpoint(tmp_path / "tokenizer").state_dict()
-    state = torch.load(tmp_path / "checkpoint.pt")["objective"]
-    assert all(torch.equal(value, state[f"tokenizer.{name}"]) for name, value in trained.items())
+
+
+@pytest.mark.usefixtures("short_tokenizer")
+def test_beit_trains_its_tokenizer_where_none_is_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says so, tells it what concerns the machine, and goes on wherever the folder is moved."""
+    run = short(3)
+    run["settings"] = [*run["settings"], "micro_batch=8"]
+    with caplog.at_level("INFO", "fastvit"):
+        pretrain("beit", "digits", tmp_path / "run", codes=32, share=0.3, **run)
+    assert f"one for 2 steps by the recipe tokenizer_digits, in {tmp_path / 'run' / 'tokenizer'}" in caplog.text
+    out = (tmp_path / "run").rename(tmp_path / "moved")
+    trained, told = DVAE.from_checkpoint(out / "tokenizer"), json.loads((out / "tokenizer" / "run.json").read_text())
+    state = torch.load(out / "checkpoint.pt")["objective"]
+    assert all(torch.equal(value, state[f"tokenizer.{name}"]) for name, value in trained.state_dict().items())
+    assert (trained.codes, told["codes"], told["recipe.steps"], told["recipe.micro_batch"]) == (32, 32, 2, 8)
+    assert json.loads((out / "run.json").read_text())["share"] == 0.3
+    pretrain("beit", "digits", out, codes=32, share=0.3, **run)
+    with pytest.raises(ValueError, match=r"another share \(there 0\.3, now 0\.4\)"):
+        pretrain("beit", "digits", out, codes=32, **run)
+    with pytest.raises(ValueError, match=r"another codes \(there 32, now 64\)"):
+        pretrain("beit", "digits", out, share=0.3, **run)
+
+
+def test_a_tokenizer_is_known_by_its_weights(tokenizer: str, tmp_path: Path) -> None:
+    """Not by its path: another one in the same place is refused, the same one in another place is not."""
+    place = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer, place)
+    pretrain("beit", "digits", tmp_path / "run", tokenizer=place, **short(2))
+    pretrain("beit", "digits", tmp_path / "run", tokenizer=f"{tmp_path}/./tokenizer/", **short(2))
+    pretrain("beit", "digits", tmp_path / "run", tokenizer=tokenizer, **short(2))
+    shutil.rmtree(place)
+    pretrain("tokenizer", "digits", place, **short(3))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        pretrain("beit", "digits", tmp_path / "run", tokenizer=place, **short(2))
+    with pytest.raises(ValueError, match="whose tokenizer is elsewhere"):
+        pretrain("beit", "digits", tmp_path / "run", **short(2))
+
+
+@pytest.mark.usefixtures("short_tokenizer")
+def test_a_tokenizer_reads_pixels_as_its_own_were(tokenizer: str, tmp_path: Path) -> None:
+    settings = [*short(2)["settings"], "mean=0.4"]
+    with pytest.raises(ValueError, match=r"mean=\[0\.4\].* by mean=\[0\.5\], std=\[0\.5\]"):
+        pretrain("beit", "digits", tmp_path, tokenizer=tokenizer, settings=settings)
+    pretrain("beit", "digits", tmp_path, settings=settings)
+    assert DVAE.from_checkpoint(tmp_path / "tokenizer").pixels.mean.item() == pytest.approx(0.4)
+
+
+@pytest.mark.usefixtures("short_tokenizer")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "nonesuch"}, "nonesuch"),
+        ({"model": "R50x1"}, "'R50x1' is of the class ResNetV2"),
+        ({"share": 0.01}, r"share=0\.01"),
+        ({"share": 2.0}, "share"),
+        ({"codes": 1}, "codes=1"),
+        ({"steps": 50}, "warmup_steps=100 of 50 steps"),
+        ({"settings": ["examples=2000"]}, "examples=2000"),
+    ],
+)
+def test_beit_is_checked_before_a_tokenizer_is_trained(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        pretrain("beit", "digits", tmp_path, **options)
+    assert not (tmp_path / "tokenizer").exists()
 
 
 @pytest.mark.parametrize("method", ["masked", "beit"])
@@ -477,15 +615,25 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "no tokenizer 'vqgan'" in fails("--method", "tokenizer", "--model", "vqgan")
     assert "no checkpoint" in fails("--method", "beit", "--tokenizer", str(tmp_path / "nowhere"))
     assert "did you mean 'lr'" in fails("--method", "masked", "--set", "lrr=1")
-    assert "'masked' has" in fails("--method", "beit", "--target", "pixels")
-    assert "'beit' has" in fails("--method", "masked", "--tokenizer", "x")
-    assert "no ViT" in fails("--method", "masked", "--model", "R50x1")
+    assert "target=pixels is of the method masked" in fails("--method", "beit", "--target", "pixels")
+    assert "tokenizer=x is of the method beit" in fails("--method", "masked", "--tokenizer", "x")
+    assert "share=0.3 is of the method masked or beit" in fails("--method", "tokenizer", "--share", "0.3")
+    assert "codes=8 is of the method beit or tokenizer" in fails("--method", "masked", "--codes", "8")
+    assert "has its own" in fails("--method", "beit", "--tokenizer", "x", "--codes", "8")
+    assert "ViTs alone; model 'R50x1' is of the class ResNetV2" in fails("--method", "masked", "--model", "R50x1")
     with pytest.raises(ValueError, match=r"'mae'.*masked, beit, tokenizer"):
         pretrain("mae", "digits", tmp_path)
 
 
-def test_the_papers_recipe() -> None:
-    """Appendix B.1.2."""
-    recipe = RECIPES["masked"]
-    assert (recipe.lr, recipe.steps, recipe.batch_size, recipe.warmup_steps) == (2e-4, 1_000_000, 4096, 10_000)
-    assert (recipe.optimizer, recipe.decay) == ("adam", "cosine")
+def test_published_recipes() -> None:
+    """Appendix B.1.2 of the ViT paper; BEiT's command for ImageNet and its defaults; DALL-E's appendix A.2."""
+    masked, beit, tokenizer = (RECIPES[name] for name in ("masked", "beit", "tokenizer"))
+    assert (masked.lr, masked.steps, masked.batch_size, masked.warmup_steps) == (2e-4, 1_000_000, 4096, 10_000)
+    assert (masked.optimizer, masked.decay) == ("adam", "cosine")
+    assert (beit.lr, beit.beta2, beit.weight_decay, beit.clip, beit.drop_path) == (1.5e-3, 0.98, 0.05, 3.0, 0.1)
+    assert (beit.optimizer, beit.decay, beit.batch_size, beit.epochs) == ("adam", "cosine", 2048, 800)
+    assert beit.warmup_steps == round(10 * 1_281_167 / 2048)  # 10 epochs of ImageNet
+    assert (tokenizer.lr, tokenizer.beta2, tokenizer.weight_decay, tokenizer.polyak) == (1e-4, 0.999, 1e-4, 0.999)
+    assert (tokenizer.optimizer, tokenizer.decay, tokenizer.batch_size) == ("adam", "cosine", 512)
+    assert TOKENIZERS[tokenizer.model] == ({"codes": 8192, "halvings": 3, "width": 256}, 6.6)
+    assert tokenizer.image_size == 112 and beit.image_size == 224

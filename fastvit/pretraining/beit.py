@@ -71,10 +71,19 @@ class Beit(CorruptedImages):
         model: a :class:`fastvit.ViT` with num_classes=0, of the family ``beit_*`` or any other.
         tokenizer: a trained :class:`fastvit.pretraining.DVAE`, which stays as it is.
         share, least, aspect: of the masks; see :func:`blockwise_masks`.
+
+    Raises:
+        ValueError: masks that don't fit the model's patches, or a tokenizer of images with other channels.
     """
 
     def __init__(self, model: ViT, tokenizer: DVAE, share: float = 0.4, least: int = 16, aspect: float = 0.3) -> None:
         super().__init__(model)
+        if tokenizer.channels != model.in_chans:
+            raise ValueError(
+                f"the tokenizer reads images of {tokenizer.channels} channels, the model of {model.in_chans}; "
+                "accepted: the same"
+            )
+        blockwise_masks(0, model.patch_embed.grid_size, share, least, aspect)  # refuses what does not fit
         self.tokenizer = tokenizer.requires_grad_(False)
         self.share, self.least, self.aspect = share, least, aspect
         self.predict = self.head(tokenizer.codes)

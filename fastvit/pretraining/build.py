@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastvit.models import ViT
 from fastvit.pretraining.beit import Beit
 from fastvit.pretraining.dvae import DVAE, Tokenizing
 from fastvit.pretraining.masked import MaskedPatches
-from fastvit.pretraining.recipes import recipe_for
+from fastvit.pretraining.recipes import name_of, recipe_for
 from fastvit.training import loop
 from fastvit.training.build import describe, model_of, run
 from fastvit.training.data import Data, open_data
-from fastvit.training.objectives import Objective
 from fastvit.training.recipes import Recipe
 
+log = logging.getLogger("fastvit")
+
 METHODS = ("masked", "beit", "tokenizer")
+# Settings of a run of BEiT that hold for the tokenizer that is trained for it: what concerns machine and pixels.
+SHARED = ("micro_batch", "precision", "mean", "std")
 
 # Arguments of DVAE, and the weight of the divergence, which DALL-E has relative to 8 x 8 pixels of a code.
 TOKENIZERS: dict[str, tuple[dict[str, Any], float]] = {
@@ -38,7 +44,7 @@ def encoder_of(name: str, recipe: Recipe, data: Data) -> ViT:
     """
     model = model_of(name, recipe, data)
     if not isinstance(model, ViT):
-        raise ValueError(f"model {name!r} is no ViT, which pre-training takes alone")
+        raise ValueError(f"pre-training takes ViTs alone; model {name!r} is of the class {type(model).__name__}")
     model.reset_classifier(0)
     return model
 
@@ -49,16 +55,52 @@ def pixels_of(recipe: Recipe, data: Data) -> tuple[list[float], list[float]]:
     return mean, std
 
 
-def tokenizer_of(name: str, recipe: Recipe, data: Data) -> Tokenizing:
-    """A new tokenizer, with its loss.
+def tokenizer_of(name: str, recipe: Recipe, data: Data, codes: int | None = None) -> Tokenizing:
+    """A new tokenizer, with its loss; with another number of codes than its own, where one is given.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or fewer than 2 codes.
     """
     if name not in TOKENIZERS:
         raise ValueError(f"no tokenizer {name!r}; accepted: {', '.join(TOKENIZERS)}")
     sizes, divergence = TOKENIZERS[name]
+    sizes = sizes if codes is None else sizes | {"codes": codes}
     return Tokenizing(DVAE(*pixels_of(recipe, data), **sizes), divergence)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """What tells weights from others, wherever they lie: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _same_pixels(dvae: DVAE, mean: list[float], std: list[float]) -> None:
+    """Raise a ValueError where a tokenizer would be given images that are normalised otherwise than its own were."""
+    ours = torch.tensor([mean, std])
+    theirs = torch.stack([dvae.pixels.mean, dvae.pixels.std]).flatten(1)
+    if not torch.equal(ours, theirs):
+        told = ", ".join(
+            f"{name}={[round(value, 6) for value in values]}"
+            for name, values in zip(("mean", "std"), theirs.tolist(), strict=True)
+        )
+        raise ValueError(f"mean={mean}, std={std}: the tokenizer's images were normalised by {told}; --set these")
+
+
+def _own_tokenizer(
+    source: str, out: Path, codes: int | None, settings: list[str], seed: int, options: loop.Options | None
+) -> DVAE:
+    """The tokenizer of a run of BEiT that is given none, trained in ``out``/tokenizer."""
+    folder = out / "tokenizer"
+    if (out / "checkpoint.pt").exists() and not folder.exists():
+        raise ValueError(f"{out} holds a run whose tokenizer is elsewhere: give it, or another folder for this run")
+    log.info(
+        "no --tokenizer: training one for %s steps by the recipe %s, in %s; of --set and --steps only %s hold for it",
+        recipe_for("tokenizer", source, settings).steps, name_of("tokenizer", source), folder, ", ".join(SHARED),
+    )  # fmt: skip
+    pretrain("tokenizer", source, folder, codes=codes, settings=settings, seed=seed, options=options)
+    return DVAE.from_checkpoint(folder)
 
 
 def pretrain(
@@ -68,7 +110,9 @@ def pretrain(
     *,
     model: str | None = None,
     target: str | None = None,
+    share: float | None = None,
     tokenizer: str | Path | None = None,
+    codes: int | None = None,
     settings: Sequence[str] = (),
     steps: int | None = None,
     seed: int = 0,
@@ -82,39 +126,63 @@ def pretrain(
         out: folder of the run; ``fastvit train --weights`` takes it.
         model: another model (or tokenizer) than the recipe's, by name.
         target: what "masked" predicts, by default "colour"; see :class:`fastvit.pretraining.MaskedPatches`.
+        share: of the patches that "masked" corrupts, by default 0.5, or that "beit" masks, by default at most 0.4.
         tokenizer: folder of a trained one, for "beit"; None trains one in ``out``/tokenizer, by its own recipe.
-        settings, steps: what is overridden in the recipe, "field=value".
+        codes: of "tokenizer", or of the one that "beit" trains, by default the model's.
+        settings, steps: what is overridden in the recipe, "field=value"; of the recipe of a tokenizer that "beit"
+            trains, :data:`SHARED` alone.
 
     Returns:
         What is in metrics.json.
 
     Raises:
-        ValueError: an argument that does not fit.
+        ValueError: an argument that does not fit; "beit" finds that before it trains a tokenizer.
     """
     if method not in METHODS:
         raise ValueError(f"no method {method!r}; accepted: {', '.join(METHODS)}")
-    for name, value, takes in (("target", target, "masked"), ("tokenizer", tokenizer, "beit")):
-        if value is not None and method != takes:
-            raise ValueError(f"{name}={str(value)!r} with method {method!r}, which has none; {takes!r} has")
+    for name, value, takes in (
+        ("target", target, ("masked",)),
+        ("share", share, ("masked", "beit")),
+        ("tokenizer", tokenizer, ("beit",)),
+        ("codes", codes, ("beit", "tokenizer")),
+    ):
+        if value is not None and method not in takes:
+            raise ValueError(f"{name}={value} is of the method {' or '.join(takes)}, and this is {method}")
+    if tokenizer is not None and codes is not None:
+        raise ValueError(f"codes={codes}: the tokenizer in {tokenizer} has its own; give one of the two")
     data, recipe = open_data(source), recipe_for(method, source, list(settings), steps)
-    described = {"method": method, "data": os.path.normpath(source), "model": model or recipe.model}
-    if method == "beit" and tokenizer is None:
-        tokenizer = Path(out) / "tokenizer"
-        pretrain("tokenizer", source, tokenizer, seed=seed, options=options)
+    chosen = data if recipe.examples is None else data.of(recipe.examples, seed)
+    recipe.for_images(len(chosen.train))  # refuses what the loop would, before a tokenizer is trained for it
+    described: dict[str, Any] = {
+        "method": method,
+        "data": os.path.normpath(source),
+        "model": model or recipe.model,
+    }
+    part: dict[str, Any] = {} if share is None else {"share": share}
     torch.manual_seed(seed)
-    objective: Objective
+    objective: Tokenizing | MaskedPatches | Beit
     if method == "tokenizer":
-        objective = tokenizer_of(described["model"], recipe, data)
+        objective = tokenizer_of(described["model"], recipe, data, codes)
+        described["codes"] = objective.model.codes
     elif method == "masked":
         described["target"] = target = target or "colour"
         encoder = encoder_of(described["model"], recipe, data)
-        objective = MaskedPatches(encoder, *pixels_of(recipe, data), target)
+        objective = MaskedPatches(encoder, *pixels_of(recipe, data), target, **part)
+        described["share"] = objective.share
     else:
-        assert tokenizer is not None
-        described["tokenizer"] = str(tokenizer)
         encoder = encoder_of(described["model"], recipe, data)
         least = max(1, round(16 / 14**2 * encoder.patch_embed.num_patches))  # BEiT's 16 of 14 x 14, in proportion
-        objective = Beit(encoder, DVAE.from_checkpoint(tokenizer), least=least)
+        if tokenizer is None:
+            shared = [setting for setting in settings if setting.partition("=")[0] in SHARED]
+            own = recipe_for("tokenizer", source, shared)
+            dvae = tokenizer_of(own.model, own, data, codes).model
+        else:
+            dvae = DVAE.from_checkpoint(tokenizer)
+        objective = Beit(encoder, dvae, least=least, **part)
+        _same_pixels(dvae, *pixels_of(recipe, data))
+        if tokenizer is None:  # trained now that all else is known to fit
+            dvae.load_state_dict(_own_tokenizer(source, Path(out), codes, shared, seed, options).state_dict())
+        described |= {"share": objective.share, "tokenizer": fingerprint(dvae)}
     return loop.train(
         objective,
         data,
@@ -137,7 +205,9 @@ def main(arguments: argparse.Namespace) -> int:
             arguments.out,
             model=arguments.model,
             target=arguments.target,
+            share=arguments.share,
             tokenizer=arguments.tokenizer,
+            codes=arguments.codes,
             settings=arguments.set,
             steps=arguments.steps,
             seed=arguments.seed,

@@ -54,7 +54,7 @@ class DVAE(nn.Module):
             raise ValueError(f"codes={codes}: a vocabulary has 2 codes at least")
         self.codes, self.halvings, width = codes, count("halvings", halvings), positive("width", width)
         self.pixels = Pixels(mean, std)
-        channels = len(mean)
+        self.channels = channels = len(mean)
         down: list[nn.Module] = [Residual(width)]
         up: list[nn.Module] = [Residual(width)]
         for _ in range(halvings):
@@ -137,7 +137,10 @@ class DVAE(nn.Module):
 
 
 class Tokenizing(Objective):
-    """The dVAE's evidence lower bound, per pixel, with schedules as DALL-E's (appendix A.2), by half a cosine each.
+    """The dVAE's evidence lower bound, per pixel, with two schedules over the run, of half a cosine each.
+
+    Their ends are DALL-E's (appendix A.2). Its lengths are 5,000 and 150,000 of 3,000,000 steps; ours are shares of a
+    run of any length, by default longer ones.
 
     Args:
         model: the :class:`DVAE`.

@@ -134,7 +134,7 @@ class MaskedPatches(CorruptedImages):
         share: of the patches that are corrupted.
 
     Raises:
-        ValueError: an unknown target, or one that the model's patches have not.
+        ValueError: an unknown target, one that the model's patches have not, or a share that corrupts none of them.
     """
 
     def __init__(
@@ -144,16 +144,25 @@ class MaskedPatches(CorruptedImages):
         if target not in TARGETS:
             raise ValueError(f"unknown target {target!r}; accepted: {', '.join(map(repr, TARGETS))}")
         self.target = TARGETS[target]
-        self.share = rate("share", share)
+        Corruption.draw(0, model.patch_embed.num_patches, share)  # refuses a share that does not fit
+        self.share = share
         self.pixels = Pixels(mean, std)
-        self.predict = self.head(
-            self.target.outputs(model.patch_embed.patch_size, positive("in_chans", model.in_chans))
-        )
+        self.patch: tuple[int, int] = model.patch_embed.feat_ratio(as_scalar=False)  # in pixels, of a hybrid too
+        self.predict = self.head(self.target.outputs(self.patch, positive("in_chans", model.in_chans)))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """batch["image"] (B, C, H, W) normalised -> "loss", and of colours "accuracy", over the corrupted patches."""
+        """batch["image"] (B, C, H, W) normalised -> "loss", and of colours "accuracy", over the corrupted patches.
+
+        Raises:
+            ValueError: images that are no whole patches: a model may pad them, and has no target there.
+        """
         images = batch["image"]
-        target = self.target.of(images, self.pixels(images), self.model.patch_embed.patch_size)
+        if images.shape[2] % self.patch[0] or images.shape[3] % self.patch[1]:
+            raise ValueError(
+                f"images of {images.shape[2]}x{images.shape[3]}; accepted: whole patches of "
+                f"{self.patch[0]}x{self.patch[1]} pixels"
+            )
+        target = self.target.of(images, self.pixels(images), self.patch)
         corruption = Corruption.draw(target.shape[0], target.shape[1], self.share, images.device)
 
         def at_chosen(x: Tensor) -> Tensor:

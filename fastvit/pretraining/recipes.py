@@ -26,7 +26,8 @@ _DIGITS = Recipe(
 RECIPES: dict[str, Recipe] = {
     # Appendix B.1.2; weight decay as of all its models pre-trained on JFT.
     "masked": Recipe(lr=2e-4, steps=1_000_000, decay="cosine", weight_decay=0.1),
-    # The command that BEiT's authors published: 800 epochs of ImageNet, warmed up over 10.
+    # The command that BEiT's authors published, and its defaults: 800 epochs of ImageNet, warmed up over 10. What
+    # differs is in docs/pretraining.md.
     "beit": Recipe(
         lr=1.5e-3,
         beta2=0.98,
@@ -39,7 +40,8 @@ RECIPES: dict[str, Recipe] = {
         drop_path=0.1,
         model="beit_base_patch16_224",
     ),
-    # DALL-E's appendix A.2, on the images of 112 pixels that BEiT has tokens of; for a tenth of its 3,000,000 steps.
+    # DALL-E's appendix A.2, on the images of 112 pixels that BEiT has tokens of; for a tenth of its 3,000,000 steps,
+    # with a warm-up, and without the floor of its learning rate.
     "tokenizer": Recipe(
         lr=1e-4,
         batch_size=512,
@@ -57,11 +59,16 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def name_of(method: str, data: str) -> str:
+    """The key in :data:`RECIPES` of a method on a data set."""
+    own = f"{method}_{data.partition(':')[0]}"
+    return own if own in RECIPES else method
+
+
 def recipe_for(method: str, data: str, settings: list[str], steps: int | None = None) -> Recipe:
     """The recipe of a method on a data set, with what is overridden.
 
     Raises:
         ValueError: a setting that fits none.
     """
-    recipe = RECIPES.get(f"{method}_{data.partition(':')[0]}", RECIPES[method])
-    return recipe.override([*settings, *([] if steps is None else [f"steps={steps}"])])
+    return RECIPES[name_of(method, data)].override([*settings, *([] if steps is None else [f"steps={steps}"])])
