@@ -150,7 +150,7 @@ def pretrain(
             raise ValueError(f"{name}={value} is of the method {' or '.join(takes)}, and this is {method}")
     if tokenizer is not None and codes is not None:
         raise ValueError(f"codes={codes}: the tokenizer in {tokenizer} has its own; give one of the two")
-    data, recipe = open_data(source), recipe_for(method, source, list(settings), steps)
+    data, recipe = open_data(source, labels=False), recipe_for(method, source, list(settings), steps)
     chosen = data if recipe.examples is None else data.of(recipe.examples, seed)
     recipe.for_images(len(chosen.train))  # refuses what the loop would, before a tokenizer is trained for it
     described: dict[str, Any] = {
@@ -191,7 +191,7 @@ def pretrain(
         seed=seed,
         options=options or loop.Options(),
         described=described,
-        config=describe(objective.model, recipe),
+        config=describe(objective.model, recipe) if isinstance(objective.model, ViT) else None,
     )
 
 
