@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -537,6 +539,21 @@ def test_beit_trains_its_tokenizer_where_none_is_given(tmp_path: Path, caplog: p
         pretrain("beit", "digits", out, codes=32, **run)
     with pytest.raises(ValueError, match=r"another codes \(there 32, now 64\)"):
         pretrain("beit", "digits", out, share=0.3, **run)
+
+
+def test_beit_and_its_tokenizer_by_two_processes(tmp_path: Path) -> None:
+    """Two runs, one after the other, of the same processes; each reads the tokenizer that the first has written."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from fastvit.pretraining.build import pretrain\n"
+        "from fastvit.pretraining.recipes import RECIPES\n"
+        f"settings = {short(2)['settings']}\n"
+        "RECIPES['tokenizer_digits'] = RECIPES['tokenizer_digits'].override(settings)\n"
+        f"pretrain('beit', 'digits', {str(tmp_path / 'run')!r}, settings=settings)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run(command, check=True, timeout=300)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 2
 
 
 def test_a_tokenizer_is_known_by_its_weights(tokenizer: str, tmp_path: Path) -> None:

@@ -420,7 +420,8 @@ def train(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with processes() as place, Interruption() as interruption:
+    place = processes()
+    with Interruption() as interruption:
         run = Run(objective, data, recipe, out, seed, options, place)
         run.describe(described or {})
         run.resume()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,21 +34,20 @@ class Place:
             dist.barrier()
 
 
-@contextmanager
-def processes() -> Iterator[Place]:
-    """Where this process is; under torchrun, with the group of all processes meanwhile."""
+def processes() -> Place:
+    """Where this process is; under torchrun in the group of all processes, which lasts as long as they do.
+
+    One group is for all runs of a process: a second would find the addresses of the first in torchrun's store.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Place(rank, world, device)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    return Place(rank, world, device)
 
 
 class Interruption:
