@@ -288,6 +288,7 @@ def test_what_a_resnet_can_not_have() -> None:
 def test_the_recipe_of_a_data_set() -> None:
     assert build.recipe_for(None, "imagenet:/data", []) == recipe_of("vit_imagenet")
     assert build.recipe_for(None, "imagenet:/data", [], weights="vit.npz") == recipe_of("finetune_imagenet")
+    assert build.recipe_for(None, "dtd", [], weights="vit.npz") == recipe_of("finetune_vtab")
     with pytest.raises(ValueError, match="finetune_cifar is for a model that is trained"):
         build.recipe_for(None, "cifar10", [])
 

@@ -95,7 +95,8 @@ def create_model(
     Args:
         name: "vit_{tiny, small, medium, base, large, huge, so400m, giant, gigantic}_patch{8, 14, 16, 32}_{image size}"
             or "ViT-{Ti, S, M, B, L, H, So400m, g, G}/{patch}", which may end in "-384" for another image size than 224;
-            "vit_{tiny, small, small_plus, base, large, huge_plus, 7b}_patch16_dinov3", which may end in "_qkvb";
+            "vit_{small, small_plus, base, large, huge_plus, 7b}_patch16_dinov3", which but for the last may end in
+            "_qkvb", and "vit_tiny_patch16_dinov3_qkvb";
             "beit_{base, large}_patch16_{image size}", "beitv2_{base, large}_patch16_{image size}";
             "deit_{tiny, small, base}_distilled_patch16_{image size}";
             "vit_{base, large}_r50_{s16, s32}_{image size}" or "R50+ViT-{B, L}/{16, 32}", and timm's other hybrids,

@@ -52,6 +52,7 @@ DEFAULTS = {
     "pets": "finetune_pets",
     "flowers102": "finetune_flowers",
     "imagenet": "vit_imagenet",
+    **dict.fromkeys(("caltech101", "clevr", "dtd", "eurosat", "pcam", "sun397", "svhn"), "finetune_vtab"),
 }
 FINETUNING = {"vit_imagenet": "finetune_imagenet"}  # in its place where there are weights to start from
 
