@@ -612,6 +612,34 @@ def test_tasks_of_vtab(tmp_path: Path) -> None:
     assert first_pixels(dtd.train) == [97, 98, 98, 97]
 
 
+def test_vtab_1k(tmp_path: Path) -> None:
+    """Any of its tasks as a folder with lists; classes may be in the test set alone."""
+    for part, count in (("train800val200", 3), ("test", 2)):
+        (tmp_path / "images" / part).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (4, 4), (10 * count + i,) * 3).save(tmp_path / "images" / part / f"{i:06}.png")
+        lines = [f"images/{part}/{i:06}.png {(i + count) % 5}\n" for i in range(count)]
+        (tmp_path / f"{part}.txt").write_text("".join(lines))
+    data = open_data(str(tmp_path))
+    assert (data.train.labels.tolist(), data.test.labels.tolist(), data.classes) == ([3, 4, 0], [2, 3], 5)
+    assert (first_pixels(data.train), first_pixels(data.test)) == ([30, 31, 32], [20, 21])
+    assert (len(open_data(str(tmp_path), whole=True).train), len(open_data(str(tmp_path), labels=False).train)) == (
+        0,
+        3,
+    )
+    (tmp_path / "images" / "test" / "000001.png").unlink()
+    with pytest.raises(ValueError, match=r"000001\.png can't be read"):
+        data.test.image(1)
+    for text, message in (
+        ("a.png\n", "line 1 is 'a.png'; accepted: a path and a label"),
+        ("a.png x\n", "label of .*a.png is 'x'"),
+        ("", "test.txt has no images"),
+    ):
+        (tmp_path / "test.txt").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            open_data(str(tmp_path))
+
+
 def test_patch_camelyon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In files of h5py, one for labels."""
     with monkeypatch.context() as patch:

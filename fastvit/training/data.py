@@ -26,6 +26,7 @@ from fastvit.training.torchvision_sets import TORCHVISION
 log = logging.getLogger("fastvit")
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
+VTAB_LISTS = ("train800val200.txt", "test.txt")  # of a task of VTAB-1k
 HELD_OUT = 10  # one image of so many is for testing, where a source has one split alone
 LABEL = re.compile("0*[0-9]{1,6}")  # larger is no class: a stray number would make a classifier of so many outputs
 
@@ -112,9 +113,10 @@ def open_data(source: str, whole: bool = False, labels: bool = True) -> Data:
 
     Args:
         source: "digits"; one of :data:`TORCHVISION`, or NAME:FOLDER where its files are elsewhere than in data/; a
-            folder of class folders, or of such in "train" and in one of :data:`TEST_FOLDERS` (the first with labels);
-            a .tar or .parquet, or a pattern with * for several; what ``datasets`` saved with save_to_disk; or hf:NAME
-            for its hub. Of a source with one split alone a tenth is held out for testing, always the same.
+            folder of class folders, or of such in "train" and in one of :data:`TEST_FOLDERS` (the first with labels),
+            or of a task of VTAB-1k with its :data:`VTAB_LISTS`; a .tar or .parquet, or a pattern with * for several;
+            what ``datasets`` saved with save_to_disk; or hf:NAME for its hub. Of a source with one split alone a tenth
+            is held out for testing, always the same.
         whole: for testing alone: all of a source with one split, and of torchvision's sets none but the test set.
         labels: whether labels are wanted; without, files need none, and folders are no classes.
 
@@ -132,6 +134,8 @@ def open_data(source: str, whole: bool = False, labels: bool = True) -> Data:
         return _data([Split(read, _numbers(labels, called), called) for read, labels, called in parts], None, whole)
     if source.startswith("hf:") or any((path / told).is_file() for told in ("dataset_dict.json", "dataset_info.json")):
         return _huggingface(source, whole, labels)
+    if (path / VTAB_LISTS[0]).is_file():
+        return _listed([path / name for name in VTAB_LISTS[1 if whole else 0 :]], whole)
     tests = [part for part in TEST_FOLDERS if (path / part).is_dir()]
     if not labels:
         places = [[Path(found) for found in sorted(glob.glob(source))]]
@@ -251,6 +255,25 @@ def _files(sources: Sequence[tuple[Path, Images]]) -> Split:
         return decode(images.read(i))
 
     return Split(read, _numbers([label for _, images in sources for label in images.labels()], name), name)
+
+
+def _listed(lists: Sequence[Path], whole: bool) -> Data:
+    """Images and labels by lists, "path label" in each line, where paths are below the list's folder."""
+
+    def split(file: Path) -> Split:
+        lines = [line.rsplit(maxsplit=1) for line in file.read_text().splitlines()]
+        for i, line in enumerate(lines):
+            if len(line) != 2:
+                raise ValueError(f"{file}: line {i + 1} is {' '.join(line)!r}; accepted: a path and a label")
+        paths = [file.parent / name for name, _ in lines]
+        if not paths:
+            raise ValueError(f"{file} has no images")
+        labels = _numbers([label for _, label in lines], lambda i: str(paths[i]))
+        return Split(lambda i: decode(paths[i].read_bytes()), labels, lambda i: str(paths[i]))
+
+    splits = [split(file) for file in lists]
+    classes = 1 + max(int(part.labels.max()) for part in splits)  # a thousand images need not show all
+    return _data(splits, [str(i) for i in range(classes)], whole)
 
 
 def _huggingface(source: str, whole: bool, labelled: bool) -> Data:
