@@ -196,6 +196,8 @@ def embed(
     images = open_images(source)
     options: dict[str, Any] = {} if size is None else {"img_size": size}
     model = from_checkpoint(weights, num_classes=0, device=device, dtype=dtype, **options).eval()
+    if not isinstance(model, ViT):
+        raise ValueError(f"the weights are those of a {type(model).__name__}; accepted: a ViT's")
     size = tuple(model.patch_embed.img_size)
     mean, std = pixel_statistics(weights, mean, std, channels=3)
     out = Path(out)

@@ -178,6 +178,8 @@ def inspect(
     else:
         options: dict[str, Any] = {} if size is None else {"img_size": size}
         model = from_checkpoint(weights, num_heads=num_heads, **options)
+        if not isinstance(model, ViT):
+            raise ValueError(f"the weights are those of a {type(model).__name__}; accepted: a ViT's")
     channels = model.in_chans
     if channels not in (1, 3):
         raise ValueError(f"the model takes images of {channels} channels; accepted: 1 or 3")

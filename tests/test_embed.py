@@ -202,6 +202,10 @@ def test_wrong_input_is_named(folder: Path, weights: Path, tmp_path: Path, capsy
     embed(folder, weights, out)
     with pytest.raises(ValueError, match="holds features of other weights, size, mean; give another folder"):
         embed(folder, weights, out, size=(40, 32), mean=(0.4, 0.5, 0.6))
+    resnet = fastvit.create_model("R50x1", num_classes=2).state_dict()
+    with pytest.raises(ValueError, match="the weights are those of a ResNetV2; accepted: a ViT's"):
+        embed(folder, resnet, tmp_path / "resnet")
+    assert not (tmp_path / "resnet").exists()
     assert main(["embed", str(folder), "--weights", str(tmp_path / "none.pth"), "--out", str(out)]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
 

@@ -204,15 +204,15 @@ def _resnet(
     """The ResNet that weights are of; see :func:`from_checkpoint`.
 
     Raises:
-        ValueError: weights are missing, unexpected or of other shapes.
+        ValueError: weights are missing, unexpected or of other shapes; or an option is none of a ResNet's.
     """
     try:
         found = resnet_architecture(raw.tensors)
         kind = AxialResNet if "num_heads" in found else ResNetV2
         model = kind(**found | dict(options), device=device, dtype=dtype)
         model.load_state_dict(raw.tensors)
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{raw.name} is no complete ResNet: {error}") from error
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{raw.name} is a ResNet's, but: {error}") from error
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     return model
