@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -108,11 +109,8 @@ def _embed(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     if _lacks("inspect", "matplotlib", "PIL"):
         return 2
-    import logging
-
     from fastvit.inspect import inspect
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what of the model is guessed, say
     try:
         found = inspect(
             arguments.images, arguments.weights, arguments.out, size=_size(arguments), mean=arguments.mean,
@@ -362,6 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's) and return its exit status."""
     top = parser()
     arguments = top.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what is guessed, resampled, held out, say
     if not hasattr(arguments, "run"):
         top.print_help()
         return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -315,7 +314,6 @@ def evaluate(
 
 def main(arguments: argparse.Namespace) -> int:
     """``fastvit evaluate``."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         data = open_data(arguments.data, arguments.whole)
         real = None if arguments.real is None else real_labels(arguments.real, data.test)
@@ -323,7 +321,7 @@ def main(arguments: argparse.Namespace) -> int:
         raw = read(arguments.weights)
         size = arguments.size
         if is_resnet(raw):
-            size = size or raw.config.get("pretrained_cfg", {}).get("input_size", [None])[-1]
+            size = size or (raw.config.get("pretrained_cfg") or {}).get("input_size", [None])[-1]
             model = from_checkpoint(raw, device=device)
         else:
             model = from_checkpoint(raw, device=device, **({} if size is None else {"img_size": size}))

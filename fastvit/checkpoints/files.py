@@ -52,13 +52,16 @@ class Raw:
         return any(isinstance(value, np.ndarray) for value in self.tensors.values())
 
 
-def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Raw:
-    """The tensors of a file, of a folder as Hugging Face has it, of ``hf-hub:<model>``, or of a state_dict.
+def read(source: str | os.PathLike[str] | Mapping[str, Any] | Raw) -> Raw:
+    """The tensors of a file, of a folder as Hugging Face has it, of ``hf-hub:<model>``, or of a state_dict; or those
+    read before.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
         ValueError: it is damaged, holds other things than tensors, or has no weights.
     """
+    if isinstance(source, Raw):
+        return source
     if isinstance(source, Mapping):
         return Raw("the state_dict", _tensors(source, "the state_dict"))
     if str(source).startswith(HUB):
@@ -126,7 +129,7 @@ def _pixels_told(source: str | os.PathLike[str]) -> tuple[Pixels, Pixels] | None
     for name, keys in (("config.json", ("mean", "std")), ("preprocessor_config.json", ("image_mean", "image_std"))):
         if (folder / name).is_file():
             told = _json(folder / name)
-            told = {**told, **told.get("pretrained_cfg", {})}
+            told = {**told, **(told.get("pretrained_cfg") or {})}
             if all(isinstance(told.get(key), list) for key in keys):
                 mean, std = (tuple(map(float, told[key])) for key in keys)
                 return mean, std

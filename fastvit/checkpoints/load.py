@@ -62,7 +62,7 @@ def read_checkpoint(source: Source, prefix: str = "") -> Checkpoint:
     """
     if isinstance(source, Checkpoint):
         return source
-    raw = source if isinstance(source, files.Raw) else files.read(source)
+    raw = files.read(source)
     if raw.npz:
         state, heads = from_npz(raw.tensors, Path(raw.name), prefix)
         return Checkpoint(raw.name, "npz", state, {"num_heads": heads})
@@ -109,7 +109,7 @@ def load_checkpoint(model: nn.Module, source: Source, *, head: str = "auto", pre
             then is as it was.
     """
     if not hasattr(model, "patch_embed") and not isinstance(source, Checkpoint):
-        model.load_state_dict((source if isinstance(source, files.Raw) else files.read(source)).tensors)
+        model.load_state_dict(files.read(source).tensors)
         return
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device and can't hold weights: model.to_empty(device=...) first")

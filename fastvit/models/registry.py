@@ -158,10 +158,10 @@ def from_checkpoint(
         ValueError: it is damaged, of no known layout, or does not fit what is asked for.
     """
     copy = isinstance(source, Mapping | Checkpoint)
-    if not isinstance(source, Checkpoint | files.Raw):
+    if not isinstance(source, Checkpoint):
         source = files.read(source)
-    if isinstance(source, files.Raw) and is_resnet(source):
-        return _resnet(source, num_classes, device, dtype, kwargs)
+        if is_resnet(source):
+            return _resnet(source, num_classes, device, dtype, kwargs)
     checkpoint = read_checkpoint(source)
     del source  # or the file's tensors would outlive the checkpoint's
     told = checkpoint.options if num_heads is None else {**checkpoint.options, "num_heads": num_heads}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -93,10 +92,14 @@ def model_of(name: str, recipe: Recipe, data: Data, weights: str | None = None, 
     """
     given: dict[str, Any] = {"in_chans": data.channels, "drop_path_rate": recipe.drop_path, **arguments}
     raw = None if weights is None else files.read(weights)
-    if is_resnet(raw) if raw is not None else name not in MODELS and issubclass(model_class(name), ResNetV2):
+    if raw is not None:
+        kind: type[nn.Module] = ResNetV2 if is_resnet(raw) else ViT
+    else:
+        kind = ViT if name in MODELS else model_class(name)
+    if issubclass(kind, ResNetV2):
         if recipe.dropout:
             raise ValueError(f"dropout={recipe.dropout}: of a ResNet, accepted is 0 (--set dropout=0)")
-        if raw is None and issubclass(model_class(name), AxialResNet):
+        if issubclass(kind, AxialResNet):
             given["img_size"] = recipe.image_size
     else:
         given |= {
@@ -121,7 +124,6 @@ def describe(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
 
 def run(command: str, call: Callable[[], str]) -> int:
     """Do what a command is for, print what it says, and return the exit status; what goes wrong is told in a line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         told = call()
     except loop.Stopped as stopped:
