@@ -261,10 +261,11 @@ def test_every_family_can_be_trained_and_read_back(name: str, tmp_path: Path, mo
     assert heads and all(value.abs().max() < 1e-6 for value in heads)
 
 
-def test_a_folder_tells_what_shapes_do_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_a_folder_tells_what_shapes_do_not(pool: str, tmp_path: Path) -> None:
     model = fastvit.ViT(
         img_size=(16, 32), patch_size=8, embed_dim=48, depth=1, num_heads=3, act_layer="quick_gelu", class_token=False,
-        norm_layer=partial(fastvit.layers.LayerNorm, eps=1e-3), global_pool="max", rope=50.0, pos_embed="none",
+        norm_layer=partial(fastvit.layers.LayerNorm, eps=1e-3), global_pool=pool, rope=50.0, pos_embed="none",
         num_classes=3, pool_include_prefix=True, reg_tokens=2,
     ).eval()  # fmt: skip
     save_file(model.state_dict(), tmp_path / "model.safetensors")

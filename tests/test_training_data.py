@@ -614,14 +614,14 @@ def test_tasks_of_vtab(tmp_path: Path) -> None:
 
 def test_vtab_1k(tmp_path: Path) -> None:
     """Any of its tasks as a folder with lists; classes may be in the test set alone."""
-    for part, count in (("train800val200", 3), ("test", 2)):
+    for part, labels in (("train800val200", (3, 1, 0)), ("test", (2, 4))):
         (tmp_path / "images" / part).mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", (4, 4), (10 * count + i,) * 3).save(tmp_path / "images" / part / f"{i:06}.png")
-        lines = [f"images/{part}/{i:06}.png {(i + count) % 5}\n" for i in range(count)]
+        for i in range(len(labels)):
+            Image.new("RGB", (4, 4), (10 * len(labels) + i,) * 3).save(tmp_path / "images" / part / f"{i:06}.png")
+        lines = [f"images/{part}/{i:06}.png {label}\n" for i, label in enumerate(labels)]
         (tmp_path / f"{part}.txt").write_text("".join(lines))
     data = open_data(str(tmp_path))
-    assert (data.train.labels.tolist(), data.test.labels.tolist(), data.classes) == ([3, 4, 0], [2, 3], 5)
+    assert (data.train.labels.tolist(), data.test.labels.tolist(), data.classes) == ([3, 1, 0], [2, 4], 5)
     assert (first_pixels(data.train), first_pixels(data.test)) == ([30, 31, 32], [20, 21])
     assert (len(open_data(str(tmp_path), whole=True).train), len(open_data(str(tmp_path), labels=False).train)) == (
         0,
