@@ -80,7 +80,7 @@ format: $(STAMP) ## put the code in order as ruff has it
 	$(VENV)/bin/ruff format .
 
 kernels-report: $(STAMP) ## registers, spills and instructions of every CUDA kernel, as compiled (needs no GPU)
-	$(PY) -m fastvit.binary
+	$(PY) -m csrc.compile_report
 
 dist: $(STAMP) ## sdist and wheel, checked: contents, and an install of the wheel into an empty environment
 	$(PY) tests/check_dist.py

@@ -21,8 +21,9 @@ from benchmarks.roofline import Ceilings
 from benchmarks.subjects import largest_error, starter
 from benchmarks.suites import Bar, Options, Suite
 from benchmarks.workers import Worker
-from fastvit import env, reference, static
-from fastvit.graphs import capture
+from fastvit import env, reference
+from fastvit.integrations.graphs import capture
+from fastvit.tuning import compile_report
 
 DIRECTIONS = {"inference": "forward", "training": "backward"}  # by mode
 CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # of Linux: "32768K"
@@ -126,7 +127,7 @@ class Kernel:
         """Arguments, and backward the outputs' gradients: so many that twice as much as the cache holds is read."""
         outputs = tensors(self.function(**self.arguments)) if self.backward else []
         first = self.arguments, self._upstream(outputs)
-        number = math.ceil(2 * cache_bytes(self.device) / static.distinct_bytes(first))
+        number = math.ceil(2 * cache_bytes(self.device) / compile_report.distinct_bytes(first))
         return [first, *(copy.deepcopy(first) for _ in range(max(number, 2) - 1))]
 
     def _forwards(self) -> Function:

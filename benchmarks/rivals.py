@@ -21,10 +21,11 @@ import fastvit
 from benchmarks import networks
 from benchmarks.cells import Unavailable
 from benchmarks.roofline import Work
-from fastvit import ops, reference, static
+from fastvit import ops, reference
 from fastvit.cuda import cublas
 from fastvit.ops import rope
 from fastvit.ops.backends import BACKENDS
+from fastvit.tuning import compile_report
 
 Arguments = dict[str, Any]
 Random = Callable[..., nn.Parameter]  # of a shape; a Parameter, since oneDNN packs nothing else
@@ -452,6 +453,6 @@ def work(case: Case, s: Sizes, dtype: torch.dtype, *, backward: bool) -> Work:
             torch.autograd.grad(outputs, leaves(arguments), upstream)
             flops = counter.get_total_flops() - flops
     if not backward:
-        return Work(case.op, flops, static.distinct_bytes((arguments, outputs)))
+        return Work(case.op, flops, compile_report.distinct_bytes((arguments, outputs)))
     arguments.pop("residual", None)
-    return Work(case.op, flops, sum(map(static.distinct_bytes, (outputs, arguments, leaves(arguments)))))
+    return Work(case.op, flops, sum(map(compile_report.distinct_bytes, (outputs, arguments, leaves(arguments)))))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 import fastvit
-from fastvit import static
+from fastvit.tuning import compile_report
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,11 @@ def work(model: str, batch: int, dtype: torch.dtype = torch.bfloat16) -> tuple[W
     """
     vit = fastvit.create_model(model, device="meta", dtype=dtype).eval()
     images = torch.empty(batch, vit.in_chans, *vit.patch_embed.img_size, device="meta", dtype=dtype)
-    with static.trace(90) as trace, torch.no_grad():
+    with compile_report.trace(90) as trace, torch.no_grad():
         vit(images)
-    return tuple(Work(one.kernel.fn.__name__, static.flops(one), static.moved(one)) for one in trace.launches)
+    return tuple(
+        Work(one.kernel.fn.__name__, compile_report.flops(one), compile_report.moved(one)) for one in trace.launches
+    )
 
 
 def floor(model: str, batch: int, ceilings: Ceilings, dtype: torch.dtype = torch.bfloat16) -> Floor:

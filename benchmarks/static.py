@@ -22,8 +22,8 @@ from tqdm import tqdm
 from benchmarks import static_chart
 from benchmarks.cells import RESULTS
 from benchmarks.static_counts import BATCH, MODEL, REFERENCE, derive
-from fastvit import static
 from fastvit.triton import launch
+from fastvit.tuning import compile_report
 
 HELP = "launches, bytes, FLOPs, floors, registers and spills, against the committed baseline; needs no GPU"
 DESCRIPTION = (
@@ -50,8 +50,8 @@ def _tasks(architectures: Iterable[int], workloads: int) -> Iterator[Task]:
         known: set[Any] = set()
         for index in range(workloads):
             found: dict[Any, int] = {}
-            for i, one in enumerate(static.launches(static.WORKLOADS[index], arch).launches):
-                found.setdefault(static.configuration(one), i)
+            for i, one in enumerate(compile_report.launches(compile_report.WORKLOADS[index], arch).launches):
+                found.setdefault(compile_report.configuration(one), i)
             yield arch, index, tuple(i for key, i in found.items() if key not in known)
             known |= found.keys()
 
@@ -59,9 +59,9 @@ def _tasks(architectures: Iterable[int], workloads: int) -> Iterator[Task]:
 def _compile(task: Task) -> list[dict[str, Any]]:
     """The compiler's report on a task's launches, which are recorded again here: they do not travel."""
     arch, index, positions = task
-    workload = static.WORKLOADS[index]
-    launches = static.launches(workload, arch).launches
-    reports = [static.compile_launch(launches[i], arch) for i in positions]
+    workload = compile_report.WORKLOADS[index]
+    launches = compile_report.launches(workload, arch).launches
+    reports = [compile_report.compile_launch(launches[i], arch) for i in positions]
     return [
         {
             "name": one.name,
@@ -80,7 +80,9 @@ def _compile(task: Task) -> list[dict[str, Any]]:
 def compile_kernels(quick: bool = False) -> list[dict[str, Any]]:
     """Compile every configuration of every workload for every architecture, on all cores (quick: see :func:`run`)."""
     tasks = [
-        task for task in (_tasks((90,), 1) if quick else _tasks(launch.ARCHITECTURES, len(static.WORKLOADS))) if task[2]
+        task
+        for task in (_tasks((90,), 1) if quick else _tasks(launch.ARCHITECTURES, len(compile_report.WORKLOADS)))
+        if task[2]
     ]
     rows: list[dict[str, Any]] = []
     workers = min(len(tasks), len(os.sched_getaffinity(0)))

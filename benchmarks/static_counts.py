@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvit
 from benchmarks import roofline
-from fastvit import flops, static
 from fastvit.triton import launch
+from fastvit.tuning import compile_report, flops
 
 MODELS = (
     "vit_base_patch32_224",
@@ -80,15 +80,15 @@ def _tokens(model: Any, batch: int, **options: Any) -> Tensor:
     return torch.empty(shape, dtype=DTYPE, **options)
 
 
-def _forward(block: nn.Module, x: Tensor, arch: int = 90) -> static.Trace:
-    with static.trace(arch) as trace, torch.no_grad():
+def _forward(block: nn.Module, x: Tensor, arch: int = 90) -> compile_report.Trace:
+    with compile_report.trace(arch) as trace, torch.no_grad():
         block.eval()(x)
     return trace
 
 
-def _training_step(block: nn.Module, x: Tensor, arch: int = 90) -> static.Trace:
+def _training_step(block: nn.Module, x: Tensor, arch: int = 90) -> compile_report.Trace:
     x = x.detach().requires_grad_()
-    with static.trace(arch) as trace:
+    with compile_report.trace(arch) as trace:
         y = block.train()(x)
         torch.autograd.grad(y, [x, *block.parameters()], torch.empty_like(y))
     return trace
@@ -126,7 +126,7 @@ def _waterfall(module: nn.Module, x: Tensor, fusions: Fusions) -> list[dict[str,
         for name, paths in fusions
     }
     steps = []
-    with static.without_notes():
+    with compile_report.without_notes():
         for name in ("every op apart", *hooks):
             for hook in hooks.get(name, ()):
                 hook.remove()
@@ -141,7 +141,7 @@ def _model_fusions(depth: int) -> Fusions:
     return [*in_blocks, *MODEL_FUSIONS]
 
 
-def _cost(trace: static.Trace) -> dict[str, int]:
+def _cost(trace: compile_report.Trace) -> dict[str, int]:
     return {"launches": trace.count, "bytes": trace.moved}
 
 
@@ -171,7 +171,7 @@ def _fake_timm(name: str, **options: Any) -> Iterator[Any]:
 def _saved(model: nn.Module, x: Tensor) -> int:
     """Bytes that the forward keeps for backward, per item of the batch."""
     with fastvit.backend("triton" if x.is_meta else "auto"):
-        return static.saved_bytes(model, partial(model, x.detach().requires_grad_())) // x.shape[0]
+        return compile_report.saved_bytes(model, partial(model, x.detach().requires_grad_())) // x.shape[0]
 
 
 def saved(models: Iterable[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from benchmarks import contenders, images, measure, networks
 from benchmarks.cells import Cell, CellFailed
 from benchmarks.suites import Options
 from benchmarks.workers import Worker
-from fastvit.graphs import capture
+from fastvit.integrations.graphs import capture
 
 CHECKED = 8  # images whose logits, and in training the gradients of whose loss, are checked
 DISTINCT = 32  # different images in a batch, which repeats them: more would take long to make and change no timing

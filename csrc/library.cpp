@@ -2,7 +2,7 @@
 // version. The schema of an op follows from its C++ signature: all its arrays are `Tensor?`, outputs too, and before them
 // stands a tensor that says on which device to run. fastvit/ops/cuda.py is the only caller.
 //
-// Built with g++ and FASTVIT_HOST, the same ops take CPU tensors and run in csrc/testing.
+// Built with g++ and FASTVIT_HOST, the same ops take CPU tensors and run in tests/emulator.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -21,12 +21,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from fastvit import ViT, flops
+from fastvit import ViT
+from fastvit.data.datasets import digits
 from fastvit.models import HybridEmbed, ResNetV2
 from fastvit.training import loop
-from fastvit.training.data import digits
 from fastvit.training.objectives import Classification
 from fastvit.training.recipes import recipe_of
+from fastvit.tuning import flops
 
 SIZE = 32  # pixels a side, as a ResNet halves them five times
 VIT: Any = partial(ViT, img_size=SIZE, in_chans=1, num_classes=10)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from fastvit.pretraining.build import pretrain
+from fastvit.data.datasets import digits
 from fastvit.training import loop
 from fastvit.training.build import model_of
-from fastvit.training.data import digits
 from fastvit.training.objectives import Classification
+from fastvit.training.pretrain.build import pretrain
 from fastvit.training.recipes import recipe_of
 
 LABELS = 144  # of 1,437

@@ -10,9 +10,9 @@ import torch
 from digits import MODEL, load
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
-import fastvit.acceleration.transformers
+import fastvit.integrations.transformers
 
-fastvit.acceleration.transformers.register()  # from now on attn_implementation="fastvit" is a name that models take
+fastvit.integrations.transformers.register()  # from now on attn_implementation="fastvit" is a name that models take
 
 set_seed(0)
 training, test = load()

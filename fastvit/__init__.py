@@ -1,9 +1,10 @@
 """Vision Transformers on hand-written kernels: ``fastvit.ViT`` with timm's weights and API, and its ops."""
 
 from fastvit import ops, resnet
-from fastvit.acceleration import accelerate
 from fastvit.checkpoints import load_checkpoint
-from fastvit.graphs import graphed
+from fastvit.integrations import timm_registry
+from fastvit.integrations.accelerate import accelerate
+from fastvit.integrations.graphs import graphed
 from fastvit.models import ViT, create_model, from_checkpoint, list_models
 from fastvit.ops.backends import BackendUnavailable, backend
 from fastvit.packing import PackedImages, pack
@@ -24,4 +25,5 @@ __all__ = [
     "ops",
     "pack",
     "resnet",
+    "timm_registry",
 ]

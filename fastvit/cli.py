@@ -68,7 +68,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     if backends.TRITON_MISSING is not None:
         print(f"fastvit tune can't run: {backends.TRITON_MISSING}", file=sys.stderr)
         return 2
-    from fastvit import tune
+    from fastvit.tuning import tune
 
     return tune.main(arguments)
 
@@ -90,7 +90,7 @@ def _embed(arguments: argparse.Namespace) -> int:
         return 2
     import torch
 
-    from fastvit.embed import embed
+    from fastvit.training.embed import embed
 
     try:
         count, unreadable = embed(
@@ -109,7 +109,7 @@ def _embed(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     if _lacks("inspect", "matplotlib", "PIL"):
         return 2
-    from fastvit.inspect import inspect
+    from fastvit.analysis.inspect import inspect
 
     try:
         found = inspect(
@@ -135,15 +135,15 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     if _lacks("evaluate", "torchvision", extra="train"):
         return 2
-    from fastvit import evaluation
+    from fastvit.training import evaluate
 
-    return evaluation.main(arguments)
+    return evaluate.main(arguments)
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     if _lacks("pretrain", "torchvision", extra="train"):
         return 2
-    from fastvit.pretraining import build
+    from fastvit.training.pretrain import build
 
     return build.main(arguments)
 

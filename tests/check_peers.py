@@ -26,7 +26,7 @@ TIMM = f"not torchscript and ({SMALLEST} or {OTHERS} and not prune_intermediate_
 TIMM_CONFTEST = """
 from timm.models import _registry
 
-from fastvit.timm_registry import register
+from fastvit.integrations.timm_registry import register
 
 # timm's feature tests pick models by the module that registered them: ours are tested with its ViTs.
 _registry._module_to_models["vision_transformer"].update(register())
@@ -39,7 +39,7 @@ import unittest
 
 import fastvit
 import transformers
-from fastvit.acceleration.transformers import register
+from fastvit.integrations.transformers import register
 from transformers import ViTConfig
 
 from .test_modeling_common import ModelTesterMixin, floats_tensor

@@ -17,8 +17,8 @@ from torch.nn.utils import parametrizations
 
 import fastvit
 from fastvit import ops
-from fastvit.acceleration import report, restore
-from fastvit.acceleration.transformers import register
+from fastvit.integrations.accelerate import report, restore
+from fastvit.integrations.transformers import register
 from fastvit.layers import Attention, Block, LayerNorm, Mlp
 
 TIMM = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 7}
@@ -314,7 +314,7 @@ def test_masks_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     q, k, v = torch.randn(3, 2, 2, 9, 32).unbind(0)
     masks = {"keys": mask.bool()[:, None, None], "pairs": torch.rand(2, 1, 9, 9) < 0.8, "bias": torch.randn(1, 2, 9, 9)}
-    from fastvit.acceleration.transformers import attention
+    from fastvit.integrations.transformers import attention
 
     for name, one in masks.items():
         ours, _ = attention(nn.Module(), q, k, v, one, scaling=0.3, is_causal=False)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvit
-from fastvit import flops
 from fastvit.checkpoints import convert, load_checkpoint
 from fastvit.layers import Attention, Block, DropPath, Positions
 from fastvit.layers.axial import AxialAttention
 from fastvit.models.axial import AxialAttention2d, AxialResNet, AxialViT, AxisAttention
 from fastvit.resnet import ResNetV2
+from fastvit.tuning import flops
 from parity import Calls, assert_same, gradients, randomise
 
 SIZES: dict[str, Any] = {

@@ -20,7 +20,7 @@ from benchmarks import cells, contenders, images, measure, networks, subjects, s
 from benchmarks.cells import Cell, CellFailed, Store, Unavailable
 from benchmarks.race import race
 from benchmarks.workers import Worker
-from fastvit import acceleration
+from fastvit.integrations import accelerate
 
 CPU = torch.device("cpu")
 TINY = ["--models", "vit_tiny_patch16_224", "--sizes", "32", "--batch", "1", "--budget", "0.01", "--device", "cpu"]
@@ -316,7 +316,7 @@ def test_weights_reach_every_layout() -> None:
             for library in libraries:
                 model = contenders.find(library).model(network, torch.float64, CPU, training=False)
                 torch.testing.assert_close(model(batch), expected, rtol=1e-9, atol=1e-10, msg=f"{name} {library}")
-                assert bool(acceleration.report(model).replaced) == (library in accelerated), library
+                assert bool(accelerate.report(model).replaced) == (library in accelerated), library
     import fastvit
 
     fastvit.backend("auto")  # a contender's process is its own; this one is not

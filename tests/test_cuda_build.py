@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit import binary, static
+from csrc import compile_report as cuda_report
+from fastvit.tuning import compile_report
 
 ROOT = Path(__file__).resolve().parent.parent
-build = binary.build_module()
+build = cuda_report.build_module()
 
 # --- what the compiler made of the kernels --------------------------------------------------------------------
 
@@ -45,11 +46,11 @@ STACK_ALLOWED = {
 
 
 @pytest.fixture(scope="session")
-def kernels() -> list[binary.Kernel]:
-    return binary.kernels(build.DEFAULT)
+def kernels() -> list[cuda_report.Kernel]:
+    return cuda_report.kernels(build.DEFAULT)
 
 
-def check_stack(kernels: Sequence[binary.Kernel]) -> None:
+def check_stack(kernels: Sequence[cuda_report.Kernel]) -> None:
     bad = [
         f"{one}: {one.stack_bytes} B of stack, {one.registers} registers"
         for one in kernels
@@ -58,14 +59,14 @@ def check_stack(kernels: Sequence[binary.Kernel]) -> None:
     assert not bad, "\n".join(bad)
 
 
-def check_shared(kernels: Sequence[binary.Kernel]) -> None:
+def check_shared(kernels: Sequence[cuda_report.Kernel]) -> None:
     """Static shared memory; what a launch adds is held to the device's limit where it runs, in tests/emulated."""
     for one in kernels:
-        limit = static.SHARED_KIB[int(re.sub(r"\D", "", one.arch))] * 1024
+        limit = compile_report.SHARED_KIB[int(re.sub(r"\D", "", one.arch))] * 1024
         assert one.shared_bytes <= limit, f"{one}: {one.shared_bytes} B of {limit}"
 
 
-def check_products(kernels: Sequence[binary.Kernel]) -> None:
+def check_products(kernels: Sequence[cuda_report.Kernel]) -> None:
     for one in kernels:
         wanted = PRODUCTS.get(one.family, set())
         missing = wanted - one.instructions.keys()
@@ -75,11 +76,11 @@ def check_products(kernels: Sequence[binary.Kernel]) -> None:
             assert "HMMA" not in one.instructions, f"{one}: products of compute capability 8.0"
 
 
-def check_no_tf32(kernels: Sequence[binary.Kernel]) -> None:
+def check_no_tf32(kernels: Sequence[cuda_report.Kernel]) -> None:
     assert not [str(one) for one in kernels if "TF32" in one.instructions]
 
 
-def check_warnings(kernels: Sequence[binary.Kernel]) -> None:
+def check_warnings(kernels: Sequence[cuda_report.Kernel]) -> None:
     """wgmma that ptxas could not leave asynchronous, above all."""
     assert not [f"{one}: {one.warnings}" for one in kernels if one.warnings]
 
@@ -88,11 +89,11 @@ GATES = (check_stack, check_shared, check_products, check_no_tf32, check_warning
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_every_kernel_passes(gate: object, kernels: list[binary.Kernel]) -> None:
+def test_every_kernel_passes(gate: object, kernels: list[cuda_report.Kernel]) -> None:
     gate(kernels)  # type: ignore[operator]
 
 
-def test_every_file_has_kernels_for_its_architectures(kernels: list[binary.Kernel]) -> None:
+def test_every_file_has_kernels_for_its_architectures(kernels: list[cuda_report.Kernel]) -> None:
     found = {(one.family, one.arch) for one in kernels}
     files = {path.stem for path in (ROOT / "csrc").glob("*.cu")}
     assert found == {
@@ -100,21 +101,21 @@ def test_every_file_has_kernels_for_its_architectures(kernels: list[binary.Kerne
     }
 
 
-def test_every_exception_is_needed(kernels: list[binary.Kernel]) -> None:
+def test_every_exception_is_needed(kernels: list[cuda_report.Kernel]) -> None:
     for family, name in STACK_ALLOWED:
         assert any(one.family == family and re.match(name, one.name) and one.stack_bytes for one in kernels)
 
 
 @pytest.mark.slow
 def test_every_kernel_passes_on_every_architecture() -> None:
-    found = binary.kernels(build.ARCHITECTURES)
+    found = cuda_report.kernels(build.ARCHITECTURES)
     assert {one.arch for one in found} == {f"sm_{build.number(arch)}" for arch in build.ARCHITECTURES}
     for gate in GATES:
         gate(found)
 
 
-def test_the_report_lists_every_kernel(kernels: list[binary.Kernel], capsys: pytest.CaptureFixture[str]) -> None:
-    assert binary.main([]) == 0
+def test_the_report_lists_every_kernel(kernels: list[cuda_report.Kernel], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cuda_report.main([]) == 0
     said = capsys.readouterr().out
     assert all(one.name in said for one in kernels)
     assert f"{len(kernels)} kernels" in said
@@ -143,14 +144,14 @@ def test_the_gate_sees_a_spill(toolkit: object, tmp_path: Path) -> None:
     command = [toolkit.nvcc, "-fatbin", "-O3", *(f"-I{path}" for path in toolkit.includes)]  # type: ignore[attr-defined]
     for limit, stack in (("255", False), ("24", True)):
         build.run([*command, f"-maxrregcount={limit}", "-arch=sm_80", source, "-o", tmp_path / "spilling.fatbin"])
-        (found,) = binary.read(tmp_path / "spilling.fatbin")
+        (found,) = cuda_report.read(tmp_path / "spilling.fatbin")
         assert (found.name, found.arch, found.family) == ("spilling_kernel<64>", "sm_80", "spilling")
         assert (found.stack_bytes > 0) == ({"LDL", "STL"} <= found.instructions.keys()) == stack
     with pytest.raises(AssertionError, match=r"spilling: spilling_kernel<64> on sm_80: \d+ B of stack, 24 registers"):
         check_stack([found])
 
 
-def test_the_gates_see_the_wrong_instructions(kernels: list[binary.Kernel]) -> None:
+def test_the_gates_see_the_wrong_instructions(kernels: list[cuda_report.Kernel]) -> None:
     lines = [
         "        /*0540*/                   HMMA.1688.F32.TF32 R4, R8, R10, R4 ;   /* 0x0000000a0804723c */",
         "        /*0550*/              @!P0 LDGSTS.E.BYPASS.128 [R3], [R6.64] ;    /* 0x0000000006037fae */",
@@ -158,7 +159,7 @@ def test_the_gates_see_the_wrong_instructions(kernels: list[binary.Kernel]) -> N
         "        /*0560*/             @!UP1 UTMALDG.4D [UR8], [UR6] ;              /* 0x00000000080073b4 */",
         "        /*0570*/                   HFMA2.MMA R4, -RZ, RZ, 0, 2 ;          /* 0x00000004ff047435 */",
     ]
-    assert binary.instructions(lines) == {"HMMA": 1, "TF32": 1, "LDGSTS": 1, "UTMALDG": 1}
+    assert cuda_report.instructions(lines) == {"HMMA": 1, "TF32": 1, "LDGSTS": 1, "UTMALDG": 1}
     for family, wanted in PRODUCTS.items():
         one = next(one for one in kernels if one.family == family)
         with pytest.raises(AssertionError, match=f"{family}: .* no {', '.join(sorted(wanted))}"):
@@ -172,8 +173,8 @@ def test_the_gates_see_the_wrong_instructions(kernels: list[binary.Kernel]) -> N
 
 
 def test_names_are_short() -> None:
-    assert binary.short("void fastvit::(anonymous namespace)::f<__half, 3>(__half const*)") == "f<half, 3>"
-    assert binary.short("fastvit::sm90::g<fastvit::Tile<128, (fastvit::Kind)1> >(int)") == "g<Tile<128, (Kind)1>>"
+    assert cuda_report.short("void fastvit::(anonymous namespace)::f<__half, 3>(__half const*)") == "f<half, 3>"
+    assert cuda_report.short("fastvit::sm90::g<fastvit::Tile<128, (fastvit::Kind)1> >(int)") == "g<Tile<128, (Kind)1>>"
 
 
 # --- what is built when ---------------------------------------------------------------------------------------

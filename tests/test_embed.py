@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fastvit
-from fastvit import embed as module
 from fastvit.cli import main
-from fastvit.embed import embed
-from fastvit.images import open_images, preprocess
+from fastvit.data.images import open_images, preprocess
+from fastvit.training import embed as module
+from fastvit.training.embed import embed
 
 SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 1, "img_size": 32, "patch_size": 8, "num_classes": 3}
 
@@ -161,7 +161,7 @@ def test_two_processes_share_the_images(folder: Path, weights: Path, tmp_path: P
     (tmp_path / "run.py").write_text(
         """
 import sys, time
-import fastvit.embed as e
+import fastvit.training.embed as e
 from fastvit.cli import main
 
 e.SHARD, run, decode = 3, e.Job.run, e.Job._decode

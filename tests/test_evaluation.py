@@ -21,10 +21,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 import fastvit
-from fastvit import cli, evaluation
-from fastvit.training import build
+from fastvit import cli
+from fastvit.data.datasets import Data, Split, open_data
+from fastvit.training import build, evaluate
 from fastvit.training.augment import evaluation_transform
-from fastvit.training.data import Data, Split, open_data
 from fastvit.training.recipes import recipe_of
 
 
@@ -43,17 +43,17 @@ def some() -> Data:
 
 def test_accuracy() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.0], [0.8, 0.1, 0.1], [0.0, 0.1, 0.9], [0.2, 0.7, 0.1]])
-    assert evaluation.accuracy(scores, torch.tensor([1, 0, 2, 2])) == 0.75
+    assert evaluate.accuracy(scores, torch.tensor([1, 0, 2, 2])) == 0.75
 
 
 def test_real_accuracy() -> None:
     """Any of an image's labels is right, and an image without one does not count."""
     scores = torch.eye(3)[[0, 1, 2, 0]]
-    assert evaluation.real_accuracy(scores, [[0, 2], [0, 2], [2], []]) == pytest.approx(2 / 3)
+    assert evaluate.real_accuracy(scores, [[0, 2], [0, 2], [2], []]) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="4 rows of scores for 3 images"):
-        evaluation.real_accuracy(scores, [[0], [1], [2]])
+        evaluate.real_accuracy(scores, [[0], [1], [2]])
     with pytest.raises(ValueError, match="none of 4 images has a label"):
-        evaluation.real_accuracy(scores, [[]] * 4)
+        evaluate.real_accuracy(scores, [[]] * 4)
 
 
 @pytest.mark.parametrize(("count", "width"), [(60, 8), (12, 40)])
@@ -69,10 +69,10 @@ def test_the_probe_is_ridge_regression_to_plus_and_minus_1(count: int, width: in
     targets[range(count), labels] = 1
     ridge = Ridge(alpha=penalty, solver="svd").fit(((x.double() - mean) / std).numpy(), targets.numpy())
     expected = torch.from_numpy(ridge.predict(((queries.double() - mean) / std).numpy()))
-    found = evaluation.few_shot(x, labels, queries, 3, penalty)
+    found = evaluate.few_shot(x, labels, queries, 3, penalty)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match=r"penalty=0\.0 is not positive"):
-        evaluation.few_shot(x, labels, queries, 3, 0.0)
+        evaluate.few_shot(x, labels, queries, 3, 0.0)
 
 
 @pytest.mark.parametrize(("count", "width"), [(24, 5), (12, 30)])
@@ -83,9 +83,9 @@ def test_scores_of_images_left_out_are_those_of_refits(count: int, width: int) -
     standard = ((x - x.double().mean(0)) / x.double().std(0, correction=0)).numpy()
     targets = torch.full((count, 3), -1.0, dtype=torch.float64)
     targets[range(count), labels] = 1
-    ridge = evaluation.Ridge(x, labels, 3)
+    ridge = evaluate.Ridge(x, labels, 3)
     merits = {}
-    for penalty in evaluation.PENALTIES:
+    for penalty in evaluate.PENALTIES:
         expected = torch.empty(count, 3, dtype=torch.float64)
         for i in range(count):
             rest = [k for k in range(count) if k != i]
@@ -93,11 +93,11 @@ def test_scores_of_images_left_out_are_those_of_refits(count: int, width: int) -
             expected[i] = torch.from_numpy(fit.predict(standard[i : i + 1]))[0]
         found = ridge.left_out(ridge.coordinates(x), targets, penalty)
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
-        merits[penalty] = evaluation.accuracy(expected, labels), float((targets - expected).square().sum())
+        merits[penalty] = evaluate.accuracy(expected, labels), float((targets - expected).square().sum())
     best = max(right for right, _ in merits.values())
     good = {p: error for p, (right, error) in merits.items() if right >= best - math.sqrt(best * (1 - best) / count)}
     assert 1 < len(good) < len(merits)
-    assert evaluation.best_penalty(x, labels, 3) == min(good, key=lambda p: good[p])
+    assert evaluate.best_penalty(x, labels, 3) == min(good, key=lambda p: good[p])
 
 
 # Images of each class, features, deviation of the noise along its first axis and its last. Small penalties fit noise;
@@ -119,20 +119,19 @@ def test_the_chosen_penalty_does_well_on_other_images(counts: list[int], width: 
     x, others = images(labels), labels.repeat(20)
     queries = images(others)
     right = {
-        p: evaluation.accuracy(evaluation.few_shot(x, labels, queries, len(counts), p), others)
-        for p in evaluation.PENALTIES
+        p: evaluate.accuracy(evaluate.few_shot(x, labels, queries, len(counts), p), others) for p in evaluate.PENALTIES
     }
     best = max(right.values())
-    assert right[evaluation.best_penalty(x, labels, len(counts))] > best - 0.02
+    assert right[evaluate.best_penalty(x, labels, len(counts))] > best - 0.02
     assert sum(one > best - 0.02 for one in right.values()) < 6
-    assert max(right[evaluation.PENALTIES[0]], right[evaluation.PENALTIES[-1]]) < best - 0.05
+    assert max(right[evaluate.PENALTIES[0]], right[evaluate.PENALTIES[-1]]) < best - 0.05
 
 
 def test_images_that_are_alone_in_their_class_choose_no_penalty() -> None:
     """Without it the rest tells nothing of its class; with none but such the middle is chosen."""
     x, _ = features(9, 6)
-    assert evaluation.best_penalty(x, torch.arange(9), 9) == evaluation.PENALTIES[15] == 32
-    assert evaluation.best_penalty(x[:1], torch.zeros(1, dtype=torch.int64), 3) == 32
+    assert evaluate.best_penalty(x, torch.arange(9), 9) == evaluate.PENALTIES[15] == 32
+    assert evaluate.best_penalty(x[:1], torch.zeros(1, dtype=torch.int64), 3) == 32
 
 
 class Largest(TorchDispatchMode):
@@ -155,13 +154,13 @@ def test_probes_never_hold_all_images_in_float64(monkeypatch: pytest.MonkeyPatch
 
     def probes() -> tuple[Tensor, Tensor, float]:
         return (
-            evaluation.few_shot(x, labels, queries, 3, 2.0),
-            evaluation.nearest(x, labels, queries, 3, k=20),
-            evaluation.best_penalty(x, labels, 3),
+            evaluate.few_shot(x, labels, queries, 3, 2.0),
+            evaluate.nearest(x, labels, queries, 3, k=20),
+            evaluate.best_penalty(x, labels, 3),
         )
 
     whole = probes()
-    monkeypatch.setattr(evaluation, "CHUNK", 16)
+    monkeypatch.setattr(evaluate, "CHUNK", 16)
     with Largest() as largest:
         pieces = probes()
     assert largest.numel <= 700
@@ -170,18 +169,18 @@ def test_probes_never_hold_all_images_in_float64(monkeypatch: pytest.MonkeyPatch
 
 def test_shots() -> None:
     labels = torch.tensor([0, 1, 1, 0, 1, 0, 0])
-    chosen = evaluation.shots(labels, 3)
+    chosen = evaluate.shots(labels, 3)
     assert sorted(labels[chosen].tolist()) == [0, 0, 0, 1, 1, 1]
     assert len(set(chosen.tolist())) == 6
-    assert {tuple(evaluation.shots(labels, 1, seed).tolist()) for seed in range(8)} > {(0, 1)}
+    assert {tuple(evaluate.shots(labels, 1, seed).tolist()) for seed in range(8)} > {(0, 1)}
     with pytest.raises(ValueError, match="class 1 has 3 training images; 4 shots"):
-        evaluation.shots(labels, 4)
+        evaluate.shots(labels, 4)
 
 
 def test_neighbours_vote_by_their_likeness() -> None:
     x, labels = features(40, 5)
     queries, _ = features(6, 5, seed=2)
-    found = evaluation.nearest(x, labels, queries, 3, k=7, temperature=0.2)
+    found = evaluate.nearest(x, labels, queries, 3, k=7, temperature=0.2)
     for row, query in zip(found, queries, strict=True):
         cosine = [float(torch.cosine_similarity(query.double(), other.double(), dim=0)) for other in x]
         best = sorted(range(40), key=lambda i: -cosine[i])[:7]
@@ -189,7 +188,7 @@ def test_neighbours_vote_by_their_likeness() -> None:
         assert row.tolist() == pytest.approx(votes)
     for k in (0, 41):
         with pytest.raises(ValueError, match=f"k={k}; accepted: 1 to 40"):
-            evaluation.nearest(x, labels, queries, 3, k=k)
+            evaluate.nearest(x, labels, queries, 3, k=k)
 
 
 @pytest.fixture
@@ -210,20 +209,20 @@ def test_evaluate(model: fastvit.ViT) -> None:
         logits = model(images[1])
         train, test = (model.forward_head(model.forward_features(i), pre_logits=True) for i in images)
     of = data.train.labels
-    right = evaluation.accuracy(logits, data.test.labels)
-    assert evaluation.evaluate(model, data) == {"classifier": right}
+    right = evaluate.accuracy(logits, data.test.labels)
+    assert evaluate.evaluate(model, data) == {"classifier": right}
     guesses = logits.argmax(1).tolist()
     real = [[guess, 3] if i % 4 else [] for i, guess in enumerate(guesses)]
     real[1] = [(guesses[1] + 1) % 10]
     count = len(guesses) - len(guesses[::4])
-    assert evaluation.evaluate(model, data, real=real) == {"classifier": right, "ReaL": (count - 1) / count}
-    votes = evaluation.nearest(train, of, test, 10)
-    assert evaluation.evaluate(model, data, "knn") == {"knn": evaluation.accuracy(votes, data.test.labels)}
-    chosen = evaluation.shots(of, 10)
-    penalty = evaluation.best_penalty(train[chosen], of[chosen], 10)
-    scores = evaluation.few_shot(train[chosen], of[chosen], test, 10, penalty)
-    found = evaluation.evaluate(model, data, "few-shot", 10)["few-shot"]
-    assert found == pytest.approx(evaluation.accuracy(scores, data.test.labels), abs=0.021)  # an image on the border
+    assert evaluate.evaluate(model, data, real=real) == {"classifier": right, "ReaL": (count - 1) / count}
+    votes = evaluate.nearest(train, of, test, 10)
+    assert evaluate.evaluate(model, data, "knn") == {"knn": evaluate.accuracy(votes, data.test.labels)}
+    chosen = evaluate.shots(of, 10)
+    penalty = evaluate.best_penalty(train[chosen], of[chosen], 10)
+    scores = evaluate.few_shot(train[chosen], of[chosen], test, 10, penalty)
+    found = evaluate.evaluate(model, data, "few-shot", 10)["few-shot"]
+    assert found == pytest.approx(evaluate.accuracy(scores, data.test.labels), abs=0.021)  # an image on the border
     assert found > 0.5
 
 
@@ -231,7 +230,7 @@ def test_evaluate(model: fastvit.ViT) -> None:
 def test_outputs_that_are_not_finite_name_the_image(bad: float) -> None:
     shades = Split(lambda i: torch.full((1, 8, 8), i / 10), torch.zeros(10, dtype=torch.int64), lambda i: f"shade {i}")
     with pytest.raises(ValueError, match="the model's outputs for shade 6 are NaN or infinite"):
-        evaluation.outputs(
+        evaluate.outputs(
             lambda images: torch.where(images.flatten(1) > 0.1, bad, 0.0), shades, evaluation_transform(8), batch=4
         )
 
@@ -242,14 +241,14 @@ def test_a_model_with_nan_has_no_accuracy(model: fastvit.ViT) -> None:
         model.blocks[0].mlp.fc1.weight[0, 0] = math.nan
     for probe in (None, "few-shot", "knn"):
         with pytest.raises(ValueError, match=f"outputs for {(data.train if probe else data.test).name(0)} are NaN"):
-            evaluation.evaluate(model, data, probe)
+            evaluate.evaluate(model, data, probe)
 
 
 def test_pixels_and_sizes_are_those_of_the_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a run's folder, ResNets' too, which take any size; unless something else is said."""
-    monkeypatch.setattr(evaluation, "open_data", lambda source, whole: some())
+    monkeypatch.setattr(evaluate, "open_data", lambda source, whole: some())
     recipe = recipe_of("digits").override(["image_size=32", "mean=0.1", "std=0.3"])
     images = torch.stack([resize(some().test.image(i), [32, 32], InterpolationMode.BICUBIC) for i in range(50)])
     for name in ("R50x1", "digits"):
@@ -260,7 +259,7 @@ def test_pixels_and_sizes_are_those_of_the_weights(
         run = ["evaluate", "--weights", str(tmp_path), "--data", "digits"]
         for more, mean, std in (([], 0.1, 0.3), (["--mean", "0.9", "--std", "0.1"], 0.9, 0.1)):
             with torch.no_grad():
-                expected = evaluation.accuracy(model((images - mean) / std), some().test.labels)
+                expected = evaluate.accuracy(model((images - mean) / std), some().test.labels)
             assert cli.main([*run, *more]) == 0
             assert capsys.readouterr().out.split()[-1] == f"{expected:.2%}"
     assert cli.main([*run, "--mean", "1", "2", "3"]) == 2
@@ -270,24 +269,24 @@ def test_pixels_and_sizes_are_those_of_the_weights(
 def test_evaluate_refuses(model: fastvit.ViT) -> None:
     data = some()
     with pytest.raises(ValueError, match="probe='svm'; accepted: 'few-shot', 'knn'"):
-        evaluation.evaluate(model, data, "svm")
+        evaluate.evaluate(model, data, "svm")
     with pytest.raises(ValueError, match="shots=5 are a probe's"):
-        evaluation.evaluate(model, data, count=5)
+        evaluate.evaluate(model, data, count=5)
     with pytest.raises(ValueError, match="without a probe"):
-        evaluation.evaluate(model, data, "knn", real=[[0]] * len(data.test))
+        evaluate.evaluate(model, data, "knn", real=[[0]] * len(data.test))
     with pytest.raises(ValueError, match="knn learns from training images, and there are none"):
-        evaluation.evaluate(model, replace(data, train=data.train.subset([])), "knn")
+        evaluate.evaluate(model, replace(data, train=data.train.subset([])), "knn")
     model.reset_classifier(7)
     with pytest.raises(ValueError, match="the model has 7 classes and the data 10"):
-        evaluation.evaluate(model, data)
+        evaluate.evaluate(model, data)
     with pytest.raises(ValueError, match="takes 1 channels, and the images have 3"):
-        evaluation.evaluate(model, Data(data.train, data.test, 10, 3))
+        evaluate.evaluate(model, Data(data.train, data.test, 10, 3))
 
 
 def test_command(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(build.describe(model, recipe_of("digits"))))
-    expected = evaluation.evaluate(model, open_data("digits"), "knn")["knn"]
+    expected = evaluate.evaluate(model, open_data("digits"), "knn")["knn"]
     capsys.readouterr()
     assert cli.main(["evaluate", "--weights", str(tmp_path), "--data", "digits", "--probe", "knn"]) == 0
     head, row = capsys.readouterr().out.splitlines()
@@ -325,7 +324,7 @@ def test_real_labels(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureF
     source = str(tmp_path / "val")
     data = open_data(source, whole=True)
     assert (len(data.train), data.test.labels.tolist(), data.classes) == (0, [0, 1, 2], 3)
-    assert evaluation.real_labels(tmp_path / "real.json", data.test) == [[0, 2], [1], []]
+    assert evaluate.real_labels(tmp_path / "real.json", data.test) == [[0, 2], [1], []]
 
     torch.manual_seed(0)
     color = build.model_of("digits", recipe_of("digits"), replace(data, channels=3))
@@ -339,19 +338,18 @@ def test_real_labels(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureF
     assert "ILSVRC2012_val_00000003.png is none of the 2 images" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="is no list of lists"):
-        evaluation.real_labels(tmp_path / "other.json", data.test)
+        evaluate.real_labels(tmp_path / "other.json", data.test)
 
 
 def few_shot_of_pixels(data: Data, count: int | None) -> float:
     """The accuracy of the probe on raw pixels."""
     known, queries = (
-        evaluation.outputs(lambda images: images.flatten(1), s, evaluation_transform(8))
-        for s in (data.train, data.test)
+        evaluate.outputs(lambda images: images.flatten(1), s, evaluation_transform(8)) for s in (data.train, data.test)
     )
-    chosen = torch.arange(len(known)) if count is None else evaluation.shots(data.train.labels, count)
+    chosen = torch.arange(len(known)) if count is None else evaluate.shots(data.train.labels, count)
     known, labels = known[chosen], data.train.labels[chosen]
-    scores = evaluation.few_shot(known, labels, queries, 10, evaluation.best_penalty(known, labels, 10))
-    return evaluation.accuracy(scores, data.test.labels)
+    scores = evaluate.few_shot(known, labels, queries, 10, evaluate.best_penalty(known, labels, 10))
+    return evaluate.accuracy(scores, data.test.labels)
 
 
 @pytest.mark.slow
@@ -362,7 +360,7 @@ def test_features_of_trained_digits_beat_pixels(seed: int, tmp_path: Path) -> No
     model, data = fastvit.from_checkpoint(tmp_path), open_data("digits")
     assert json.loads((tmp_path / "metrics.json").read_text())["test"]["accuracy"] > 0.95
     for count in (None, 10):
-        found = evaluation.evaluate(model, data, "few-shot", count)["few-shot"]
+        found = evaluate.evaluate(model, data, "few-shot", count)["few-shot"]
         assert found > few_shot_of_pixels(data, count)
 
 
@@ -372,5 +370,5 @@ def test_features_without_labels_beat_pixels(tmp_path: Path) -> None:
     run = ["pretrain", "--method", "masked", "--target", "pixels", "--data", "digits", "--out", str(tmp_path)]
     assert cli.main([*run, "--set", "crop=affine"]) == 0
     data = open_data("digits")
-    found = evaluation.evaluate(fastvit.from_checkpoint(tmp_path), data, "few-shot")["few-shot"]
+    found = evaluate.evaluate(fastvit.from_checkpoint(tmp_path), data, "few-shot")["few-shot"]
     assert found > few_shot_of_pixels(data, None) + 0.01

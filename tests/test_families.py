@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from fastvit import analysis, flops, ops
+from fastvit import analysis, ops
 from fastvit.layers import BeitAttention, BeitBlock, PatchDropout
 from fastvit.models import ViT
 from fastvit.models.hybrid import HybridEmbed
+from fastvit.tuning import flops
 from parity import Calls, assert_same, gradients
 
 SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "num_classes": 5}

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
 from benchmarks import roofline
-from fastvit import flops, static
 from fastvit.layers import SwiGLU
 from fastvit.ops import backends
+from fastvit.tuning import compile_report, flops
 
 PAPER = ("ViT-B/32", "ViT-B/16", "ViT-L/32", "ViT-L/16", "ViT-H/14")
 SMALL: dict[str, Any] = {"img_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -72,10 +72,10 @@ def test_launched_is_derived(name: str, options: dict[str, Any]) -> None:
     model = _build(name, options).eval()
     images = torch.empty(3, model.in_chans, *model.patch_embed.img_size, device="meta", dtype=torch.bfloat16)
     for arch in (80, 90):
-        with static.trace(arch) as trace, torch.no_grad():
+        with compile_report.trace(arch) as trace, torch.no_grad():
             model(images)
         by_hand = _by_hand(model, class_token_only=model.global_pool == "token")
-        assert sum(static.flops(one) for one in trace.launches) == 3 * sum(by_hand.values())
+        assert sum(compile_report.flops(one) for one in trace.launches) == 3 * sum(by_hand.values())
 
 
 @pytest.mark.parametrize(("name", "saving"), [("ViT-B/16", 0.07), ("ViT-L/16", 0.035)])
@@ -146,19 +146,19 @@ def test_work_is_the_same_on_every_architecture() -> None:
     images = torch.empty(8, 3, 224, 224, device="meta", dtype=torch.bfloat16)
     model = fastvit.create_model("ViT-Ti/16", depth=2, device="meta", dtype=torch.bfloat16).eval()
     found = set()
-    for arch in static.SHARED_KIB:
-        with static.trace(arch) as trace, torch.no_grad():
+    for arch in compile_report.SHARED_KIB:
+        with compile_report.trace(arch) as trace, torch.no_grad():
             model(images)
-        found.add(tuple((static.flops(one), static.moved(one)) for one in trace.launches))
+        found.add(tuple((compile_report.flops(one), compile_report.moved(one)) for one in trace.launches))
     assert len(found) == 1
 
 
 def test_a_tensor_is_moved_once() -> None:
     x = torch.empty(4, 6, dtype=torch.bfloat16)
-    assert static.distinct_bytes((x, [x, x[:]])) == x.nbytes
-    assert static.distinct_bytes((x[:, :2], x[:, 2:])) == x.nbytes
-    assert static.distinct_bytes(x[:1].expand(100, 6)) == 12
-    assert static.distinct_bytes({"a": x, "b": x.clone(), "c": None, "d": 3}) == 2 * x.nbytes
+    assert compile_report.distinct_bytes((x, [x, x[:]])) == x.nbytes
+    assert compile_report.distinct_bytes((x[:, :2], x[:, 2:])) == x.nbytes
+    assert compile_report.distinct_bytes(x[:1].expand(100, 6)) == 12
+    assert compile_report.distinct_bytes({"a": x, "b": x.clone(), "c": None, "d": 3}) == 2 * x.nbytes
 
 
 def test_floor_is_the_sum_of_the_slower_of_two() -> None:
@@ -186,7 +186,7 @@ def test_floor_refuses_what_it_has_no_peak_for() -> None:
 
 def test_a_kernel_without_a_formula_is_refused() -> None:
     """A product is never counted as nothing."""
-    launches = static.launches(static.Workload("vit_tiny_patch16_224", 2, torch.bfloat16), 90).launches
+    launches = compile_report.launches(compile_report.Workload("vit_tiny_patch16_224", 2, torch.bfloat16), 90).launches
     backward = [one for one in launches if one.kernel.fn.__name__ == "attention_query_gradient_kernel"]
     with pytest.raises(LookupError, match="attention_query_gradient_kernel"):
-        static.flops(backward[0])
+        compile_report.flops(backward[0])

@@ -19,9 +19,9 @@ import fastvit
 from checkpoint_cases import randomise as shuffled
 from fastvit import analysis
 from fastvit.checkpoints import convert, load_checkpoint
+from fastvit.integrations.timm_registry import register
 from fastvit.models.families import HYBRIDS, PAPERS
 from fastvit.models.hybrid import HybridEmbed
-from fastvit.timm_registry import register
 from parity import assert_parity, assert_same, randomise
 
 SIZES: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}

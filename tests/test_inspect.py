@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvit import ViT, cli, create_model, inspect
-from fastvit.pretraining import DVAE
+from fastvit import ViT, cli, create_model
+from fastvit.analysis import inspect
+from fastvit.training.pretrain import DVAE
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 3}
 PICTURES = ["filters", "positions", "attention_distance", "rollout"]
@@ -189,7 +190,7 @@ def test_heads_are_those_asked_for(image: Path, tmp_path: Path, heads: int, monk
         ),
         ({"weights": create_model("R50x1", num_classes=2).state_dict()}, "those of a ResNetV2; accepted: a ViT's"),
         ({"weights": create_model("R50x1").state_dict(), "size": (8, 8)}, "is a ResNet's, but: .* 'img_size'"),
-        ({"weights": DVAE([0.5], [0.5], 4, 1, 4).state_dict()}, "it is a tokenizer, fastvit.pretraining.DVAE"),
+        ({"weights": DVAE([0.5], [0.5], 4, 1, 4).state_dict()}, "it is a tokenizer, fastvit.training.pretrain.DVAE"),
         ({"weights": ViT(**SMALL, in_chans=4)}, "images of 4 channels; accepted: 1 or 3"),
         ({"size": (64, 64)}, "size: accepted with weights; a model has its own"),
     ],

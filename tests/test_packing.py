@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
-from fastvit import PackedImages, ViT, layers, pack, static
+from fastvit import PackedImages, ViT, layers, pack
 from fastvit.checkpoints.resample import resample_pos_embed, resample_pos_embed_at
 from fastvit.ops import backends
 from fastvit.packing import Sequences
+from fastvit.tuning import compile_report
 
 MIX = ((8, 12), (16, 16), (4, 4), (20, 28), (16, 4))  # 6, 16, 1, 35 and 4 patches of 4x4
 STATISTICS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
@@ -224,7 +225,7 @@ def test_flops_are_those_of_the_tokens_there_are() -> None:
 
     def flops(run: Any) -> int:
         # The reference with gradients multiplies matrices, which are counted; PyTorch's fused attention isn't on CPUs.
-        with fastvit.backend("reference"), FlopCounterMode(display=False) as counter, static.without_notes():
+        with fastvit.backend("reference"), FlopCounterMode(display=False) as counter, compile_report.without_notes():
             run()
         return counter.get_total_flops()
 
@@ -272,7 +273,7 @@ def test_launches_do_not_grow_with_the_images(training: bool) -> None:
     for sizes in (MIX * 7, MIX * 31, ((64, 64), (4, 400))):
         packed = pack(mix(torch.bfloat16, sizes), 4).to("meta")
         model.zero_grad()  # to add to gradients would count too
-        with static.trace(80) as trace, torch.set_grad_enabled(training):
+        with compile_report.trace(80) as trace, torch.set_grad_enabled(training):
             logits = model(packed)
             if training:
                 logits.sum().backward()
@@ -286,7 +287,7 @@ def test_launches_of_tables_grow_with_the_sizes_alone() -> None:
     counts = []
     for sizes in (MIX[:2] * 40, MIX[:2] * 80, MIX * 40):
         packed = pack(mix(torch.bfloat16, sizes), 4).to("meta")
-        with static.trace(80) as trace, torch.no_grad():
+        with compile_report.trace(80) as trace, torch.no_grad():
             model(packed)
         counts.append([trace.count, sum(one.kernel.fn.__name__.startswith("attention") for one in trace.launches)])
     assert counts[0] == counts[1] and counts[0][1] == 2 * 2 and counts[2][1] == 5 * 2

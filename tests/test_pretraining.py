@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit import cli
+from fastvit.data.datasets import open_data
 from fastvit.models import AxialViT, HybridEmbed, ViT
-from fastvit.pretraining import DVAE, Beit, Corruption, MaskedPatches, Tokenizing, blockwise_masks, mean_colours
-from fastvit.pretraining.build import TOKENIZERS, pretrain
-from fastvit.pretraining.recipes import RECIPES
 from fastvit.training import loop
 from fastvit.training.build import MODELS
-from fastvit.training.data import open_data
 from fastvit.training.objectives import Objective
+from fastvit.training.pretrain import DVAE, Beit, Corruption, MaskedPatches, Tokenizing, blockwise_masks, mean_colours
+from fastvit.training.pretrain.build import TOKENIZERS, pretrain
+from fastvit.training.pretrain.recipes import RECIPES
 from parity import Calls, assert_same
 
 HALF = [0.5], [0.5]  # mean and std of one channel
@@ -257,7 +257,7 @@ def test_only_masked_patches_tokens_are_predicted(monkeypatch: pytest.MonkeyPatc
     tokenizer = DVAE(*HALF, codes=16, halvings=2, width=8)
     objective = Beit(model, tokenizer, least=2)
     masks = blockwise_masks(3, (4, 4), least=2)
-    monkeypatch.setattr("fastvit.pretraining.beit.blockwise_masks", lambda *_: masks)
+    monkeypatch.setattr("fastvit.training.pretrain.beit.blockwise_masks", lambda *_: masks)
     codes, losses = tokenizer.tokenize(images, (4, 4)).flatten(1), []
     flat = masks.flatten(1)
     tokens = model.fc_norm(
@@ -284,7 +284,7 @@ def test_masked_pixels_are_not_seen(monkeypatch: pytest.MonkeyPatch, method: str
         chosen = masks[0].nonzero().flatten().expand(len(images), -1)
         drawn = Corruption(chosen, masks, torch.arange(16).expand(len(images), -1))
         monkeypatch.setattr(Corruption, "draw", lambda *_: drawn)
-        monkeypatch.setattr("fastvit.pretraining.beit.blockwise_masks", lambda *_: masks.unflatten(1, (4, 4)))
+        monkeypatch.setattr("fastvit.training.pretrain.beit.blockwise_masks", lambda *_: masks.unflatten(1, (4, 4)))
         objective({"image": images})
         return read.pop().unflatten(0, (len(images), -1)) if method == "beit" else read.pop()
 
@@ -545,8 +545,8 @@ def test_beit_and_its_tokenizer_by_two_processes(tmp_path: Path) -> None:
     """Two runs, one after the other, of the same processes; each reads the tokenizer that the first has written."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from fastvit.pretraining.build import pretrain\n"
-        "from fastvit.pretraining.recipes import RECIPES\n"
+        "from fastvit.training.pretrain.build import pretrain\n"
+        "from fastvit.training.pretrain.recipes import RECIPES\n"
         f"settings = {short(2)['settings']}\n"
         "RECIPES['tokenizer_digits'] = RECIPES['tokenizer_digits'].override(settings)\n"
         f"pretrain('beit', 'digits', {str(tmp_path / 'run')!r}, settings=settings)\n"

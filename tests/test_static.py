@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastvit
-from fastvit import static
 from fastvit.triton import launch
+from fastvit.tuning import compile_report
 
 ARCHITECTURES = launch.ARCHITECTURES
 TABLES = Path(launch.__file__).parent / "tables"
@@ -30,7 +30,7 @@ def _block(**options: object) -> torch.nn.Module:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_block_is_at_most_seven_launches(arch: int, options: dict[str, float]) -> None:
     block, x = _block(**options).eval(), torch.empty(256, 197, 768, device="meta", dtype=torch.bfloat16)
-    with static.trace(arch) as trace, torch.no_grad():
+    with compile_report.trace(arch) as trace, torch.no_grad():
         block(x)
     assert trace.aten == []
     assert len(trace.launches) == 7  # two norms, four products, one attention
@@ -42,11 +42,11 @@ def test_a_block_keeps_at_most_its_share_of_timms(options: dict[str, float], lim
 
     theirs = timm.create_model("vit_base_patch16_224", depth=1, **options).blocks[0].bfloat16()
     x = torch.randn(2, 197, 768, dtype=torch.bfloat16, requires_grad=True)
-    timms = static.saved_bytes(theirs, lambda: theirs(x))
+    timms = compile_report.saved_bytes(theirs, lambda: theirs(x))
     ours = _block(**options)
     meta = torch.empty(2, 197, 768, device="meta", dtype=torch.bfloat16, requires_grad=True)
     with fastvit.backend("triton"):
-        kept = static.saved_bytes(ours, lambda: ours(meta))
+        kept = compile_report.saved_bytes(ours, lambda: ours(meta))
     assert 0.3 < kept / timms <= limit
     assert timms / x.nbytes == pytest.approx(18.04 if options else 16.04, abs=0.05)
 
@@ -55,7 +55,7 @@ def test_an_image_in_two_blocks_runs_only_our_kernels() -> None:
     """Nothing of a whole inference is left to ATen but views and the choice of the class token."""
     model = fastvit.create_model("vit_base_patch16_224", depth=2, device="meta", dtype=torch.bfloat16).eval()
     images = torch.empty(8, 3, 224, 224, device="meta", dtype=torch.bfloat16)
-    with static.trace(90) as trace, torch.no_grad():
+    with compile_report.trace(90) as trace, torch.no_grad():
         model(images)
     assert len(trace.launches) <= 1 + 2 * 8 + 2
     assert trace.aten == []
@@ -74,10 +74,10 @@ def test_tables_have_every_architecture() -> None:
         assert set(_rows(family)) == {(arch, dtype) for arch in ARCHITECTURES for dtype in ("half", "float32")}
 
 
-def _check(compiled: static.Compiled, half: bool) -> None:
+def _check(compiled: compile_report.Compiled, half: bool) -> None:
     """The gates of one kernel: no spills where it is hot, shared memory that fits, the right matrix instructions."""
     where = f"{compiled.name} on sm_{compiled.arch}: {compiled.constants}"
-    assert compiled.shared_bytes <= static.SHARED_KIB[compiled.arch] * 1024, (
+    assert compiled.shared_bytes <= compile_report.SHARED_KIB[compiled.arch] * 1024, (
         f"{where}: {compiled.shared_bytes} B shared"
     )
     if compiled.hot:
@@ -96,36 +96,36 @@ def _check(compiled: static.Compiled, half: bool) -> None:
 def _added(index: int, arch: int) -> dict[tuple[Any, ...], Any]:
     """The configurations that a workload adds to those before it, and a launch of each."""
     known = {key for i in range(index) for key in _added(i, arch)}
-    launches = static.launches(static.WORKLOADS[index], arch).launches
-    return {key: one for one in launches if (key := static.configuration(one)) not in known}
+    launches = compile_report.launches(compile_report.WORKLOADS[index], arch).launches
+    return {key: one for one in launches if (key := compile_report.configuration(one)) not in known}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("index", range(len(static.WORKLOADS)), ids=[str(w) for w in static.WORKLOADS])
+@pytest.mark.parametrize("index", range(len(compile_report.WORKLOADS)), ids=[str(w) for w in compile_report.WORKLOADS])
 def test_every_configuration_compiles_and_passes_its_gates(index: int, arch: int) -> None:
     """Each kernel in each tile, head dim and key split that a workload adds to those before it."""
     for one in _added(index, arch).values():
-        _check(static.compile_launch(one, arch), static.WORKLOADS[index].dtype != torch.float32)
+        _check(compile_report.compile_launch(one, arch), compile_report.WORKLOADS[index].dtype != torch.float32)
 
 
 @pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in ARCHITECTURES])
-@pytest.mark.parametrize("workload", static.VARIATIONS, ids=str)
-def test_every_variation_compiles_and_passes_its_gates(workload: static.Workload, arch: int) -> None:
+@pytest.mark.parametrize("workload", compile_report.VARIATIONS, ids=str)
+def test_every_variation_compiles_and_passes_its_gates(workload: compile_report.Workload, arch: int) -> None:
     """What an option compiles that the plain model does not: other epilogues of the same tiles."""
-    plain = static.Workload(workload.model, workload.batch, workload.dtype)
-    known = {static.specialisation(one, arch) for one in static.launches(plain, arch).launches}
-    added = static.distinct(static.launches(workload, arch).launches, arch)
-    added = [one for one in added if static.specialisation(one, arch) not in known]
+    plain = compile_report.Workload(workload.model, workload.batch, workload.dtype)
+    known = {compile_report.specialisation(one, arch) for one in compile_report.launches(plain, arch).launches}
+    added = compile_report.distinct(compile_report.launches(workload, arch).launches, arch)
+    added = [one for one in added if compile_report.specialisation(one, arch) not in known]
     assert added
     for one in added:
-        _check(static.compile_launch(one, arch), half=True)
+        _check(compile_report.compile_launch(one, arch), half=True)
 
 
 @pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in ARCHITECTURES])
-@pytest.mark.parametrize("call", static.ATTENTIONS, ids=str)
-def test_attention_with_modifiers_compiles_and_passes_its_gates(call: static.Attention, arch: int) -> None:
-    for one in static.attention_launches(call, arch).launches:
-        _check(static.compile_launch(one, arch), call.dtype != torch.float32)
+@pytest.mark.parametrize("call", compile_report.ATTENTIONS, ids=str)
+def test_attention_with_modifiers_compiles_and_passes_its_gates(call: compile_report.Attention, arch: int) -> None:
+    for one in compile_report.attention_launches(call, arch).launches:
+        _check(compile_report.compile_launch(one, arch), call.dtype != torch.float32)
 
 
 def _tile(one: Any) -> tuple[Any, ...]:
@@ -148,9 +148,9 @@ def test_every_row_of_the_linear_table_is_compiled(arch: int, dtype: torch.dtype
     from fastvit.triton import linear, linear_backward, tiles
 
     taken = set()
-    for workload in (*static.WORKLOADS, *static.VARIATIONS):
+    for workload in (*compile_report.WORKLOADS, *compile_report.VARIATIONS):
         if (workload.dtype == torch.float32) == (dtype == torch.float32):
-            launches = static.launches(workload, arch).launches
+            launches = compile_report.launches(workload, arch).launches
             taken |= {_tile(o) for o in launches if o.kernel.fn.__name__.startswith("linear") and "BLOCK_M" in o.args}
     left = {}
     for row in tiles.rows("linear", arch, dtype):
@@ -168,7 +168,7 @@ def test_every_row_of_the_linear_table_is_compiled(arch: int, dtype: torch.dtype
         }[row["op"]]
         with launch.record(arch) as launches:
             launcher(a, b, tile=row)
-        _check(static.compile_launch(launches[0], arch), half=dtype != torch.float32)
+        _check(compile_report.compile_launch(launches[0], arch), half=dtype != torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -188,17 +188,17 @@ def test_what_no_workload_runs_compiles_and_passes_its_gates(arch: int, dtype: t
                 bias = torch.empty(1, 1, count, 201, device="meta").expand(64, 12, -1, -1) if count > 1 else None
                 attention_rows(q, k, lse, torch.empty(count, dtype=torch.int64, device="meta"), 0.125, bias=bias)
             attention_distance(q, k, lse, 0.125, (14, 14), (16.0, 16.0))
-    for one in static.distinct(launches, arch):
-        _check(static.compile_launch(one, arch), half=dtype != torch.float32)
+    for one in compile_report.distinct(launches, arch):
+        _check(compile_report.compile_launch(one, arch), half=dtype != torch.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("workload", static.WORKLOADS, ids=str)
-def test_every_specialisation_compiles_and_passes_its_gates(workload: static.Workload, arch: int) -> None:
+@pytest.mark.parametrize("workload", compile_report.WORKLOADS, ids=str)
+def test_every_specialisation_compiles_and_passes_its_gates(workload: compile_report.Workload, arch: int) -> None:
     """As above, but every epilogue and every divisibility that the JIT tells apart."""
-    for one in static.distinct(static.launches(workload, arch).launches, arch):
-        _check(static.compile_launch(one, arch), workload.dtype != torch.float32)
+    for one in compile_report.distinct(compile_report.launches(workload, arch).launches, arch):
+        _check(compile_report.compile_launch(one, arch), workload.dtype != torch.float32)
 
 
 def test_another_batch_size_seldom_compiles_anything() -> None:
@@ -211,8 +211,10 @@ def test_another_batch_size_seldom_compiles_anything() -> None:
     seen: set[str] = set()
     totals = {}
     for batch in (1, 2, 3, 7, 8, 32, 64, 100, 256):
-        launches = static.launches(static.Workload("vit_base_patch16_224", batch, torch.bfloat16), 90).launches
-        seen |= {static.specialisation(one, 90) for one in launches}
+        launches = compile_report.launches(
+            compile_report.Workload("vit_base_patch16_224", batch, torch.bfloat16), 90
+        ).launches
+        seen |= {compile_report.specialisation(one, 90) for one in launches}
         totals[batch] = len(seen)
     assert totals[1] == totals[2] <= 27
     assert totals[100] == totals[256] <= 39
@@ -224,7 +226,7 @@ def test_no_mix_of_sizes_compiles_again() -> None:
     for total, longest, count in ((4096, 1024, 8), (1999, 777, 3), (16, 16, 1), (33, 1, 40)):
         qkv = torch.empty(1, total, 3, 12, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
         cu = torch.empty(count + 1, dtype=torch.int32, device="meta")
-        with static.trace(90) as trace:
+        with compile_report.trace(90) as trace:
             out = fastvit.ops.attention_qkvpacked(
                 qkv,
                 cu_seqlens=cu,
@@ -234,7 +236,7 @@ def test_no_mix_of_sizes_compiles_again() -> None:
             )
             out.backward(torch.empty_like(out))
         assert len(trace.launches) == 3 and trace.aten == []
-        seen |= {static.specialisation(one, 90) for one in trace.launches}
+        seen |= {compile_report.specialisation(one, 90) for one in trace.launches}
     assert len(seen) == 3
 
 
@@ -247,4 +249,4 @@ def test_the_gate_sees_a_spill() -> None:
     with launch.record(80) as launches:
         linear_forward(x, weight, activation="gelu", tile=tile)
     with pytest.raises(AssertionError, match="spilled"):
-        _check(static.compile_launch(launches[0], 80), half=True)
+        _check(compile_report.compile_launch(launches[0], 80), half=True)

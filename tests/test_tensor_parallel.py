@@ -54,7 +54,7 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> fastvit.ViT:
 
 
 def share(model: fastvit.ViT) -> fastvit.ViT:
-    from fastvit.parallel import plan
+    from fastvit.integrations.parallel import plan
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return parallelize_module(model, mesh, plan(model))  # type: ignore[return-value]
@@ -103,7 +103,7 @@ def train(folder: Path, begin: int = 0, shape: tuple[int, int] | None = None) ->
         block.drop_path1 = block.drop_path2 = nn.Identity()
     rank, data = 0, 1
     if shape is not None:
-        from fastvit.parallel import plan
+        from fastvit.integrations.parallel import plan
 
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
         parallelize_module(model, mesh["tensor"], plan(model))
@@ -296,21 +296,21 @@ class Other(Attention):
     ],
 )
 def test_what_has_no_plan_is_named(options: dict[str, Any], message: str) -> None:
-    from fastvit.parallel import plan
+    from fastvit.integrations.parallel import plan
 
     with pytest.raises(ValueError, match=message):
         plan(fastvit.ViT(**SIZES | options))
 
 
 def test_an_accelerated_model_of_timm_has_a_plan() -> None:
-    from fastvit.parallel import plan
+    from fastvit.integrations.parallel import plan
 
     model = fastvit.accelerate(timm.models.vision_transformer.VisionTransformer(**SIZES))
     assert plan(model).keys() == plan(fastvit.ViT(**SIZES)).keys()
 
 
 def test_wrapped_layers_and_other_models_have_no_plan() -> None:
-    from fastvit.parallel import plan
+    from fastvit.integrations.parallel import plan
 
     model = fastvit.ViT(**SIZES)
     model.blocks[1].mlp.fc2 = nn.Sequential(model.blocks[1].mlp.fc2)

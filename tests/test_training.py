@@ -18,8 +18,8 @@ from training_cases import linear, lines, plain, some, train
 
 import fastvit
 from fastvit import cli
+from fastvit.data.datasets import Data
 from fastvit.training import build, loop
-from fastvit.training.data import Data
 from fastvit.training.objectives import Batch, Classification
 from fastvit.training.recipes import RECIPES, Recipe, recipe_of
 

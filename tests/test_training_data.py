@@ -22,11 +22,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvit import images
-from fastvit.images import decode, open_images
+from fastvit.data import images
+from fastvit.data.datasets import Data, Split, open_data
+from fastvit.data.images import decode, open_images
 from fastvit.training import loop
 from fastvit.training.augment import Examples, Order, evaluation_transform, loader, training_transform
-from fastvit.training.data import Data, Split, open_data
 from fastvit.training.objectives import Objective
 from fastvit.training.recipes import Recipe
 

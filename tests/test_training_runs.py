@@ -23,8 +23,8 @@ from training_cases import linear, lines, plain, some, train, weights
 
 import fastvit
 from fastvit import cli
+from fastvit.data.datasets import Data, Split
 from fastvit.training import build, loop
-from fastvit.training.data import Data, Split
 from fastvit.training.objectives import Batch, Classification, Objective
 from processes import spawn
 

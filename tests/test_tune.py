@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastvit import candidates, cli, env, static, tune
-from fastvit.candidates import Example
+from fastvit import cli, env
 from fastvit.triton import launch, tiles
 from fastvit.triton.tiles import Problem
+from fastvit.tuning import candidates, compile_report, tune
+from fastvit.tuning.candidates import Example
 
 # A CPU tensor stands for a GPU of this name, as in the interpreter.
 GPU = "interpreter"
@@ -182,10 +183,12 @@ def test_the_file_is_continued_or_set_aside(folders: dict[str, Path], capsys: py
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("workload", [*static.WORKLOADS, static.VARIATIONS[0], static.VARIATIONS[2]], ids=str)
-def test_every_problem_of_a_model_has_an_example(workload: static.Workload, arch: int) -> None:
+@pytest.mark.parametrize(
+    "workload", [*compile_report.WORKLOADS, compile_report.VARIATIONS[0], compile_report.VARIATIONS[2]], ids=str
+)
+def test_every_problem_of_a_model_has_an_example(workload: compile_report.Workload, arch: int) -> None:
     with tiles.asked() as asked:
-        static.launches(workload, arch)
+        compile_report.launches(workload, arch)
     assert {p.family for p in asked} == set(tiles.KEYS) - {"cuda"}
     assert [str(p) for p in asked if not candidates.poses(p, workload.dtype, arch)] == []
 
@@ -236,7 +239,7 @@ def test_every_launcher_takes_the_tile_it_is_given() -> None:
         for tile in tried:
             with launch.record(90) as launches:
                 candidates.example(asked, dtype, "meta").run(tile)
-            configurations.add(static.configuration(launches[0]))
+            configurations.add(compile_report.configuration(launches[0]))
         # Few rows or a short sum make some tiles of attention equal: a program owns no more rows than there are.
         few = asked.family == "attention" and 1 in asked.key
         assert len(configurations) > len(tried) // 2 if few else len(configurations) == len(tried), str(asked)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastvit.data.datasets import Data, open_data
 from fastvit.training import loop
-from fastvit.training.data import Data, open_data
 from fastvit.training.objectives import Classification
 from fastvit.training.recipes import Recipe
 

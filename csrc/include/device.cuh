@@ -3,11 +3,11 @@
 //
 // Kernels keep to what is here, in ptx.cuh and in hopper.cuh, and to: threadIdx, blockIdx, blockDim, gridDim,
 // __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync, __shfl_down_sync, and the float functions of <cmath>. That is
-// what csrc/testing knows how to run. No atomics: results are the same bits from run to run.
+// what tests/emulator knows how to run. No atomics: results are the same bits from run to run.
 #pragma once
 
 #ifdef FASTVIT_HOST
-#include "host.h"  // csrc/testing
+#include "host.h"  // tests/emulator
 #else
 #include <cuda_runtime.h>
 #endif

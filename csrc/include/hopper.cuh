@@ -1,6 +1,6 @@
 // PTX of compute capability 9.0a: mbarriers, the Tensor Memory Accelerator (TMA), warpgroup matrix products (wgmma) and
 // what keeps them in order. Each wrapper is one instruction, named with its chapter of the PTX ISA (9.0);
-// csrc/testing/host_hopper.h holds the same functions for a CPU. Only files named *_sm90.cu include this.
+// tests/emulator/host_hopper.h holds the same functions for a CPU. Only files named *_sm90.cu include this.
 //
 // Who sees what, when (chapters "Async proxy" and "Asynchronous warpgroup level matrix instructions"):
 //   TMA writes a tile       -> visible to threads (and to their wgmma) that saw the phase of its mbarrier complete

@@ -1,5 +1,5 @@
 // PTX of compute capability 8.0: tensor-core products, matrix loads, asynchronous copies. Each wrapper is one
-// instruction; csrc/testing/host_ptx.h holds the same functions for a CPU (PTX ISA 9.0, section numbers given).
+// instruction; tests/emulator/host_ptx.h holds the same functions for a CPU (PTX ISA 9.0, section numbers given).
 #pragma once
 
 #include "device.cuh"

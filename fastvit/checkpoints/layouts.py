@@ -561,7 +561,7 @@ _REFUSED = {
     ),
     r"(.*\.)?(conv_root|block1)\..*": "it is a hybrid, in names that no layout has",
     r"stages\.\d+\.blocks\..*": "it is a ResNet, of fastvit.resnet",
-    r"pixels\.mean": "it is a tokenizer, fastvit.pretraining.DVAE",
+    r"pixels\.mean": "it is a tokenizer, fastvit.training.pretrain.DVAE",
 }
 
 

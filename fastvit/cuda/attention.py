@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit.attention_options import UNMODIFIED, Modifiers
 from fastvit.cuda import extension
 from fastvit.cuda.extension import aligned
-from fastvit.ops.attention_modifiers import UNMODIFIED, Modifiers
 
 
 def _in_order(given: Modifiers, dtype: torch.dtype) -> tuple[Any, ...]:

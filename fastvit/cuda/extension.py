@@ -43,7 +43,7 @@ MISSING = _load()
 
 
 def emulate(path: str | Path) -> None:
-    """Launch on CPU tensors from now on, in this process, by a library that ``csrc/testing`` built.
+    """Launch on CPU tensors from now on, in this process, by a library that ``tests/emulator`` built.
 
     :func:`fastvit.ops.library.implement_on_cpu` lets the ops take such tensors too.
     """

@@ -538,7 +538,7 @@ class ViT(Intermediates, Head):
         """images (B, C, H, W) -> all tokens after the last norm, (B, T, D); packed images -> (1, total, D).
 
         ``corrupt`` changes the patch embeddings (B, N, D) before positions and prefix tokens come in, as masked
-        pre-training does (:mod:`fastvit.pretraining`); not those of packed images.
+        pre-training does (:mod:`fastvit.training.pretrain`); not those of packed images.
         """
         return self._encode(packed.images_of(self, x), attn_mask, is_causal, corrupt=corrupt)[0]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastvit import reference
-from fastvit.ops import attention_modifiers, backends, checks
-from fastvit.ops.attention_modifiers import SCHEMA, Modifiers
+from fastvit import attention_options, reference
+from fastvit.attention_options import SCHEMA, Modifiers
+from fastvit.ops import backends, checks
 from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, register, unit_stride
 from fastvit.ops.rope import rotate
 
@@ -83,7 +83,7 @@ def attention(
         checks.same_dtype("attention", q=q, k=k, v=v)
     if rope is not None:
         q, k = rotate(q, k, *rope)
-    given = attention_modifiers.check(
+    given = attention_options.check(
         "attention", q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]),
         bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
@@ -137,7 +137,7 @@ def attention_qkvpacked(
         options |= {"scale": scale, "return_lse": return_lse, "rope": rope}
         return attention(*qkv.unbind(2), **options)
     batch, tokens, _, heads, _ = qkv.shape
-    given = attention_modifiers.check("attention_qkvpacked", qkv, (batch, heads, tokens, tokens), **options)
+    given = attention_options.check("attention_qkvpacked", qkv, (batch, heads, tokens, tokens), **options)
     wanted = needs_grad(qkv, given.learned)
     chosen = backends.choose("attention_qkvpacked", qkv, needs_grad=wanted)
     if chosen not in backends.KERNELS:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit import reference
-from fastvit.ops import attention_modifiers, backends, checks
+from fastvit import attention_options, reference
+from fastvit.ops import backends, checks
 from fastvit.ops.library import autocasting, cast_for_autocast, launchers, register, unit_stride
 
 
@@ -49,7 +49,7 @@ def attention_rows(
     """
     q, k, lse = _accept("attention_rows", q, k, lse)
     asked = _rows(rows, q)
-    given = attention_modifiers.check(
+    given = attention_options.check(
         "attention_rows", q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]),
         bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
         cu_seqlens=None, max_seqlen=None, dropout_p=0.0, seed=None,

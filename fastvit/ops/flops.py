@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastvit.ops.attention_modifiers import Modifiers
+from fastvit.attention_options import Modifiers
 
 Shape = tuple[int, ...]
 

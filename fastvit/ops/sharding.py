@@ -1,6 +1,6 @@
 """DTensor strategies of the kernel ops: batches may be sharded, attention may be sharded by heads too.
 
-Imported by :mod:`fastvit.parallel`, not by ``fastvit``: DTensor costs a second of import time.
+Imported by :mod:`fastvit.integrations.parallel`, not by ``fastvit``: DTensor costs a second of import time.
 """
 
 from __future__ import annotations

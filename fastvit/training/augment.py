@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastvit.training.data import Split
+from fastvit.data.datasets import Split
 from fastvit.training.recipes import Recipe
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from fastvit.checkpoints import files
+from fastvit.data.datasets import Data, open_data
 from fastvit.models import ViT, create_model, from_checkpoint
 from fastvit.models.architecture import untold
 from fastvit.models.axial import AxialResNet
 from fastvit.models.registry import is_resnet, model_class
 from fastvit.models.resnet import ResNetV2
 from fastvit.training import loop
-from fastvit.training.data import Data, open_data
 from fastvit.training.objectives import Classification
 from fastvit.training.recipes import Recipe, recipe_of
 

@@ -31,8 +31,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fastvit.checkpoints import files
+from fastvit.data.datasets import Data
 from fastvit.training.augment import Examples, Order, Unreadable, evaluation_transform, loader, training_transform
-from fastvit.training.data import Data
 from fastvit.training.logger import Logger, write
 from fastvit.training.objectives import Objective
 from fastvit.training.processes import Interruption, Place, processes

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.ops.attention_modifiers import UNMODIFIED, Modifiers
+from fastvit.attention_options import UNMODIFIED, Modifiers
 from fastvit.triton import tiles
 from fastvit.triton.attention_scores import (
     LOG2_E,

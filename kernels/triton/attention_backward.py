@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.ops.attention_modifiers import UNMODIFIED, Modifiers
+from fastvit.attention_options import UNMODIFIED, Modifiers
 from fastvit.triton.attention import images, in_units, work
 from fastvit.triton.attention_bias_gradient import attention_bias_gradient, attention_table_gradient
 from fastvit.triton.attention_distance_keys import attention_distance_keys_gradient

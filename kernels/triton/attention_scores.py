@@ -13,13 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvit.ops.attention_modifiers import Modifiers
+from fastvit.attention_options import Modifiers
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 class ModifierPointers(NamedTuple):
-    """:class:`fastvit.ops.attention_modifiers.Modifiers` as the kernels see them; None where there is none."""
+    """:class:`fastvit.attention_options.Modifiers` as the kernels see them; None where there is none."""
 
     bias_ptr: Any = None  # (B, H, Tq, Tk) floating
     bias_strides: Any = None  # (image, head, query, key), 0 where it is broadcast

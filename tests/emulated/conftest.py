@@ -1,4 +1,4 @@
-"""These tests run the CUDA kernels' own sources on the CPU, compiled by g++ (csrc/testing), on CPU tensors."""
+"""These tests run the CUDA kernels' own sources on the CPU, compiled by g++ (tests/emulator), on CPU tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fastvit.cuda import extension
 from fastvit.ops.library import implement_on_cpu
 
-_SCRIPT = Path(__file__).resolve().parents[2] / "csrc" / "testing" / "build.py"
+_SCRIPT = Path(__file__).resolve().parents[1] / "emulator" / "build.py"
 
 
 @pytest.fixture(scope="session", autouse=True)

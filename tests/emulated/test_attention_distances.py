@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fastvit
 from fastvit import ops, reference
+from fastvit.attention_options import Modifiers
 from fastvit.cuda import extension
 from fastvit.cuda.attention import attention_forward
-from fastvit.ops.attention_modifiers import Modifiers
 from head_dims import HEAD_DIMS
 from numerics import assert_same_bits_twice, check_op
 

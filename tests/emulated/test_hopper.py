@@ -1,6 +1,6 @@
-"""The emulated instructions of Hopper (csrc/testing/hopper.cpp) against cases worked out by hand, right and wrong ones.
+"""Hopper's emulated instructions (tests/emulator/hopper.cpp) against cases worked out by hand, right and wrong ones.
 
-The kernels are in csrc/testing/hopper_cases.cu; layouts are computed here a second time, from the PTX ISA's pictures:
+The kernels are in tests/emulator/hopper_cases.cu; layouts are computed here a second time, from the PTX ISA's pictures:
 row and chunk of a tile, not addresses.
 """
 

@@ -1,6 +1,6 @@
-"""The host layer (csrc/testing) against cases worked out by hand: what it says of right and of wrong programs.
+"""The host layer (tests/emulator) against cases worked out by hand: what it says of right and of wrong programs.
 
-The kernels are in csrc/testing/cases.cu; each case returns the error's text, empty where there is none.
+The kernels are in tests/emulator/cases.cu; each case returns the error's text, empty where there is none.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ from test_linear_sm90 import SIZES as SM90_SIZES
 from torch import Tensor
 
 import fastvit
-from fastvit import ops, reference, tune
+from fastvit import ops, reference
 from fastvit.cuda import extension, linear
 from fastvit.cuda.layer_norm import layer_norm_forward
 from fastvit.cuda.linear import fold_norm, linear_folded_forward, linear_normed_forward
 from fastvit.triton import tiles
+from fastvit.tuning import tune
 from numerics import assert_as_right_as_eager, check_op, strided
 
 HALF = (torch.float16, torch.bfloat16)

@@ -12,11 +12,12 @@ import torch
 
 import fastvit
 from cases import CASES, Case
-from fastvit import candidates, env, tune
+from fastvit import env
 from fastvit.cuda import cublas, extension, linear
 from fastvit.cuda.linear import KERNEL, linear_forward, linear_input_gradient, linear_weight_gradient
 from fastvit.triton import tiles
 from fastvit.triton.tiles import Problem
+from fastvit.tuning import candidates, tune
 from numerics import check_op
 
 CPU = torch.device("cpu")

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import fastvit
-from fastvit import ops, reference, static
-from fastvit.ops.attention_modifiers import Modifiers
+from fastvit import ops, reference
+from fastvit.attention_options import Modifiers
 from fastvit.triton import launch
 from fastvit.triton.attention import attention_forward
 from fastvit.triton.attention_backward import attention_backward
+from fastvit.tuning import compile_report
 from numerics import DTYPES, assert_same_bits_twice, check_op
 
 F32 = torch.float32
@@ -82,7 +83,7 @@ def test_a_bias_without_a_gradient_costs_no_launch() -> None:
     counts = []
     for wanted in (False, True):
         bias = torch.empty(1, 4, 50, 50, device="meta", requires_grad=wanted)
-        with static.trace(90) as trace:
+        with compile_report.trace(90) as trace:
             out = ops.attention(q, k, v, bias=bias)
             counts.append(len(trace.launches))
             torch.autograd.grad(out, [q, bias] if wanted else [q], torch.empty_like(out))
@@ -372,7 +373,7 @@ def test_nothing_of_tokens_squared_at_16384(how: str) -> None:
         "mask": {"key_mask": torch.empty(1, tokens, dtype=torch.bool, **meta)},
         "packed": {"cu_seqlens": torch.empty(3, dtype=torch.int32, **meta), "max_seqlen": tokens},
     }[how]
-    with static.trace(90) as trace:
+    with compile_report.trace(90) as trace:
         out = ops.attention_qkvpacked(qkv, **options)
         wanted = [qkv, *(t for t in options.values() if isinstance(t, Tensor) and t.requires_grad)]
         torch.autograd.grad(out, wanted, torch.empty_like(out))

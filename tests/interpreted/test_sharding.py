@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-import fastvit.parallel
+import fastvit.integrations.parallel
 from fastvit import ops
 
 
@@ -80,11 +80,11 @@ def _worker(rank: int, port: int) -> None:
 
 
 def _heads_and_hidden_features(mesh: DeviceMesh) -> None:
-    """A whole model by ``fastvit.parallel.plan``: each rank's part of a block runs on the same fused ops."""
+    """A whole model by ``parallel.plan``: each rank's part of a block runs on the same fused ops."""
     alone = fastvit.ViT(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=3, init_values=0.5)
     torch.nn.init.normal_(alone.head.weight)
     model = copy.deepcopy(alone)
-    parallelize_module(model, mesh, fastvit.parallel.plan(model))
+    parallelize_module(model, mesh, fastvit.integrations.parallel.plan(model))
     images = torch.randn(2, 3, 16, 16)
     alone(images).square().sum().backward()
     with (

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import fastvit
-from fastvit import candidates, cli, reference, tune
+from fastvit import cli, reference
 from fastvit.triton import tiles
 from fastvit.triton.linear import linear_forward
 from fastvit.triton.tiles import Problem
+from fastvit.tuning import candidates, tune
 from numerics import assert_as_right_as_eager
 
 CPU = torch.device("cpu")

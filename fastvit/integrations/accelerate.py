@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastvit.acceleration import timm, torchvision, transformers
-from fastvit.acceleration.twin import Twin
+from fastvit.integrations import timm, torchvision, transformers
+from fastvit.integrations.twin import Twin
 from fastvit.layers import fuse
 from fastvit.ops import onednn
 

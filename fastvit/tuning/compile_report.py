@@ -254,7 +254,7 @@ def flops(launch: Any) -> int:
         case "patch_embed_forward_kernel":
             return 2 * args["images_ptr"].numel() * args["D"]
     if "PRECISION" in args:  # every kernel with a product is told its precision
-        raise LookupError(f"fastvit.static.flops has no formula for {name}")
+        raise LookupError(f"fastvit.tuning.compile_report.flops has no formula for {name}")
     return 0
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit import static
 from fastvit.cuda import extension
 from fastvit.cuda import linear as cuda_linear
 from fastvit.triton import launch, tiles
@@ -31,6 +30,7 @@ from fastvit.triton.patch_embed import (
     patch_embed_weight_gradient,
 )
 from fastvit.triton.tiles import Problem, Row
+from fastvit.tuning import compile_report
 
 SLACK = 1.75  # candidates are tried up to this many times the least time that the model of time predicts
 
@@ -42,7 +42,7 @@ def problems(
     model: nn.Module, images: Tensor, arch: int, *, training: bool, backend: str = "triton"
 ) -> dict[Problem, Row]:
     """What ``model`` asks the tables for ``images`` (both on meta) on ``arch``, and the derived tiles it gets."""
-    with extension.rehearse(), static.trace(arch, backend), tiles.asked() as found:
+    with extension.rehearse(), compile_report.trace(arch, backend), tiles.asked() as found:
         if training:
             logits = model.train()(images)
             logits.backward(torch.empty_like(logits))
@@ -201,7 +201,7 @@ def _cuda(
 
 def shared_bytes(arch: int) -> int:
     """Shared memory that one program may use on ``arch``, or on the nearest older architecture that is known."""
-    return static.SHARED_KIB[max(known for known in static.SHARED_KIB if known <= arch)] * 1024
+    return compile_report.SHARED_KIB[max(known for known in compile_report.SHARED_KIB if known <= arch)] * 1024
 
 
 def candidates(problem: Problem, arch: int, programs: int) -> list[Row]:
@@ -297,7 +297,7 @@ def refusal(problem: Problem, dtype: torch.dtype, tile: Row, arch: int) -> str |
     try:
         with launch.record(arch) as launches:
             example(problem, dtype, "meta").run(tile)
-        compiled = static.compile_launch(launches[0], arch)
+        compiled = compile_report.compile_launch(launches[0], arch)
     except Exception as error:  # the compiler's word on a tile is a result, whatever its type
         return f"{type(error).__name__}: {error}".splitlines()[0]
     if compiled.spill_bytes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.acceleration.twin import Twin
+from fastvit.integrations.twin import Twin
 from fastvit.layers import LayerNorm, fuse
 from fastvit.layers.attention import mask_arguments
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastvit.layers.misc import positive, rate
 from fastvit.models import ViT
-from fastvit.pretraining.dvae import DVAE
-from fastvit.pretraining.encoder import CorruptedImages
 from fastvit.training.objectives import Batch
+from fastvit.training.pretrain.dvae import DVAE
+from fastvit.training.pretrain.encoder import CorruptedImages
 
 TRIES = 10  # blocks in a row that don't fit, after which a mask is done
 
@@ -69,7 +69,7 @@ class Beit(CorruptedImages):
 
     Args:
         model: a :class:`fastvit.ViT` with num_classes=0, of the family ``beit_*`` or any other.
-        tokenizer: a trained :class:`fastvit.pretraining.DVAE`, which stays as it is.
+        tokenizer: a trained :class:`fastvit.training.pretrain.DVAE`, which stays as it is.
         share, least, aspect: of the masks; see :func:`blockwise_masks`.
 
     Raises:

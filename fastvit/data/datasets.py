@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit.images import IMAGE_COLUMNS, LABEL_COLUMNS, Images, decode, open_images
-from fastvit.training import torchvision_sets
-from fastvit.training.torchvision_sets import TORCHVISION
+from fastvit.data import torchvision_sets
+from fastvit.data.images import IMAGE_COLUMNS, LABEL_COLUMNS, Images, decode, open_images
+from fastvit.data.torchvision_sets import TORCHVISION
 
 log = logging.getLogger("fastvit")
 

@@ -34,10 +34,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastvit import env
-from fastvit.candidates import Example, candidates, example, poses, problems, refusal
 from fastvit.cuda import extension
 from fastvit.triton import launch, tiles
 from fastvit.triton.tiles import Problem, Row
+from fastvit.tuning.candidates import Example, candidates, example, poses, problems, refusal
 
 GAIN = 0.02  # a tile must be faster than the derived one by this, and by more than the spread of the timings
 FINALISTS = 4  # candidates that are timed beside the derived tile for SECONDS

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit import static
 from fastvit.ops import backends
+from fastvit.tuning import compile_report
 
 Size = int | tuple[int, int]
 
@@ -54,7 +54,7 @@ def count(model: nn.Module, image_size: Size | None = None, batch: int = 1, trai
     images = torch.empty(shape, device="meta", dtype=next(model.parameters()).dtype)
     with (
         backends.backend("reference"),
-        static.without_notes(),
+        compile_report.without_notes(),
         torch.set_grad_enabled(training),
         FlopCounterMode(display=False) as counter,
     ):

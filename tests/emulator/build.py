@@ -1,6 +1,6 @@
 """Compiles the kernels for a CPU: every source of csrc with g++ and the host layer of this folder, into one library.
 
-``python csrc/testing/build.py`` builds what changed and prints where the library is. Kernels are compiled with
+``python tests/emulator/build.py`` builds what changed and prints where the library is. Kernels are compiled with
 ``-fsanitize=thread,alignment,bounds``, which makes each memory access a call, and linked to the detector of this folder
 instead of the sanitizers' own libraries.
 """
@@ -16,9 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTING = Path(__file__).resolve().parent
-CSRC = TESTING.parent
-ROOT = CSRC.parent
+EMULATOR = Path(__file__).resolve().parent
+ROOT = EMULATOR.parents[1]
+CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulated"
 LIBRARY = BUILD / "fastvit_emulated.so"
 
@@ -66,8 +66,8 @@ def rules() -> str:
     cxx = os.environ.get("CXX", "g++")
     common = (
         "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wno-unknown-pragmas "
-        f"-Wno-strict-aliasing -DFASTVIT_HOST -DFASTVIT_SM90 -I{CSRC}/include -I{TESTING} "
-        f"-isystem {cuda} -idirafter {TESTING}/cuda"
+        f"-Wno-strict-aliasing -DFASTVIT_HOST -DFASTVIT_SM90 -I{CSRC}/include -I{EMULATOR} "
+        f"-isystem {cuda} -idirafter {EMULATOR}/cuda"
     )
     libtorch = (
         f"-isystem {torch}/include -isystem {torch}/include/torch/csrc/api/include "
@@ -75,8 +75,8 @@ def rules() -> str:
     )
     # Inline functions of the standard library come from the first object that has them: the host layer's, not watched.
     sources = [
-        *sorted(TESTING.glob("*.cpp")), CSRC / "dispatch.cpp", CSRC / "library.cpp",
-        *sorted(TESTING.glob("*.cu")), *sorted(CSRC.glob("*.cu")),
+        *sorted(EMULATOR.glob("*.cpp")), CSRC / "dispatch.cpp", CSRC / "library.cpp",
+        *sorted(EMULATOR.glob("*.cu")), *sorted(CSRC.glob("*.cu")),
     ]  # fmt: skip
     lines = [
         "ninja_required_version = 1.5",

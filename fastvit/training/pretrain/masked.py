@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastvit.layers.misc import positive, rate
 from fastvit.models import ViT
-from fastvit.pretraining.encoder import CorruptedImages, Pixels
 from fastvit.training.objectives import Batch
+from fastvit.training.pretrain.encoder import CorruptedImages, Pixels
 
 MASKED, SWAPPED = 0.8, 0.1  # of the corrupted patches; the rest is kept as it is
 LEVELS = 8  # of a channel: 3 bits

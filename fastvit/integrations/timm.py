@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvit.acceleration.twin import Twin
+from fastvit.integrations.twin import Twin
 from fastvit.layers import (
     Attention,
     AttentionPoolLatent,

@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastvit.checkpoints.files import pixel_statistics, read
+from fastvit.data.datasets import Data, Split, open_data
 from fastvit.models import ViT, from_checkpoint
 from fastvit.models.registry import is_resnet
 from fastvit.models.resnet import ResNetV2
 from fastvit.training.augment import Examples, evaluation_transform, loader
-from fastvit.training.data import Data, Split, open_data
 
 PENALTIES = tuple(2.0**power for power in range(-10, 21))  # of the few-shot probe, searched where none is given
 CHUNK = 4096  # images that are in float64 at once

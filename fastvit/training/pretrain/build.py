@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvit.data.datasets import Data, open_data
 from fastvit.models import ViT
-from fastvit.pretraining.beit import Beit
-from fastvit.pretraining.dvae import DVAE, Tokenizing
-from fastvit.pretraining.masked import MaskedPatches
-from fastvit.pretraining.recipes import name_of, recipe_for
 from fastvit.training import loop
 from fastvit.training.build import describe, model_of, run
-from fastvit.training.data import Data, open_data
+from fastvit.training.pretrain.beit import Beit
+from fastvit.training.pretrain.dvae import DVAE, Tokenizing
+from fastvit.training.pretrain.masked import MaskedPatches
+from fastvit.training.pretrain.recipes import name_of, recipe_for
 from fastvit.training.recipes import Recipe
 
 log = logging.getLogger("fastvit")
@@ -122,10 +122,10 @@ def pretrain(
 
     Args:
         method: "masked", "beit", or "tokenizer", which "beit" needs.
-        source: as :func:`fastvit.training.data.open_data` takes it.
+        source: as :func:`fastvit.data.datasets.open_data` takes it.
         out: folder of the run; ``fastvit train --weights`` takes it.
         model: another model (or tokenizer) than the recipe's, by name.
-        target: what "masked" predicts, by default "colour"; see :class:`fastvit.pretraining.MaskedPatches`.
+        target: what "masked" predicts, by default "colour"; see :class:`fastvit.training.pretrain.MaskedPatches`.
         share: of the patches that "masked" corrupts, by default 0.5, or that "beit" masks, by default at most 0.4.
         tokenizer: folder of a trained one, for "beit"; None trains one in ``out``/tokenizer, by its own recipe.
         codes: of "tokenizer", or of the one that "beit" trains, by default the model's.

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fastvit.checkpoints.files import pixel_statistics
 from fastvit.checkpoints.load import Source
-from fastvit.images import Images, open_images, preprocess
+from fastvit.data.images import Images, open_images, preprocess
 from fastvit.models import ViT, from_checkpoint
 
 log = logging.getLogger("fastvit")

@@ -1,8 +1,8 @@
 """What the compiler made of the CUDA kernels: registers, spills, shared memory and instructions, from the binary.
 
-``python -m fastvit.binary`` compiles ``csrc/`` as an install does, reads the objects that the extension is linked from,
-and prints a row for every kernel. It needs nvcc, from a toolkit or from pip, and no GPU. The twin of
-:mod:`fastvit.static`, which reads the Triton kernels.
+``python -m csrc.compile_report`` compiles ``csrc/`` as an install does, reads the objects that the extension is linked
+from, and prints a row for every kernel. It needs nvcc, from a toolkit or from pip, and no GPU. The twin of
+:mod:`fastvit.tuning.compile_report`, which reads the Triton kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parent
 
 # Instructions that tell how a kernel works: products (HMMA of compute capability 8.0, HGMMA of 9.0) and their operands
 # (LDSM is ldmatrix), copies from global to shared memory (LDGSTS is cp.async, UTMALDG and UBLKCP are Hopper's), memory
@@ -220,8 +220,8 @@ def render(found: Sequence[Kernel]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m fastvit.binary``."""
-    parser = argparse.ArgumentParser(prog="python -m fastvit.binary", description=__doc__.partition("\n")[0])
+    """``python -m csrc.compile_report``."""
+    parser = argparse.ArgumentParser(prog="python -m csrc.compile_report", description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="objects or extensions to read (default: csrc/)")
     parser.add_argument(
         "--arch", nargs="+", default=["sm_80", "sm_90a"], metavar="ARCH", help="sm_80 sm_90a (the default) ..."
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             found = kernels([names[arch] for arch in arguments.arch], arguments.only)
     except (build.Missing, build.CompileError, FileNotFoundError, RuntimeError) as error:
-        print(f"fastvit.binary: {error}", file=sys.stderr)
+        print(f"csrc.compile_report: {error}", file=sys.stderr)
         return 1
     print(json.dumps([asdict(one) for one in found], indent=2) if arguments.json else render(found))
     return 0

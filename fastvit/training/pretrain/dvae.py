@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastvit.checkpoints import files
 from fastvit.layers.misc import count, positive
-from fastvit.pretraining.encoder import Pixels
 from fastvit.training.objectives import Batch, Objective
+from fastvit.training.pretrain.encoder import Pixels
 
 EPSILON = 0.1  # pixels lie in (0.1, 0.9) where the decoder models them, away from the logit's poles
 FINEST = 0.03  # scale of a pixel's logit, a byte's step: pixels that never change would have an infinite likelihood

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fastvit import analysis
 from fastvit.checkpoints.files import pixel_statistics
 from fastvit.checkpoints.load import Source
-from fastvit.images import preprocess
+from fastvit.data.images import preprocess
 from fastvit.models import ViT, from_checkpoint
 
 __all__ = ["draw_distances", "draw_filters", "draw_rollout", "draw_similarity", "inspect"]

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-import fastvit
-from fastvit.models import families
+from fastvit.models import create_model, families, list_models
 
 __all__ = ["register"]  # timm adds the names of the models, as it does in its own modules
 
@@ -33,7 +32,7 @@ def register() -> list[str]:
     from timm.models import is_model, register_model
 
     names = []
-    for name in (name for name in fastvit.list_models() if not name.startswith(("resnetv2_", "axial_"))):
+    for name in (name for name in list_models() if not name.startswith(("resnetv2_", "axial_"))):
         if not is_model(name + SUFFIX):
             default_cfgs[name + SUFFIX] = _default_cfg(name)
             globals()[name + SUFFIX] = register_model(_entrypoint(name))
@@ -64,7 +63,7 @@ def _entrypoint(name: str) -> Any:
     from timm.models import build_model_with_cfg
 
     def build(**arguments: Any) -> nn.Module:
-        return fastvit.create_model(name, **arguments)
+        return create_model(name, **arguments)
 
     def entrypoint(pretrained: bool = False, **arguments: Any) -> nn.Module:
         feature_cfg = {"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit import ops
-from fastvit.acceleration.twin import Twin
+from fastvit.integrations.twin import Twin
 from fastvit.layers import fuse
 from fastvit.layers.fuse import Merge
 

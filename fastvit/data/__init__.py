@@ -1,0 +1,1 @@
+"""Images and labels from folders, archives, tables and data set libraries."""

@@ -1,0 +1,1 @@
+"""Other libraries: their live models on our ops, their registries, and PyTorch's own extension points."""

@@ -1,0 +1,1 @@
+"""Tools that measure and compile kernels: tile tables, compile reports, FLOPs."""
