@@ -14,7 +14,7 @@ help: ## what the commands are
 install: $(STAMP) ## the virtual environment: torch, the peers and this package, editable (about 5 GB)
 
 # Twice: a build in an environment of its own, which is what pip makes, sees no PyTorch and so builds no CUDA extension.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/include/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
 	  "fastvit is tested on Python 3.11 to 3.13, and %s is %d.%d. Choose another: make PYTHON=python3.11 ..." \
 	  % ((sys.executable,) + tuple(v)))'

@@ -1,7 +1,7 @@
 """Compiles the kernels into the extension ``fastvit._C``: what ``setup.py`` installs and what the gates read.
 
 Only the standard library is imported, and PyTorch where it is looked for: an install must not need it. Every source is
-one translation unit; ``*_sm90.cu`` is compiled for Hopper alone, the other kernels for every architecture asked for.
+one translation unit; ``sm90/`` is compiled for Hopper alone, the other kernels for every architecture asked for.
 Each object is named after a hash of all that went into it (its source, the headers that it includes, the flags, the
 compiler), so that whoever builds next, an install or a test, reuses it, in any order and from several processes.
 Commands run in this folder and hold no path of the clone: a copy of it makes the same objects.
@@ -253,9 +253,9 @@ class Build:
 
     def sources(self) -> list[Path]:
         """Kernels that are for these architectures, then what registers and dispatches them."""
-        kernels = sorted(CSRC.glob("*.cu"), key=lambda path: -path.stat().st_size)  # the longest compilations first
+        kernels = sorted(CSRC.glob("*/*.cu"), key=lambda path: -path.stat().st_size)  # the longest compilations first
         if not self._hopper:
-            kernels = [path for path in kernels if not path.stem.endswith("_sm90")]
+            kernels = [path for path in kernels if path.parent.name != "sm90"]
         return [*kernels, *sorted(CSRC.glob("*.cpp"))]
 
     @functools.cached_property
@@ -289,7 +289,7 @@ class Build:
         return ["-Iinclude", *(word for path in self.toolkit.includes for word in ("-isystem", str(path)))]
 
     def _architectures(self, source: Path) -> tuple[str, ...]:
-        return (HOPPER,) if source.stem.endswith("_sm90") else self.archs
+        return (HOPPER,) if source.parent.name == "sm90" else self.archs
 
     def object(self, source: Path) -> Path:
         """Where a source's object is, or will be."""
@@ -311,8 +311,8 @@ class Build:
         if not target.exists():
             print(f"fastvit: compiling {source.name}", flush=True)
             partial = target.with_suffix(".partial.o")
-            said = run([*self.command(source), source.name, "-o", partial])
-            target.with_suffix(".log").write_text(said)  # warnings; fastvit/binary.py reads them
+            said = run([*self.command(source), str(source.relative_to(CSRC)), "-o", partial])
+            target.with_suffix(".log").write_text(said)  # warnings; compile_report.py reads them
             partial.replace(target)
 
     def link(self, target: Path) -> None:

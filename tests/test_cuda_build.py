@@ -95,7 +95,7 @@ def test_every_kernel_passes(gate: object, kernels: list[cuda_report.Kernel]) ->
 
 def test_every_file_has_kernels_for_its_architectures(kernels: list[cuda_report.Kernel]) -> None:
     found = {(one.family, one.arch) for one in kernels}
-    files = {path.stem for path in (ROOT / "csrc").glob("*.cu")}
+    files = {path.stem for path in (ROOT / "csrc").glob("*/*.cu")}
     assert found == {
         (file, arch) for file in files for arch in ("sm_80", "sm_90a") if arch == "sm_90a" or not file.endswith("_sm90")
     }
@@ -320,7 +320,7 @@ def test_what_has_changed_is_compiled_again_and_nothing_else(tmp_path: Path, mon
     with open(copy / "include" / "ptx.cuh", "a") as file:
         file.write("// changed\n")
     changed = {name for name, target in names().items() if target != here[name]}
-    includes = {path.name for path in copy.glob("*.cu") if copy / "include" / "ptx.cuh" in build.closure(path)}
+    includes = {path.name for path in copy.glob("*/*.cu") if copy / "include" / "ptx.cuh" in build.closure(path)}
     assert changed == {name for name in includes if not name.endswith("_sm90.cu")}
     assert "linear_sm80.cu" in changed
     assert "library.cpp" not in changed

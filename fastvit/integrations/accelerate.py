@@ -120,7 +120,7 @@ def _report(module: nn.Module, name: str, found: Report, *, said: bool = False, 
         found.left[name] = refusal(module, twin) or "accelerate() has not been called since it is there"
         said = True
     elif not said and type(module) not in _CONTAINERS and next(module.parameters(), None) is not None:
-        reason = fuse.reason_against(module, *fuse.PARTS, *((type(module),) if read else ()))
+        reason = fuse.why_not_fusable(module, *fuse.PARTS, *((type(module),) if read else ()))
         if reason is not None:
             found.left[name] = reason
             said = True
@@ -139,7 +139,7 @@ def _name(kind: type[nn.Module]) -> str:
 
 def refusal(module: nn.Module, twin: Twin) -> str | None:
     """Why a module of a known class stays what it is, or None."""
-    reason = fuse.reason_against(module, type(module))
+    reason = fuse.why_not_fusable(module, type(module))
     if reason is not None:
         return reason
     for name, usual in twin.usual.items():

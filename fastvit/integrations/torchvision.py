@@ -33,8 +33,8 @@ class EncoderBlock(nn.Module):
         attention, merge = self.self_attention, Merge(x, None, nn.Identity())
         out = attention.out_proj
         if not (
-            fuse.intact(attention, nn.MultiheadAttention)
-            and fuse.intact(out, NonDynamicallyQuantizableLinear)
+            fuse.is_fusable(attention, nn.MultiheadAttention)
+            and fuse.is_fusable(out, NonDynamicallyQuantizableLinear)
             and attention.batch_first
             and attention.in_proj_weight is not None
             and attention.bias_k is None
@@ -48,22 +48,22 @@ class EncoderBlock(nn.Module):
             options = {"dropout_p": attention.dropout, "seed": torch.randint(2**63 - 1, (1,), device=x.device)}
         y = ops.attention_qkvpacked(qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim)), **options)
         assert isinstance(y, Tensor)
-        if fuse.idle(self.dropout):
+        if fuse.is_inactive(self.dropout):
             return fuse.folded(ops.linear, y.flatten(2), out.weight, out.bias, merge=merge)
         return merge.as_modules(self.dropout(fuse.folded(ops.linear, y.flatten(2), out.weight, out.bias)))
 
     def _mlp(self, x: Tensor) -> Tensor:
         merge = Merge(x, None, nn.Identity())
-        if len(self.mlp) != 5 or not fuse.intact(self.mlp, type(self.mlp)):
+        if len(self.mlp) != 5 or not fuse.is_fusable(self.mlp, type(self.mlp)):
             return merge.as_modules(self.mlp(self.ln_2(x)))
         fc1, act, drop1, fc2, drop2 = cast(Any, self.mlp)
         activation = fuse.activation_name(act)
         if (
             activation is not None
-            and fuse.intact(fc1, nn.Linear)
-            and fuse.intact(fc2, nn.Linear)
-            and fuse.idle(drop1)
-            and fuse.idle(drop2)
+            and fuse.is_fusable(fc1, nn.Linear)
+            and fuse.is_fusable(fc2, nn.Linear)
+            and fuse.is_inactive(drop1)
+            and fuse.is_inactive(drop2)
         ):
             weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
             return fuse.folded(ops.mlp, x, *weights, norm=self.ln_2, merge=merge, activation=activation)

@@ -27,7 +27,7 @@ class Mlp(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (B, T, D) -> (B, T, D)."""
         fc1, fc2, activation = self.fc1, self.fc2, fuse.activation_name(self.activation_fn)
-        if activation is not None and fuse.intact(fc1, nn.Linear) and fuse.intact(fc2, nn.Linear):
+        if activation is not None and fuse.is_fusable(fc1, nn.Linear) and fuse.is_fusable(fc2, nn.Linear):
             return ops.mlp(hidden_states, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=activation)
         return fuse.linear(fc2, fuse.linear(fc1, hidden_states, act=self.activation_fn))
 

@@ -33,7 +33,7 @@ def head_dim_of(width: int, num_heads: int) -> int:
 
 def head_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """Norm each head of x (B, T, H, d) -> (B, T, H, d)."""
-    if fuse.nothing(norm):
+    if fuse.is_identity(norm):
         return x
     given = fuse.norm_arguments(norm)
     # A module that is not ours sees timm's layout, (B, H, T, d).
@@ -191,12 +191,12 @@ class Attention(nn.Module):
         options = self._options(x, attn_mask, is_causal, sequences)
         every = batches is not None or relative.given  # which want as many queries as keys
         queries = None if every else tokens
-        if queries is not None and rope is None and fuse.intact(self.qkv, nn.Linear):
+        if queries is not None and rope is None and fuse.is_fusable(self.qkv, nn.Linear):
             q, k, v = self._few_queries(x, norm, queries, sequences)
             q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
         else:
             qkv = self._project_in(x, norm).unflatten(-1, (3, self.num_heads, self.head_dim))
-            plain = rope is None and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm)
+            plain = rope is None and fuse.is_identity(self.q_norm) and fuse.is_identity(self.k_norm)
             if options is not None and plain:
                 packed = self._fused(ops.attention_qkvpacked, [qkv], qkv[:, :, 0], options, relative, batches)
                 return self._project(leading(packed, tokens, sequences), merge)
@@ -272,7 +272,7 @@ class Attention(nn.Module):
         """Arguments for ops.attention, or None where the weights are to be seen, or more is wanted than it does."""
         drop = self.attn_drop
         rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
-        unseen = self.fused_attn and fuse.intact(drop, nn.Dropout, nn.Identity, or_counted=sequences is not None)
+        unseen = self.fused_attn and fuse.is_fusable(drop, nn.Dropout, nn.Identity, or_counted=sequences is not None)
         # While torch.fx traces, a mask is no tensor yet.
         known = attn_mask is None or (sequences is None and isinstance(attn_mask, Tensor))
         if not (unseen and known and is_causal is False and rate < 1.0):
@@ -293,13 +293,13 @@ class Attention(nn.Module):
 
     def _project(self, out: Tensor, merge: Merge | None) -> Tensor:
         """out (B, T, H, d) -> (B, T, D)."""
-        norm = None if fuse.nothing(self.norm) else self.norm
+        norm = None if fuse.is_identity(self.norm) else self.norm
         return fuse.linear(self.proj, out.flatten(2), norm=norm, dropout=self.proj_drop, merge=merge)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """Causal attention, or attention with its weights open to hooks. All (B, T, H, d)."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if self.fused_attn and fuse.intact(self.attn_drop, nn.Dropout):
+        if self.fused_attn and fuse.is_fusable(self.attn_drop, nn.Dropout):
             dropout = self.attn_drop.p if self.attn_drop.training else 0.0
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
@@ -364,7 +364,7 @@ class AttentionPoolLatent(nn.Module):
             one = q.expand(-1, sequences.images, -1, -1)
             out = ops.attention(one, k, v, **between(sequences.leading(1), sequences)).transpose(0, 1)
         x = fuse.linear(self.proj, out.flatten(2), dropout=self.proj_drop)
-        y = self.mlp.branch(x, self.norm) if fuse.intact(self.mlp, Mlp) else self.mlp(self.norm(x))
+        y = self.mlp.branch(x, self.norm) if fuse.is_fusable(self.mlp, Mlp) else self.mlp(self.norm(x))
         return (x + y)[:, 0]
 
 

@@ -50,7 +50,7 @@ class AxialAttention(Attention):
             raise ValueError("attention along rows or columns takes one grid of patches, and no mask or packed images")
         qkv = self._lines(self._project_in(x, norm), window).unflatten(-1, (3, self.num_heads, self.head_dim))
         options = self._options(qkv, None, False, None)
-        if options is not None and fuse.nothing(self.q_norm) and fuse.nothing(self.k_norm):
+        if options is not None and fuse.is_identity(self.q_norm) and fuse.is_identity(self.k_norm):
             out: Any = ops.attention_qkvpacked(qkv, **options)
         else:
             q, k, v = qkv.unbind(2)

@@ -118,7 +118,7 @@ class BeitAttention(Windowed, Attention):
         bias = self._bias_in()
         if bias is None:
             return super()._project_in(x, norm)
-        if fuse.intact(self.qkv, nn.Linear):
+        if fuse.is_fusable(self.qkv, nn.Linear):
             return fuse.folded(ops.linear, x, self.qkv.weight, bias, norm=norm)
         return fuse.linear(self.qkv, x, norm=norm) + bias
 

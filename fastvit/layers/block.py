@@ -45,7 +45,7 @@ _OURS = (
 
 def _by_token(module: nn.Module) -> bool:
     """Whether the module is one of these, or another library's activation that means one, and nobody watches it."""
-    return fuse.activation_name(module) is not None or fuse.intact(module, *_OURS)
+    return fuse.activation_name(module) is not None or fuse.is_fusable(module, *_OURS)
 
 
 class Block(nn.Module):
@@ -138,11 +138,13 @@ class Block(nn.Module):
         Not with hooks, replaced modules or a subclass, and not with active dropout, whose random numbers would differ.
         """
         return (
-            fuse.intact(self, Block, BeitBlock)
+            fuse.is_fusable(self, Block, BeitBlock)
             and type(self.attn) in _ATTENTIONS
             and type(self.mlp) in (Mlp, SwiGLU)
             and all(_by_token(module) for child in self.children() for module in child.modules())
-            and all(fuse.idle(d) for d in (self.attn.attn_drop, self.attn.proj_drop, self.mlp.drop1, self.mlp.drop2))
+            and all(
+                fuse.is_inactive(d) for d in (self.attn.attn_drop, self.attn.proj_drop, self.mlp.drop1, self.mlp.drop2)
+            )
         )
 
     def _scales(self) -> tuple[nn.Module | Tensor | None, nn.Module | Tensor | None]:
@@ -174,13 +176,13 @@ class Block(nn.Module):
         scale1, scale2 = self._scales()
         kept = sequences if sequences is None or tokens is None else sequences.leading(tokens)
         merge = Merge(leading(x, tokens, sequences), scale1, self.drop_path1, kept)
-        if fuse.intact(self.attn, *_ATTENTIONS):
+        if fuse.is_fusable(self.attn, *_ATTENTIONS):
             x = self.attn.branch(x, self.norm1, merge, tokens=tokens, **options)
         else:
             y = self.attn(self.norm1(x), **options)
             x = merge.as_modules(leading(y, tokens, sequences))
         merge = Merge(x, scale2, self.drop_path2, kept)
-        if fuse.intact(self.mlp, Mlp, SwiGLU):
+        if fuse.is_fusable(self.mlp, Mlp, SwiGLU):
             return self.mlp.branch(x, self.norm2, merge)
         return merge.as_modules(self.mlp(self.norm2(x)))
 

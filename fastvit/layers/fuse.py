@@ -2,8 +2,8 @@
 
 A layer here is a tree of ordinary modules, so that state_dict keys, hooks, LoRA wrappers, parametrisations
 and quantised replacements work as anywhere. An op may stand in for several of these modules only where
-calling them would do nothing else: :func:`intact` is that question, and the only place that asks it.
-What is not intact runs as the module it is, and the pieces around it stay fused.
+calling them would do nothing else: :func:`is_fusable` is that question, and the only place that asks it.
+What is not fusable runs as the module it is, and the pieces around it stay fused.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def _hooks_on_all() -> bool:
     )
 
 
-def reason_against(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False) -> str | None:
-    """Why using the module's parameters directly is not the same as calling it, or None; see :func:`intact`."""
+def why_not_fusable(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False) -> str | None:
+    """Why using the module's parameters directly is not the same as calling it, or None; see :func:`is_fusable`."""
     if type(module) not in kinds:
         return "its class is not one that is fused"
     if "forward" in module.__dict__ or _FORWARD.get(type(module), type(module).forward) is not type(module).forward:
@@ -103,7 +103,7 @@ def reason_against(module: nn.Module, *kinds: type[nn.Module], or_counted: bool 
     return None
 
 
-def intact(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False) -> bool:
+def is_fusable(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False) -> bool:
     """Whether using the module's parameters directly is the same as calling it.
 
     It is exactly of one of ``kinds`` (a subclass, a LoRA wrapper or a parametrised class is not), its ``forward``
@@ -111,28 +111,28 @@ def intact(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False)
 
     Hooks on every module, as counters and profilers have, may be overlooked with ``or_counted``.
     """
-    reason = reason_against(module, *kinds, or_counted=or_counted)
+    reason = why_not_fusable(module, *kinds, or_counted=or_counted)
     if reason is None:
         return True
     note_fallback(f"{type(module).__module__}.{type(module).__qualname__} runs as a module, not fused: {reason}")
     return False
 
 
-def nothing(module: nn.Module) -> bool:
+def is_identity(module: nn.Module) -> bool:
     """Whether the module is an Identity that nobody watches."""
-    return type(module) is nn.Identity and intact(module, nn.Identity)
+    return type(module) is nn.Identity and is_fusable(module, nn.Identity)
 
 
-def idle(dropout: Any) -> bool:
+def is_inactive(dropout: Any) -> bool:
     """Whether a dropout does nothing now: rate 0 or not training, and nobody watches it."""
-    if not intact(dropout, nn.Dropout, nn.Identity):
+    if not is_fusable(dropout, nn.Dropout, nn.Identity):
         return False
     return type(dropout) is nn.Identity or not dropout.training or dropout.p == 0.0
 
 
 def norm_arguments(norm: Any) -> Norm | None:
     """(weight, bias, eps) of a LayerNorm over the last dimension that may be fused, or None."""
-    if not intact(norm, LayerNorm, nn.LayerNorm):
+    if not is_fusable(norm, LayerNorm, nn.LayerNorm):
         return None
     return norm.weight, norm.bias, norm.eps
 
@@ -155,7 +155,7 @@ _ACTIVATIONS = {
 def activation_name(act: nn.Module) -> str | None:
     """The name by which the ops know an activation module that may be fused, or None."""
     kind = type(act)
-    if not intact(act, kind):
+    if not is_fusable(act, kind):
         return None
     if kind is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
@@ -184,11 +184,11 @@ class Merge(NamedTuple):
         """The same as arguments of an op, or None where a module has to run."""
         if not isinstance(self.scale, nn.Module):
             gamma = self.scale
-        elif intact(self.scale, LayerScale, nn.Identity):
+        elif is_fusable(self.scale, LayerScale, nn.Identity):
             gamma = self.scale.gamma if isinstance(self.scale, LayerScale) else None
         else:
             return None
-        if not intact(self.drop_path, DropPath, nn.Identity):
+        if not is_fusable(self.drop_path, DropPath, nn.Identity):
             return None
         dropping = type(self.drop_path) is DropPath
         row_scale = self.drop_path.row_scale(self.residual, self.sequences) if dropping else None
@@ -203,9 +203,9 @@ def folded(
     merge: Merge | None = None,
     **options: Any,
 ) -> Tensor:
-    """op(norm(x), *weights) merged into the residual; norm and merge ride in the op where they are intact."""
+    """op(norm(x), *weights) merged into the residual; norm and merge ride in the op where they are fusable."""
     norm_given = None
-    if norm is not None and not nothing(norm):
+    if norm is not None and not is_identity(norm):
         norm_given = norm_arguments(norm)
         x = x if norm_given else norm(x)
     epilogue = None if merge is None else merge.arguments()
@@ -223,13 +223,13 @@ def linear(
     merge: Merge | None = None,
 ) -> Tensor:
     """merge(dropout(act(module(norm(x))))) with as much of it in one op as may be. x (..., K) -> (..., N)."""
-    if not intact(module, nn.Linear):
+    if not is_fusable(module, nn.Linear):
         y = module(x if norm is None else norm(x))
         activation = None
         apart = True
     else:
         activation = None if act is None else activation_name(act)
-        apart = (act is not None and activation is None) or (dropout is not None and not idle(dropout))
+        apart = (act is not None and activation is None) or (dropout is not None and not is_inactive(dropout))
         y = folded(
             ops.linear,
             x,

@@ -64,16 +64,16 @@ class Mlp(nn.Module):
         fc1, fc2 = self.fc1, self.fc2
         if (
             (activation := self._activation())
-            and fuse.intact(fc1, nn.Linear)
-            and fuse.intact(fc2, nn.Linear)
-            and fuse.idle(self.drop1)
-            and fuse.idle(self.drop2)
-            and fuse.nothing(self.norm)
+            and fuse.is_fusable(fc1, nn.Linear)
+            and fuse.is_fusable(fc2, nn.Linear)
+            and fuse.is_inactive(self.drop1)
+            and fuse.is_inactive(self.drop2)
+            and fuse.is_identity(self.norm)
         ):
             weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
             return fuse.folded(ops.mlp, x, *weights, norm=norm, merge=merge, activation=activation)
         x = self.drop1(self._hidden(x, norm))
-        between = self.norm if not fuse.nothing(self.norm) else None
+        between = self.norm if not fuse.is_identity(self.norm) else None
         return fuse.linear(fc2, x, norm=between, dropout=self.drop2, merge=merge)
 
     def _activation(self) -> str | None:
@@ -125,7 +125,7 @@ class SwiGLU(Mlp):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _activation(self) -> str | None:
-        return "swiglu" if type(self.act) is nn.SiLU and fuse.intact(self.act, nn.SiLU) else None
+        return "swiglu" if type(self.act) is nn.SiLU and fuse.is_fusable(self.act, nn.SiLU) else None
 
     def _hidden(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         gate, value = fuse.linear(self.fc1, x, norm=norm).chunk(2, dim=-1)

@@ -217,12 +217,12 @@ class PatchEmbed(nn.Module):
 
     def fusable(self) -> bool:
         """Whether the projection is the plain strided convolution that the op computes, with nothing after it."""
-        return self._plain() and fuse.nothing(self.norm)
+        return self._plain() and fuse.is_identity(self.norm)
 
     def _plain(self) -> bool:
         proj = self.proj
         return (
-            fuse.intact(proj, nn.Conv2d)
+            fuse.is_fusable(proj, nn.Conv2d)
             and proj.stride == proj.kernel_size == self.patch_size
             and proj.padding == (0, 0)
             and proj.groups == 1

@@ -48,7 +48,7 @@ def embed(model: ViT, packed: PackedImages) -> tuple[Tensor, Sequences, Tensor |
         positions = resample_pos_embed_at(model.pos_embed, packed.layout, packed.patch_size, layer.grid_size, own)
         prefix = prefix if prefix is None or not own else prefix + model.pos_embed[:, :own]
     mean, std = known_statistics(model.mean, model.std) if packed.pixels.dtype == torch.uint8 else (None, None)
-    if fuse.intact(layer, PatchEmbed) and layer.fusable():
+    if fuse.is_fusable(layer, PatchEmbed) and layer.fusable():
         x = ops.patch_embed_packed(
             packed, layer.proj.weight, layer.proj.bias, pos_embed=positions, prefix_tokens=prefix, mean=mean, std=std
         )
@@ -83,7 +83,7 @@ def _check(model: ViT) -> None:
     if type(drop) not in (PatchDropout, torch.nn.Identity):
         refuse("patch_drop", f"{type(drop).__name__} is no fastvit.layers.PatchDropout")
     if isinstance(drop, PatchDropout) and drop.training and drop.prob:
-        if not fuse.intact(drop, PatchDropout):
+        if not fuse.is_fusable(drop, PatchDropout):
             refuse("patch_drop", "it has hooks")
         if not model._unchanged("forward_features"):
             refuse("patch_drop", "forward_features is overridden, which can't say which patches stayed")

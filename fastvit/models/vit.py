@@ -418,7 +418,7 @@ class ViT(Intermediates, Head):
     def _embed(self, images: Tensor, corrupt: Corruption | None = None) -> Tensor:
         """images -> tokens (B, T, D), with all patches and before ``norm_pre``."""
         embed = self.patch_embed
-        ours = not isinstance(embed, HybridEmbed) and fuse.intact(embed, PatchEmbed)  # a backbone is never fused
+        ours = not isinstance(embed, HybridEmbed) and fuse.is_fusable(embed, PatchEmbed)  # a backbone is never fused
         fused = ours and embed.fusable() and self._unchanged("_pos_embed", "_positions", "_prefix_tokens")
         fused = fused and corrupt is None  # which comes between the projection and the positions
         dtype = next(embed.parameters()).dtype
@@ -459,8 +459,8 @@ class ViT(Intermediates, Head):
         unseen = (
             type(last) in (Block, BeitBlock)
             and last.unwatched()
-            and fuse.intact(self.blocks, Blocks, nn.Sequential)
-            and fuse.intact(self.norm, LayerNorm, nn.LayerNorm, nn.Identity)
+            and fuse.is_fusable(self.blocks, Blocks, nn.Sequential)
+            and fuse.is_fusable(self.norm, LayerNorm, nn.LayerNorm, nn.Identity)
         )
         return (1 if self.head_dist is None else 2) if unseen else None
 

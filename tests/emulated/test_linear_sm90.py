@@ -37,7 +37,7 @@ def _hopper() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The functions of csrc/linear_sm90_tiles.h."""
+    """The functions of csrc/sm90/linear_sm90_tiles.h."""
     folder = tmp_path_factory.mktemp("table")
     csrc = Path(__file__).parents[2] / "csrc"
     (folder / "table.cpp").write_text(
@@ -47,7 +47,17 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         'extern "C" int block_n(long m, long n, long k, int p) { return kTiles[choose_tile(m, n, k, p)].block_n; }\n'
         'extern "C" long splits(long m, long n, long k, int p) { return choose_splits(m, n, k, p); }\n'
     )
-    command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{csrc}", f"-I{csrc}/include", "table.cpp", "-o", "table.so"]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        f"-I{csrc}/sm90",
+        f"-I{csrc}/include",
+        "table.cpp",
+        "-o",
+        "table.so",
+    ]
     subprocess.run(command, cwd=folder, check=True)
     return ctypes.CDLL(str(folder / "table.so"))
 

@@ -76,7 +76,7 @@ def rules() -> str:
     # Inline functions of the standard library come from the first object that has them: the host layer's, not watched.
     sources = [
         *sorted(EMULATOR.glob("*.cpp")), CSRC / "dispatch.cpp", CSRC / "library.cpp",
-        *sorted(EMULATOR.glob("*.cu")), *sorted(CSRC.glob("*.cu")),
+        *sorted(EMULATOR.glob("*.cu")), *sorted(CSRC.glob("*/*.cu")),
     ]  # fmt: skip
     lines = [
         "ninja_required_version = 1.5",
