@@ -15,7 +15,7 @@ from numerics import assert_as_right_as_eager, strided
 HALF = (torch.float16, torch.bfloat16)
 ROWS = 13  # of an image
 
-# On the emulated device's four multiprocessors these (M, N) take, by csrc/sm80/linear_sm80_tiles.h, the tile of that name.
+# On the emulated device's four multiprocessors these (M, N) take the tile of that name (csrc/sm80/linear_sm80_tiles.h).
 # All end in parts of a tile, and so does K.
 SIZES = {"small": (65, 104), "medium": (195, 248), "large": (247, 504)}
 
