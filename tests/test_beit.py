@@ -15,7 +15,7 @@ from torch import Tensor
 import fastvit
 from beit_cases import HEADS, OPTIONS, WIDTH, pair, run
 from fastvit.checkpoints import layouts
-from fastvit.checkpoints.resample import resample_rel_pos_table
+from fastvit.layers.resample import resample_rel_pos_table
 from numerics import assert_as_right_as_eager
 from parity import Tensors, assert_parity, randomise
 

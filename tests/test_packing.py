@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
 from fastvit import PackedImages, ViT, layers, pack
-from fastvit.checkpoints.resample import resample_pos_embed, resample_pos_embed_at
+from fastvit.layers.resample import resample_pos_embed, resample_pos_embed_at
 from fastvit.ops import backends
 from fastvit.packing import Sequences
 from fastvit.tuning import compile_report

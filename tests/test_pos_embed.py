@@ -12,8 +12,8 @@ from pos_embed_cases import SIZES, H, T, W, definition, images, small
 from torch import nn
 
 import fastvit
-from fastvit.checkpoints.resample import resample_pos_embed
 from fastvit.layers import Attention, Block, RelativeAttention
+from fastvit.layers.resample import resample_pos_embed
 from parity import Calls, assert_same, gradients, randomise
 
 TABLE_8 = [

@@ -17,15 +17,15 @@ from fastvit.checkpoints.backbone import stem_of
 from fastvit.checkpoints.huggingface import folder_of
 from fastvit.checkpoints.layouts import named, recognise, unwrapped
 from fastvit.checkpoints.npz import from_npz, to_npz
-from fastvit.checkpoints.resample import (
+from fastvit.checkpoints.rules import State
+from fastvit.checkpoints.sizes import heads_of
+from fastvit.layers.resample import (
     adapt_channels,
     resample_patch_embed,
     resample_pos_embed,
     resample_rel_pos_table,
     window_of,
 )
-from fastvit.checkpoints.rules import State
-from fastvit.checkpoints.sizes import heads_of
 from fastvit.ops import onednn
 
 log = logging.getLogger("fastvit")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastvit.checkpoints.layouts import blocks
-from fastvit.checkpoints.resample import window_of
+from fastvit.layers.resample import window_of
 
 
 def heads_of(state: Mapping[str, Tensor]) -> int | None:

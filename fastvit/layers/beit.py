@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.checkpoints.resample import resample_rel_pos_table
 from fastvit.layers import fuse
 from fastvit.layers.attention import Attention, Relative, Window
 from fastvit.layers.positions import Positions
+from fastvit.layers.resample import resample_rel_pos_table
 
 torch.fx.wrap("resample_rel_pos_table")  # symbolic tracing sees one call: it may not know the window
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.checkpoints.resample import resample_patch_embed
 from fastvit.layers import fuse
 from fastvit.layers.misc import pair, positive
+from fastvit.layers.resample import resample_patch_embed
 from fastvit.packing import PackedImages
 
 Size = int | tuple[int, int]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit.checkpoints.resample import resample_pos_embed
 from fastvit.layers.attention import Attention, Relative, Window
 from fastvit.layers.positions import Positions
+from fastvit.layers.resample import resample_pos_embed
 
 torch.fx.wrap("resample_pos_embed")
 

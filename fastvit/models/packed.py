@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastvit import ops, reference
-from fastvit.checkpoints.resample import resample_pos_embed_at
 from fastvit.layers import Attention, Block, DropPath, PatchDropout, PatchEmbed, RelativeAttention, fuse
 from fastvit.layers.patch_embed import known_statistics, normalised
+from fastvit.layers.resample import resample_pos_embed_at
 from fastvit.packing import PackedImages, Sequences, pack
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit import ops
 from fastvit.checkpoints.load import load_checkpoint, mismatch_advice
-from fastvit.checkpoints.resample import resample_pos_embed
 from fastvit.layers import (
     Attention,
     AttentionPoolLatent,
@@ -38,6 +37,7 @@ from fastvit.layers.attention import head_dim_of
 from fastvit.layers.misc import count, positive, rate
 from fastvit.layers.patch_embed import Size, image_size, normalised, pixel_statistics
 from fastvit.layers.pos_embed import check_pos_embed
+from fastvit.layers.resample import resample_pos_embed
 from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
 from fastvit.models import packed, positions
 from fastvit.models.head import Head, check_pool
