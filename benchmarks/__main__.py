@@ -13,31 +13,31 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, kernels, latency, memory, report, static, suites, throughput, waterfall
-from benchmarks.cells import RESULTS, identity, slug
+from benchmarks import report
+from benchmarks.measurements import RESULTS, identity, slug
 from benchmarks.report import tables
+from benchmarks.suite import Options, Suite, run
+from benchmarks.suites import SUITES, static
 from fastvit import env
 
-SUITES = (throughput.SUITE, latency.SUITE, memory.SUITE, kernels.SUITE, waterfall.SUITE, accuracy.SUITE)
 
-
-def options(arguments: argparse.Namespace, device: str) -> suites.Options:
-    """What a suite's command line asks for on a device: the suite's defaults, and what was given instead."""
+def options(arguments: argparse.Namespace, device: str) -> Options:
+    """Return the suite's defaults for a device, with the options of the command line in their place."""
     defaults = arguments.suite.defaults["quick" if arguments.quick else device]
-    names = [field.name for field in fields(suites.Options) if field.name != "device"]
+    names = [field.name for field in fields(Options) if field.name != "device"]
     given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     return replace(defaults, device=device, **given)
 
 
 def _suite(arguments: argparse.Namespace) -> int:
-    suite: suites.Suite = arguments.suite
+    suite: Suite = arguments.suite
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: PyTorch sees no CUDA device", file=sys.stderr)
         return 2
     folder = RESULTS / slug(identity(env.device(device))) if arguments.keep else Path(arguments.out)
     try:
-        rows = suites.run(suite, options(arguments, device), folder, arguments.command, arguments.retry)
+        rows = run(suite, options(arguments, device), folder, arguments.command, arguments.retry)
     except ValueError as error:
         print(f"python -m benchmarks {suite.name}: {error}", file=sys.stderr)
         return 2
@@ -73,12 +73,12 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_suite(commands: Any, suite: suites.Suite) -> None:
+def _add_suite(commands: Any, suite: Suite) -> None:
     command = commands.add_parser(
         suite.name,
         help=suite.help,
-        description=f"{suite.description} A cell that is finished in the output folder is not measured again. Exit "
-        "status 1: a contender failed (its row says why); one that can't be had here is no failure.",
+        description=f"{suite.description} Measurements that are finished in the output folder are not taken "
+        "again. Exit status 1: a contender failed (its row says why); one that can't be had here is no failure.",
     )
     cpu, gpu = suite.defaults["cpu"], suite.defaults["cuda"]
 
@@ -95,7 +95,7 @@ def _add_suite(commands: Any, suite: suites.Suite) -> None:
     add("models", "--models", nargs="+", metavar="NAME", help="networks")
     add("sizes", "--sizes", nargs="+", type=_count, metavar="PIXELS", help="image sizes")
     add("batches", "--batch", nargs="+", type=_count, metavar="N", help="batch sizes")
-    add("peers", "--peers", nargs="+", metavar="NAME", help="contenders")
+    add("contenders", "--contenders", nargs="+", metavar="NAME", help="contenders")
     if "modes" in suite.extras:
         add("modes", "--modes", nargs="+", choices=["inference", "training"], help="what to do")
     if "budget" in suite.extras:
@@ -103,7 +103,7 @@ def _add_suite(commands: Any, suite: suites.Suite) -> None:
     if "limit" in suite.extras:
         add("limit", "--limit", type=_positive, metavar="GIB", help="memory that may be used")
     command.add_argument("--quick", action="store_true", help="a small network, seconds: does it run?")
-    command.add_argument("--retry", action="store_true", help="run cells again that have no result")
+    command.add_argument("--retry", action="store_true", help="run measurements again that have no result")
     where = command.add_mutually_exclusive_group()
     where.add_argument("--out", default="bench-out", metavar="DIR", help="where to write (default: %(default)s)")
     where.add_argument("--keep", action="store_true", help="write to benchmarks/results/<device>, to be committed")

@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastvit
-from benchmarks.cells import Unavailable
 from benchmarks.layouts import Weights, to_hugging_face, to_torchvision
+from benchmarks.measurements import Unavailable
 from benchmarks.networks import Network
 from fastvit.ops.backends import BACKENDS
 

@@ -54,7 +54,7 @@ def _suite(name: str, suite: str, options: str, about: str, limit: int = LIMIT) 
 
 def _kernels(name: str, model: str, batch: int) -> Stage:
     options = f"--models {model} --batch {batch}"
-    about = f"each op beside its rivals, cold L2, at the shapes of ViT-{name}, batch {batch}"
+    about = f"each op by every library that has it, cold L2, at the shapes of ViT-{name}, batch {batch}"
     return _suite(f"kernels-{name}", "kernels", options, about)
 
 
@@ -71,9 +71,14 @@ def _at_224(name: str, model: str, mode: str) -> list[Stage]:
     about = f"{mode} of ViT-{name} at 224 px, best batch of 32 to 1024"
     stage = "throughput" if mode == "inference" else "training"
     return [
-        _suite(f"{stage}-{name}", "throughput", f"{options} --peers {EAGER} --budget 60", f"{about}, eager peers"),
         _suite(
-            f"{stage}-{name}-compiled", "throughput", f"{options} --peers {COMPILED} --budget 30", f"{about}, compiled"
+            f"{stage}-{name}", "throughput", f"{options} --contenders {EAGER} --budget 60", f"{about}, eager contenders"
+        ),
+        _suite(
+            f"{stage}-{name}-compiled",
+            "throughput",
+            f"{options} --contenders {COMPILED} --budget 30",
+            f"{about}, compiled",
         ),
     ]
 
@@ -88,8 +93,8 @@ def _memory(part: str, models: str) -> Stage:
     return _suite(f"memory-{part}", "memory", f"--models {models} --sizes 224", about)
 
 
-def _figure_11(part: str, models: str, peers: str) -> Stage:
-    options = f"--models {models} --modes inference --peers {peers} --budget 3"
+def _figure_11(part: str, models: str, contenders: str) -> Stage:
+    options = f"--models {models} --modes inference --contenders {contenders} --budget 3"
     return _suite(f"figure-11-{part}", "throughput", options, "images/s at 64, 128, 224, 384 and 512 px")
 
 
@@ -245,7 +250,7 @@ def _folder(rehearse: str | None) -> Path:
             "make gpu: PyTorch sees no CUDA device (torch.cuda.is_available() is False). `make gpu DRY=1` lists the "
             "stages, and `make rehearse` runs them on a CPU at toy size"
         )
-    from benchmarks.cells import RESULTS, slug
+    from benchmarks.measurements import RESULTS, slug
 
     return RESULTS / slug(torch.cuda.get_device_name())
 
@@ -272,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     sys.path.insert(0, str(ROOT))
     folder = _folder(arguments.rehearse)
-    from benchmarks.cells import code
+    from benchmarks.measurements import code
     from fastvit import env
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage is ended too

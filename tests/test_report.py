@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-from benchmarks import cells, report
+from benchmarks import measurements, report
 from benchmarks.report import page, plots, readme, results, style, tables
 
 Row = dict[str, Any]
@@ -95,7 +95,7 @@ def _write(folder: Path, device: Row, suites: dict[str, list[Row]]) -> None:
     run |= {"versions": versions, "started": "2026-01-02T03:04:05+00:00", "device": device}
     folder.mkdir(parents=True)
     for name, rows in suites.items():
-        content = {"suite": name, "device": device["name"], "runs": [run], "cells": rows}
+        content = {"suite": name, "device": device["name"], "runs": [run], "measurements": rows}
         (folder / f"{name}.json").write_text(json.dumps(content))
 
 
@@ -255,7 +255,7 @@ def test_readme_is_current_until_a_result_changes(places: dict[str, Path], tmp_p
 
 
 def test_this_readme_shows_the_committed_results() -> None:
-    assert report.is_current(cells.RESULTS, report.STATIC, report.README), "run `python -m benchmarks report`"
+    assert report.is_current(measurements.RESULTS, report.STATIC, report.README), "run `python -m benchmarks report`"
 
 
 def test_nothing_measured_and_nothing_twice(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     bad = tmp_path / "results" / "gpu" / "latency.json"
     target = tmp_path / "README.md"
     target.write_text(f"{readme.BEGIN}\n{readme.END}")
-    for text in ("{", "[]", '{"cells": []}'):
+    for text in ("{", "[]", '{"measurements": []}'):
         bad.write_text(text)
         with pytest.raises(ValueError, match=re.escape(str(bad))):
             report.write(tmp_path / "results", None, tmp_path / "out", target)

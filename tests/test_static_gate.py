@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import static as gate
-from benchmarks import static_counts as counts
+from benchmarks.suites import static as gate
+from benchmarks.suites import static_counts as counts
 from fastvit import layers, ops
 from fastvit.triton import launch
 
@@ -54,7 +54,9 @@ def test_a_quick_run_passes(quick: tuple[int, Path], found: dict[str, Any]) -> N
 
 def test_two_runs_write_the_same_bytes(quick: tuple[int, Path], tmp_path: Path) -> None:
     """In another process, whose sets and dictionaries of strings are in another order."""
-    code = f"from benchmarks import static; from pathlib import Path; static.run(Path({str(tmp_path)!r}), quick=True)"
+    code = (
+        f"from benchmarks.suites import static; static.run(static.Path({str(tmp_path)!r}), quick=True)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (quick[1] / name).read_bytes(), name

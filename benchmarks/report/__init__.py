@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.cells import RESULTS, ROOT, load
+from benchmarks.measurements import RESULTS, ROOT, load
 
 STATIC = RESULTS / "static.json"  # what `python -m benchmarks static --out benchmarks/results` writes
 README = ROOT / "README.md"

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import networks, static_chart
+from benchmarks import networks
 from benchmarks.report import rooflines, style
 from benchmarks.report.style import Plot
-from benchmarks.static_counts import BATCH, MODEL
+from benchmarks.suites import static_chart
+from benchmarks.suites.static_counts import BATCH, MODEL
 
 Found = Mapping[str, Any]
 

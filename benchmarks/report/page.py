@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from benchmarks import accuracy, kernels, latency, memory, throughput, waterfall
-from benchmarks.cells import Row
+from benchmarks.measurements import Row
 from benchmarks.report import derived, style, tables
 from benchmarks.report.results import Device, short_commit
 from benchmarks.report.style import Plot
+from benchmarks.suites import SUITES
 
-SUITES = (throughput.SUITE, latency.SUITE, memory.SUITE, kernels.SUITE, waterfall.SUITE, accuracy.SUITE)
 NOT_MEASURED = "Not measured yet."
 LONG = 40  # rows; a longer table is folded
 LONG_TEXT = 70  # characters; longer text takes several lines

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from benchmarks import networks
-from benchmarks.cells import Row
+from benchmarks.measurements import Row
 from benchmarks.report import rooflines, style, tables
 from benchmarks.report.results import Device, distinct, is_floor, is_ours, title, usual_size
 from benchmarks.report.style import Bar, C, Plot
@@ -47,7 +47,7 @@ def _color(row: Row) -> str:
         return "ours"
     if is_floor(row):
         return "floor"
-    return "peer" if networks.family(row["model"]) == "vit" else "resnet"
+    return "contender" if networks.family(row["model"]) == "vit" else "resnet"
 
 
 def _missing(row: Row) -> Bar:
@@ -308,7 +308,7 @@ def accuracy(device: Device) -> Figure | None:
 
 def _looks(contenders: Sequence[str] | dict[str, None]) -> dict[str, dict[str, Any]]:
     """How each line looks; the later ones are thinner, so that lines which coincide are all seen."""
-    colors = cycle(("peer", "sky", "ours", "purple", "green", "resnet"))
+    colors = cycle(("contender", "sky", "ours", "purple", "green", "resnet"))
     dashes = cycle(("-", "-", "--", ":", "-."))
     widths = [4.5 - 3.2 * i / max(len(contenders) - 1, 1) for i in range(len(contenders))]
     return {

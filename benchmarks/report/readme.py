@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks import contenders, networks
-from benchmarks.cells import Row
+from benchmarks.measurements import Row
 from benchmarks.report import OUT, derived, tables
 from benchmarks.report.results import Device, distinct, is_floor, is_ours, short_commit, title, usual_size
 

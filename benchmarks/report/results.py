@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cells, networks
-from benchmarks.cells import Row
+from benchmarks import measurements, networks
+from benchmarks.measurements import Row
 
 SUITES = ("throughput", "latency", "memory", "kernels", "waterfall", "accuracy")  # in the order in which they are shown
 USUAL_SIZE = 224  # pixels
@@ -36,7 +36,7 @@ class Device:
     @property
     def name(self) -> str:
         """What tells it from other devices."""
-        return cells.identity(self.about)
+        return measurements.identity(self.about)
 
     @property
     def is_gpu(self) -> bool:
@@ -45,7 +45,7 @@ class Device:
 
     def rows(self, suite: str, **fields: Any) -> list[Row]:
         """The suite's rows that have these values."""
-        found = self.files[suite]["cells"] if suite in self.files else []
+        found = self.files[suite]["measurements"] if suite in self.files else []
         return [row for row in found if all(row.get(name) == value for name, value in fields.items())]
 
     def done(self, suite: str, **fields: Any) -> list[Row]:
@@ -93,8 +93,8 @@ def read(folder: Path) -> list[Device]:
     devices = []
     for place in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]:
         paths = {name: place / f"{name}.json" for name in SUITES}
-        files = {name: cells.load(path) for name, path in paths.items() if path.exists()}
-        files = {name: content for name, content in files.items() if content["cells"]}
+        files = {name: measurements.load(path) for name, path in paths.items() if path.exists()}
+        files = {name: content for name, content in files.items() if content["measurements"]}
         if files:
             devices.append(Device(place.resolve().name, files))
     return sorted(devices, key=lambda device: not device.is_gpu)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.cells import Row
+from benchmarks.measurements import Row
 from benchmarks.report import style
 from benchmarks.report.results import Device, distinct, is_ours
 from benchmarks.report.style import C, Plot

@@ -25,7 +25,7 @@ COLORS = {
     "grid": ("#e4e7eb", "#323b45"),
     "ours": ("#2a6fdb", "#6ea8ff"),
     "gain": ("#dbe6f8", "#274b80"),
-    "peer": ("#9aa5b1", "#7b8794"),
+    "contender": ("#9aa5b1", "#7b8794"),
     "resnet": ("#d9912b", "#e8b15c"),
     "floor": ("#d5dae0", "#47515c"),
     "green": ("#0b8a6a", "#3fc09c"),
@@ -90,7 +90,7 @@ class Bar:
     label: str
     value: float | None  # None: no bar, only the text
     text: str
-    color: str = "peer"
+    color: str = "contender"
     span: tuple[float, float] | None = None  # the thin line
     lower: float | None = None  # from here on the bar is lighter
     bold: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.cells import Row
+from benchmarks.measurements import Row
 
 Columns = Sequence[tuple[str, str | Callable[[Row], str]]]
 

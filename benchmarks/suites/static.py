@@ -19,9 +19,9 @@ import torch
 import triton
 from tqdm import tqdm
 
-from benchmarks import static_chart
-from benchmarks.cells import RESULTS
-from benchmarks.static_counts import BATCH, MODEL, REFERENCE, derive
+from benchmarks.measurements import RESULTS
+from benchmarks.suites import static_chart
+from benchmarks.suites.static_counts import BATCH, MODEL, REFERENCE, derive
 from fastvit.triton import launch
 from fastvit.tuning import compile_report
 

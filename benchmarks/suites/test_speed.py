@@ -110,7 +110,7 @@ def _backends(op: str, gradients: bool) -> list[str]:
     return ["reference", "onednn"] if op in backends.ONEDNN_OPS and not gradients else ["reference"]
 
 
-def _cells(gradients: bool) -> list[tuple[str, str, str]]:
+def _measurements(gradients: bool) -> list[tuple[str, str, str]]:
     return [(case, d, backend) for case in CASES for d in DTYPES for backend in _backends(_op(case), gradients)]
 
 
@@ -133,7 +133,7 @@ def _check(run: Callable[[], Tensor], tolerance: float) -> None:
     assert error <= tolerance, f"relative error {error:.1e} against the reference: not worth timing"
 
 
-@pytest.mark.parametrize(("case", "dtype", "backend"), _cells(gradients=False))
+@pytest.mark.parametrize(("case", "dtype", "backend"), _measurements(gradients=False))
 def test_forward(benchmark: Any, case: str, dtype: str, backend: str) -> None:
     arguments = _arguments(case, dtype)
 
@@ -146,7 +146,7 @@ def test_forward(benchmark: Any, case: str, dtype: str, backend: str) -> None:
         _time(benchmark, run, f"{case} forward", dtype, backend)
 
 
-@pytest.mark.parametrize(("case", "dtype", "backend"), _cells(gradients=True))
+@pytest.mark.parametrize(("case", "dtype", "backend"), _measurements(gradients=True))
 def test_backward(benchmark: Any, case: str, dtype: str, backend: str) -> None:
     arguments = _arguments(case, dtype)
     values = [t for value in arguments.values() for t in (value if isinstance(value, tuple) else (value,))]

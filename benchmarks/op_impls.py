@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
 from benchmarks import networks
-from benchmarks.cells import Unavailable
+from benchmarks.measurements import Unavailable
 from benchmarks.roofline import Work
 from fastvit import ops, reference
 from fastvit.cuda import cublas
@@ -288,13 +288,13 @@ class Case:
     Args:
         op: the function's name in :mod:`fastvit.ops` and :mod:`fastvit.reference`.
         arguments: makes them; random and of no other scale than a model's.
-        rivals: who can compute it, by name; the first is the baseline.
+        impls: who can compute it, by name; the first is the baseline.
         flops: of the forward, from the sizes, where PyTorch's counter can't know them; a backward has 5/2 of them.
     """
 
     op: str
     arguments: Callable[[Random, Sizes], Arguments]
-    rivals: Mapping[str, Make] = field(default_factory=lambda: COMMON)
+    impls: Mapping[str, Make] = field(default_factory=lambda: COMMON)
     flops: Callable[[Sizes], int] | None = None
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks import measure, networks
-from benchmarks.cells import Cell, CellFailed, Row, Unavailable
-from benchmarks.race import blank
-from benchmarks.subjects import ModelSubject, cells_by_batch, starter
-from benchmarks.suites import CPU_DTYPES, Bar, Options, Suite
+from benchmarks.measurements import Measurement, Row
+from benchmarks.race import alone
+from benchmarks.subjects import ModelSubject, measurements_by_batch, starter
+from benchmarks.suite import CPU_DTYPES, Bar, Options, Suite
 
 LARGEST = 1 << 15  # PyTorch has kernels with the batch in the grid's y, which ends below 1 << 16
 PRECISION = 32  # the bisection ends when it knows the largest batch to one part in this many
@@ -19,8 +19,8 @@ PRECISION = 32  # the bisection ends when it knows the largest batch to one part
 class Memory(ModelSubject):
     """Peak bytes of a step, and the largest batch whose step fits."""
 
-    def __init__(self, cell: Cell, device: str, limit: float | None) -> None:
-        super().__init__(cell, device)
+    def __init__(self, measurement: Measurement, device: str, limit: float | None) -> None:
+        super().__init__(measurement, device)
         self.limit = None if limit is None else int(limit * 2**30)
         if self.device.type == "cuda" and self.limit is not None:
             total = torch.cuda.get_device_properties(self.device).total_memory
@@ -29,8 +29,8 @@ class Memory(ModelSubject):
         self.ended: str | None = None  # why a batch was too large, where it was not memory
 
     def measure(self) -> Row:
-        """Bytes at the cell's batch, and the bisection."""
-        batch = self.cell["batch"]
+        """Bytes at the measurement's batch, and the bisection."""
+        batch = self.measurement["batch"]
         self.held = self.first_calls(batch)
         row: Row = {
             "status": "ok",
@@ -51,7 +51,7 @@ class Memory(ModelSubject):
 
     def _activations(self) -> int:
         """Bytes that the forward pass of a step leaves for the backward pass, the logits included."""
-        inputs, kept = self._images(self.cell["batch"]), []
+        inputs, kept = self._images(self.measurement["batch"]), []
 
         def forward() -> None:
             with self.contender.context(self.dtype, self.device):
@@ -98,17 +98,13 @@ class Memory(ModelSubject):
         return fits, fails
 
 
-def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tuple[Cell, Row]]:
+def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterator[tuple[Measurement, Row]]:
     start = starter(Memory, options, options.limit)
-    for cell in group:
-        bar.say(str(cell))
-        try:
-            with start(cell) as worker:
-                row = worker.call("measure")
-        except (CellFailed, Unavailable) as error:
-            row = blank(error)
+    for measurement in group:
+        bar.say(str(measurement))
+        row = alone(start(measurement), "measure")
         bar.update(2)
-        yield cell, row
+        yield measurement, row
 
 
 SUITE = Suite(
@@ -121,7 +117,7 @@ SUITE = Suite(
         "cpu": Options(
             dtypes=CPU_DTYPES[-1:],
             models=("vit_small_patch16_224", "resnet50"),
-            peers=("timm", "fastvit", "torchvision", "huggingface"),
+            contenders=("timm", "fastvit", "torchvision", "huggingface"),
             modes=("inference", "training"),
             limit=0.25,
         ),
@@ -130,7 +126,7 @@ SUITE = Suite(
             dtypes=("bfloat16",),
             models=(*networks.FIGURE_11, "resnet50"),
             batches=(64,),
-            peers=("timm", "timm-compile", "fastvit", "torchvision", "huggingface"),
+            contenders=("timm", "timm-compile", "fastvit", "torchvision", "huggingface"),
             modes=("inference", "training"),
         ),
         "quick": Options(
@@ -142,7 +138,7 @@ SUITE = Suite(
             limit=0.1,
         ),
     },
-    cells=cells_by_batch,
+    measurements=measurements_by_batch,
     measure=_measure,
     extras=("modes", "limit"),
     columns=(

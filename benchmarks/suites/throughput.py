@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks import measure, networks
-from benchmarks.cells import Cell, CellFailed, Row
+from benchmarks.measurements import Measurement, MeasurementFailed, Row
 from benchmarks.race import race
-from benchmarks.subjects import Expected, ModelSubject, Run, baseline, model_cells, starter
-from benchmarks.suites import Bar, Options, Suite
+from benchmarks.subjects import Expected, ModelSubject, Run, baseline, model_measurements, starter
+from benchmarks.suite import Bar, Options, Suite
 from fastvit.ops import backends
 
 GIVE_UP = 0.97  # a batch slower than this times the best one ends the search: larger ones are no better
@@ -19,8 +19,8 @@ GIVE_UP = 0.97  # a batch slower than this times the best one ends the search: l
 class Throughput(ModelSubject):
     """A :class:`benchmarks.race.Racer`: steps on the best of several batches."""
 
-    def __init__(self, cell: Cell, device: str, batches: Sequence[int]) -> None:
-        super().__init__(cell, device)
+    def __init__(self, measurement: Measurement, device: str, batches: Sequence[int]) -> None:
+        super().__init__(measurement, device)
         self.batches = sorted(batches)
         self.run: Run = lambda: None
         self.repeats = 1
@@ -58,7 +58,7 @@ class Throughput(ModelSubject):
         while speed is None:
             best //= 2
             if not best:
-                raise CellFailed(f"out of memory at batch 1 ({self.network.size} pixels)")
+                raise MeasurementFailed(f"out of memory at batch 1 ({self.network.size} pixels)")
             speed = self._speed(best)
         for batch in [larger for larger in batches if larger > best]:
             new = self._speed(batch)
@@ -87,15 +87,15 @@ class Throughput(ModelSubject):
         return [found]
 
 
-def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tuple[Cell, Row]]:
+def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterator[tuple[Measurement, Row]]:
     start = starter(Throughput, options, options.batches)
-    for cell, row in race(group, baseline(group[0]), start, options.budget, bar):
+    for measurement, row in race(group, baseline(group[0]), start, options.budget, bar):
         if row["status"] == "ok":
             row["images_per_s"] = row["batch"] / row["median_s"]
-        yield cell, row
+        yield measurement, row
 
 
-EVERYONE = (
+ALL = (
     "timm",
     "timm-compile",
     "timm-compile-max",
@@ -119,7 +119,7 @@ SUITE = Suite(
     defaults={
         "cpu": Options(
             models=("vit_base_patch16_224", "resnet50"),
-            peers=("timm", "timm-compile", "fastvit", "fastvit-compile", "torchvision", "huggingface"),
+            contenders=("timm", "timm-compile", "fastvit", "fastvit-compile", "torchvision", "huggingface"),
         ),
         "cuda": Options(
             device="cuda",
@@ -127,7 +127,7 @@ SUITE = Suite(
             models=networks.FIGURE_11 + networks.RESNETS,
             sizes=(64, 128, 224, 384, 512),
             batches=(32, 64, 128, 256, 512, 1024),
-            peers=EVERYONE,
+            contenders=ALL,
             modes=("inference", "training"),
             budget=10.0,
         ),
@@ -136,12 +136,12 @@ SUITE = Suite(
             models=("vit_tiny_patch16_224",),
             sizes=(64,),
             batches=(2,),
-            peers=("timm", "fastvit", "fastvit-reference", "torchvision", "huggingface", "floor"),
+            contenders=("timm", "fastvit", "fastvit-reference", "torchvision", "huggingface", "floor"),
             modes=("inference", "training"),
             budget=1.0,
         ),
     },
-    cells=model_cells,
+    measurements=model_measurements,
     measure=_measure,
     extras=("modes", "budget"),
     columns=(

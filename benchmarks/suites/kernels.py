@@ -1,4 +1,4 @@
-"""``python -m benchmarks kernels``: every op beside its rivals, forward and backward, with cold caches."""
+"""``python -m benchmarks kernels``: every op by every library that has it, with cold caches."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import measure, networks, rivals
-from benchmarks.cells import Cell, Row
+from benchmarks import measure, networks, op_impls
+from benchmarks.measurements import Measurement, Row, grid
+from benchmarks.op_impls import BASELINE, CASES, Arguments, Function, leaves, tensors
 from benchmarks.race import race
-from benchmarks.rivals import BASELINE, CASES, Arguments, Function, leaves, tensors
-from benchmarks.roofline import Ceilings
+from benchmarks.roofline import measured_ceilings
 from benchmarks.subjects import largest_error, starter
-from benchmarks.suites import Bar, Options, Suite
-from benchmarks.workers import Worker
-from fastvit import env, reference
+from benchmarks.suite import Bar, Options, Suite
+from fastvit import reference
 from fastvit.integrations.graphs import capture
 from fastvit.tuning import compile_report
 
@@ -40,18 +38,20 @@ class Kernel:
     """A :class:`benchmarks.race.Racer`: one function on one op's arguments, forward or backward.
 
     Args:
-        cell: has op, model, size, batch, direction and dtype.
+        measurement: has op, model, size, batch, direction and dtype.
         device: "cpu" or "cuda".
     """
 
-    def __init__(self, cell: Cell, device: str) -> None:
-        self.cell, self.device = cell, torch.device(device)
-        self.dtype: torch.dtype = getattr(torch, cell["dtype"])
-        self.backward: bool = cell["direction"] == "backward"
-        self.case = CASES[cell["op"]]
+    def __init__(self, measurement: Measurement, device: str) -> None:
+        self.measurement, self.device = measurement, torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, measurement["dtype"])
+        self.backward: bool = measurement["direction"] == "backward"
+        self.case = CASES[measurement["op"]]
         torch.manual_seed(0)
-        self.arguments = self.case.arguments(self._random, rivals.sizes(cell["model"], cell["size"], cell["batch"]))
-        self.function = self.case.rivals[cell.contender](self.case.op, self.arguments)
+        self.arguments = self.case.arguments(
+            self._random, op_impls.sizes(measurement["model"], measurement["size"], measurement["batch"])
+        )
+        self.function = self.case.impls[measurement.contender](self.case.op, self.arguments)
         self.found = self._results(self.function, self.arguments)  # compiles, while the other contenders do
         self.sets: list[tuple[Arguments, list[Tensor]]] = []
         self.run: Function = lambda: None
@@ -100,7 +100,7 @@ class Kernel:
         """Check, and get the calls ready, one on each of so many arguments that no cache holds them.
 
         Raises:
-            CellFailed: a result's error is more than twice the baseline's.
+            MeasurementFailed: a result's error is more than twice the baseline's.
         """
         worst = self._check(expected)
         self.found = []
@@ -157,80 +157,41 @@ class Kernel:
         return [measure.seconds(self.run, self.device, self.repeats) / self.calls]
 
 
-class Machine:
-    """What a device does at best: a large square product in a dtype, and a large copy, both PyTorch's."""
-
-    TIMINGS = 10
-
-    def __init__(self, device: str, dtype: str) -> None:
-        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
-
-    def _quickest(self, run: Function) -> float:
-        run()
-        return min(measure.seconds(run, self.device) for _ in range(self.TIMINGS))
-
-    def ceilings(self) -> Ceilings:
-        """FLOPs and bytes (read and written) per second, each the best of several timings."""
-        gpu = self.device.type == "cuda"
-        side, length = (8192, 2**30) if gpu else (4096, 2**27)
-        a, b, out = (torch.randn(side, side, device=self.device).to(self.dtype) for _ in range(3))
-        layouts = (b, b.mT)  # CPUs multiply by one of them much faster
-        product = min(self._quickest(partial(torch.mm, a, layout, out=out)) for layout in layouts)
-        source = torch.randint(0, 255, (length,), dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        copying = self._quickest(lambda: target.copy_(source))
-        name = env.device(self.device.type)["name"]
-        method = f"measured: torch.mm of {side} x {side}, copy of {length // 2**20} MiB"
-        return Ceilings(name, 2 * side**3 / product, 2 * length / copying, method)
+CONTENDERS = tuple(dict.fromkeys(name for case in CASES.values() for name in case.impls))
 
 
-@cache
-def ceilings(device: str, dtype: str) -> Ceilings:
-    """:class:`Machine`'s, measured once in a run, in a process of its own."""
-    with Worker(Machine, device, dtype) as worker:
-        found: Ceilings = worker.call("ceilings")
-    return found
+def _measurements(options: Options) -> list[Measurement]:
+    for contender in options.contenders:
+        if contender not in CONTENDERS:
+            raise ValueError(f"no contender {contender!r}; accepted: {', '.join(CONTENDERS)}")
+    for model, size, batch in itertools.product(options.models, options.sizes, options.batches):
+        op_impls.sizes(model, size, batch)  # refuses a model or size before anything is measured
+    settings = grid(
+        op=list(CASES),
+        model=options.models,
+        size=options.sizes,
+        batch=options.batches,
+        direction=[DIRECTIONS[mode] for mode in options.modes],
+        dtype=options.dtypes,
+    )
+    impls = {setting: CASES[dict(setting)["op"]].impls for setting in settings}
+    return [Measurement(name, setting) for setting in settings for name in options.contenders if name in impls[setting]]
 
 
-PEERS = tuple(dict.fromkeys(name for case in CASES.values() for name in case.rivals))
-
-
-def _cells(options: Options) -> list[Cell]:
-    for peer in options.peers:
-        if peer not in PEERS:
-            raise ValueError(f"no contender {peer!r}; accepted: {', '.join(PEERS)}")
-    found = []
-    for model in options.models:
-        for size in options.sizes:
-            for batch in options.batches:
-                rivals.sizes(model, size, batch)  # refuses a model or size before anything is measured
-                for op, case in CASES.items():
-                    for mode in options.modes:
-                        for dtype in options.dtypes:
-                            what = (
-                                ("op", op),
-                                ("model", model),
-                                ("size", size),
-                                ("batch", batch),
-                                ("direction", DIRECTIONS[mode]),
-                                ("dtype", dtype),
-                            )
-                            found += [Cell(peer, what) for peer in options.peers if peer in case.rivals]
-    return found
-
-
-def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tuple[Cell, Row]]:
+def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterator[tuple[Measurement, Row]]:
     what = group[0]
     case, dtype = CASES[what["op"]], getattr(torch, what["dtype"])
-    sizes = rivals.sizes(what["model"], what["size"], what["batch"])
-    work = rivals.work(case, sizes, dtype, backward=what["direction"] == "backward")
-    best = ceilings(options.device, what["dtype"])
-    floor = max(work.flops / best.flops_per_s, work.bytes / best.bytes_per_s)
-    for cell, row in race(group, Cell(BASELINE, what.what), starter(Kernel, options), options.budget, bar):
+    sizes = op_impls.sizes(what["model"], what["size"], what["batch"])
+    work = op_impls.work(case, sizes, dtype, backward=what["direction"] == "backward")
+    best = measured_ceilings(options.device, what["dtype"])
+    floor = best.seconds(work)
+    for measurement, row in race(
+        group, Measurement(BASELINE, what.setting), starter(Kernel, options), options.budget, bar
+    ):
         if row["status"] == "ok":
             seconds = row["median_s"]
             row |= {
-                "shape": "x".join(map(str, tensors(rivals.shapes(case, sizes, dtype))[0].shape)),
+                "shape": "x".join(map(str, tensors(op_impls.shapes(case, sizes, dtype))[0].shape)),
                 "flops": work.flops,
                 "bytes": work.bytes,
                 "tflops_per_s": work.flops / seconds / 1e12,
@@ -240,13 +201,13 @@ def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tupl
                 "peak_tflops_per_s": best.flops_per_s / 1e12,
                 "copy_gb_per_s": best.bytes_per_s / 1e9,
             }
-        yield cell, row
+        yield measurement, row
 
 
-EVERYONE = tuple(name for name in PEERS if not name.startswith("fastvit-"))
+ALL = tuple(name for name in CONTENDERS if not name.startswith("fastvit-"))
 SUITE = Suite(
     name="kernels",
-    help="every op against its rivals, and percent of the floor",
+    help="every op by every library that has it, and percent of the floor",
     description="The time of one op as a Vision Transformer calls it, on arguments that no cache holds; forward "
     "(--modes inference) and backward without forward (--modes training). torch is PyTorch's ops one after the other, "
     "as timm calls them. Results are checked against float64 before they are timed. The floor is the longer of two "
@@ -254,7 +215,7 @@ SUITE = Suite(
     defaults={
         "cpu": Options(
             batches=(2,),
-            peers=tuple(name for name in EVERYONE if name != "torch-compile"),  # minutes of its compiler
+            contenders=tuple(name for name in ALL if name != "torch-compile"),  # minutes of its compiler
             modes=tuple(DIRECTIONS),
             budget=1.0,
         ),
@@ -263,7 +224,7 @@ SUITE = Suite(
             dtypes=("bfloat16",),
             models=("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"),
             batches=(256,),
-            peers=(*EVERYONE, "fastvit-cuda"),
+            contenders=(*ALL, "fastvit-cuda"),
             modes=tuple(DIRECTIONS),
             budget=1.0,
         ),
@@ -272,12 +233,12 @@ SUITE = Suite(
             models=("vit_tiny_patch16_224",),
             sizes=(64,),
             batches=(2,),
-            peers=(BASELINE, "fastvit", "sdpa-flash", "unfold"),
+            contenders=(BASELINE, "fastvit", "sdpa-flash", "unfold"),
             modes=tuple(DIRECTIONS),
             budget=0.1,
         ),
     },
-    cells=_cells,
+    measurements=_measurements,
     measure=_measure,
     extras=("modes", "budget"),
     columns=(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-OURS, PEER, SAVED, INK, FAINT = "#2a6fdb", "#9aa5b1", "#dbe6f8", "#1f2933", "#616e7c"
+OURS, OTHER, SAVED, INK, FAINT = "#2a6fdb", "#9aa5b1", "#dbe6f8", "#1f2933", "#616e7c"
 
 
 def draw(found: dict[str, Any], model: str, batch: int, path: Path) -> None:
@@ -61,7 +61,7 @@ def _waterfall(ax: Any, steps: list[dict[str, Any]], timm: dict[str, int]) -> No
         change = f"  ({now - before:+.2f})" if y else ""
         ax.text(before, y, f"  {now:.2f} GB, {step['launches']} launches{change}", va="center", fontsize=9.5, color=INK)
         before = now
-    ax.barh(len(steps), timm["bytes"] / 1e9, height=0.66, color=PEER, zorder=2)
+    ax.barh(len(steps), timm["bytes"] / 1e9, height=0.66, color=OTHER, zorder=2)
     label = f"  {timm['bytes'] / 1e9:.2f} GB, {timm['launches']} launches"
     ax.text(timm["bytes"] / 1e9, len(steps), label, va="center", fontsize=9.5, color=INK)
     names = [steps[0]["fused"], *(f"+ {step['fused']}" for step in steps[1:]), "timm, eager"]
@@ -88,7 +88,7 @@ def _kept(ax: Any, rows: dict[str, dict[str, Any]]) -> None:
     bars = []
     for name, row in rows.items():
         suffix = "" if name == "plain" else f", {name}"
-        bars.append((f"timm{suffix}", row["timm"] / 1e6, f"{row['timm'] / 1e6:.2f} MB", PEER))
+        bars.append((f"timm{suffix}", row["timm"] / 1e6, f"{row['timm'] / 1e6:.2f} MB", OTHER))
         text = f"{row['fastvit'] / 1e6:.2f} MB, {row['ratio']:.3f}x"
         bars.append((f"fastvit{suffix}", row["fastvit"] / 1e6, text, OURS))
     _bars(ax, bars, "MB")
@@ -96,5 +96,5 @@ def _kept(ax: Any, rows: dict[str, dict[str, Any]]) -> None:
 
 def _floors(ax: Any, rows: list[dict[str, Any]]) -> None:
     """Images/s that our launches would reach at the data sheet's peaks."""
-    bars = [(row["gpu"], row["images_per_s"], f"{row['images_per_s']:,.0f}", PEER) for row in rows]
+    bars = [(row["gpu"], row["images_per_s"], f"{row['images_per_s']:,.0f}", OTHER) for row in rows]
     _bars(ax, bars, "images/s")

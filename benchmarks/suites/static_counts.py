@@ -184,14 +184,14 @@ def saved(models: Iterable[str]) -> dict[str, Any]:
     for name, options in SCALES.items():
         model = _meta(MODEL, depth=1, **options)
         ours = _saved(model.blocks[0], _tokens(model, 2, device="meta"))
-        with _fake_timm(MODEL, depth=1, **options) as peer:
-            timms = _saved(peer.blocks[0], _tokens(peer, 2))
+        with _fake_timm(MODEL, depth=1, **options) as contender:
+            timms = _saved(contender.blocks[0], _tokens(contender, 2))
         note("block", name, ours, timms)
     for name in models:
         images = _images(name, 2)
         ours = _saved(_meta(name), images)
-        with _fake_timm(name) as peer:
-            timms = _saved(peer, torch.empty(images.shape, dtype=DTYPE))
+        with _fake_timm(name) as contender:
+            timms = _saved(contender, torch.empty(images.shape, dtype=DTYPE))
         note("model", name, ours, timms)
     return {"saved_bytes_per_image": found, "saved_bytes_ratio_to_timm": found["block"]["plain"]["ratio"]}
 
