@@ -41,7 +41,7 @@ def _suite(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"python -m benchmarks {suite.name}: {error}", file=sys.stderr)
         return 2
-    print("\n" + tables.terminal(rows, suite.columns))
+    print("\n" + tables.terminal(tables.of_rows(rows, suite.columns)))
     if any(field == "spread" for _, field in suite.columns):
         print("\nspread: half the distance from the 20th to the 80th percentile")
     pictures = report.draw(folder / f"{suite.name}.json")

@@ -18,13 +18,11 @@ from benchmarks import networks
 from benchmarks.measurements import Row
 from benchmarks.report import rooflines, style, tables
 from benchmarks.report.results import Device, distinct, is_floor, is_ours, title, usual_size
-from benchmarks.report.style import Bar, C, Plot
-
-MARKERS = "osD^vPX*<>ph"
+from benchmarks.report.style import MARKERS, Bar, C, Plot
 
 
 def draw(device: Device, folder: Path) -> dict[str, list[Plot]]:
-    """Every figure of the device into ``folder``; the plots by suite."""
+    """Draw every figure of the device into ``folder``; return the plots by suite."""
     found: dict[str, list[Plot]] = {}
     with style.context():
         for suite, name, function in FIGURES:
@@ -47,7 +45,7 @@ def _color(row: Row) -> str:
         return "ours"
     if is_floor(row):
         return "floor"
-    return "contender" if networks.family(row["model"]) == "vit" else "resnet"
+    return "other" if networks.family(row["model"]) == "vit" else "resnet"
 
 
 def _missing(row: Row) -> Bar:
@@ -55,18 +53,18 @@ def _missing(row: Row) -> Bar:
 
 
 def _batches(rows: Sequence[Row]) -> str:
-    """The batches of what was measured, for a panel's title."""
+    """Return the measured batches for a panel's title."""
     found = sorted({row["batch"] for row in rows if row["status"] == "ok"})
     return f", batch {' or '.join(map(str, found))}" if found else ""
 
 
 def _fastest_first(rows: Sequence[Row], field: str, sign: int) -> list[Row]:
-    """By ``field`` (``sign`` -1: most first), the floor and rows without a result last."""
+    """Sort by ``field`` (``sign`` -1: most first), the floor and rows without a result last."""
     return sorted(rows, key=lambda row: (is_floor(row), inf if row.get(field) is None else sign * row[field]))
 
 
 def _size(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the one image size that is shown."""
+    """Return the rows of the one image size that is shown."""
     size = usual_size(rows)
     return [row for row in rows if row["size"] == size]
 
@@ -75,7 +73,7 @@ def _size(rows: Sequence[Row]) -> list[Row]:
 
 
 def figure_11(device: Device) -> Figure | None:
-    """Images/s against image size, and the largest batch that fits, where several sizes were measured."""
+    """Draw images/s and the largest batch that fits against image size, where several sizes were measured."""
     parts = [("throughput", "images_per_s", "images/s"), ("memory", "largest_batch", "largest batch that fits, images")]
     shown = []
     for suite, field, label in parts:
@@ -90,7 +88,7 @@ def figure_11(device: Device) -> Figure | None:
     small = _small(
         device,
         shown[0][0],
-        "Solid: fastvit's best, and a ResNet's best by anyone. Dashed: the best of the other libraries for that ViT.",
+        "Solid: fastvit's best, and any contender's best of a ResNet. Dashed: the other libraries' best of that ViT.",
     )
     figure, axes = style.panels(
         f"The ViT paper's Figure 11, replayed for inference: {_where(device)}", small, [5.4] * len(shown), 2
@@ -102,7 +100,7 @@ def figure_11(device: Device) -> Figure | None:
 
 
 def _lines(rows: Sequence[Row], field: str) -> Iterator[tuple[str, str, str, list[tuple[int, float]]]]:
-    """(label, family, line style, points) of every line."""
+    """Yield (label, family, line style, points) of every line."""
     for (model,) in distinct(rows, "model"):
         mine = [row for row in rows if row["model"] == model]
         family = "vit" if networks.family(model) == "vit" else "resnet"
@@ -120,12 +118,12 @@ def _lines(rows: Sequence[Row], field: str) -> Iterator[tuple[str, str, str, lis
 
 
 def _by_size(ax: Axes, rows: Sequence[Row], field: str) -> None:
-    """Lines over image size, both axes logarithmic, each with its name at its end."""
-    lines = list(_lines(rows, field))
-    markers = dict(zip(dict.fromkeys(label for label, *_ in lines), cycle(MARKERS), strict=False))
-    for label, family, dash, points in lines:
-        name = "resnet" if family == "resnet" else "ours" if dash == "-" else "faint"
-        look: dict[str, Any] = {"color": C[name], "marker": markers[label], "linewidth": 1.6 if dash == "-" else 1.0}
+    """Draw lines over image size, both axes logarithmic."""
+    markers = dict(zip(dict.fromkeys(title(row) for row in rows), cycle(MARKERS), strict=False))
+    for label, family, dash, points in _lines(rows, field):
+        color = C["resnet" if family == "resnet" else "ours" if dash == "-" else "faint"]
+        width, name = (1.6, label) if dash == "-" else (1.0, f"{label}, others")
+        look: dict[str, Any] = {"color": color, "marker": markers[label], "linewidth": width, "label": name}
         ax.plot(*zip(*points, strict=True), dash, markersize=5, **look)
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -133,42 +131,15 @@ def _by_size(ax: Axes, rows: Sequence[Row], field: str) -> None:
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.xaxis.set_minor_locator(NullLocator())
     style.log_ticks(ax.yaxis, ",g")
-    ax.set_xlim(sizes[0] / 1.08, sizes[-1] * (sizes[-1] / sizes[0]) ** 0.28)
     ax.set_xlabel("image size, pixels")
-    low, high = ax.get_ylim()
-    named = [line for line in lines if line[2] == "-"] or lines
-    ends = [style.log_place(points[-1][1], low, high) for *_, points in named]
-    for (label, family, _, points), place, end in zip(named, style.spread_out(ends, 0.038), ends, strict=True):
-        color = C["ours" if family == "vit" else "resnet"]
-        x: float = style.log_place(points[-1][0], *ax.get_xlim())
-        if abs(place - end) > 0.005:  # the label had to move: a thread leads to it
-            ax.plot([x, x + 0.028], [end, place], color=color, linewidth=0.6, transform=ax.transAxes)
-        ax.text(x + 0.032, place, label, va="center", fontsize=9, color=color, transform=ax.transAxes)
-    ax.set_ylim(low, high)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 # --- bars ---------------------------------------------------------------------------------------------------------
 
 
-def _grid(
-    heading: str, small: str, groups: Sequence[tuple[str, Sequence[Bar]]], columns: int, label: str
-) -> Figure | None:
-    """A panel of bars for every (title, bars), the long ones first."""
-    if not groups:
-        return None
-    groups = sorted(groups, key=lambda group: -len(group[1]))  # neighbours are as high
-    lengths = [len(rows) for _, rows in groups]
-    figure, axes = style.panels(heading, small, [0.8 + 0.27 * length for length in lengths], columns)
-    for i, (ax, (name, rows)) in enumerate(zip(axes, groups, strict=True)):
-        style.bars(ax, rows, label)
-        beside = lengths[i - i % columns :][:columns]
-        ax.set_ylim(max(beside) - 0.4, -0.6)  # as thick bars as in the panel beside it
-        ax.set_title(name)
-    return figure
-
-
 def throughput(device: Device, mode: str) -> Figure | None:
-    """Images/s of everyone at the usual image size."""
+    """Draw images/s of all contenders at the usual image size."""
     rows = device.rows("throughput", mode=mode)
     if not any(row["status"] == "ok" for row in rows):
         return None
@@ -187,16 +158,16 @@ def throughput(device: Device, mode: str) -> Figure | None:
     for model, dtype in distinct(rows, "model", "dtype"):
         group = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
         bars = [bar(row) for row in _fastest_first(group, "images_per_s", -1)]
-        groups.append((f"{title(group[0])}, {dtype}{_batches(group)}", bars))
+        groups.append((f"{title(group[0])}, {dtype}{_batches(group)}", bars, "images/s"))
     heading = f"{mode.capitalize()} throughput at {rows[0]['size']} pixels: {_where(device)}"
     small = (
         "Thin lines: 20th to 80th percentile. Blue: fastvit; times: timm's (of a ResNet, torchvision's) eager speed."
     )
-    return _grid(heading, _small(device, "throughput", small), groups, 2, "images/s")
+    return style.bar_panels(heading, _small(device, "throughput", small), groups)
 
 
 def latency(device: Device) -> Figure | None:
-    """Milliseconds of everyone at the usual image size."""
+    """Draw milliseconds of all contenders at the usual image size."""
     rows = device.rows("latency")
     if not any(row["status"] == "ok" for row in rows):
         return None
@@ -214,14 +185,14 @@ def latency(device: Device) -> Figure | None:
     for key in sorted(distinct(rows, "model", "dtype", "batch"), key=lambda key: models.index(key[0])):
         group = [row for row in rows if (row["model"], row["dtype"], row["batch"]) == key]
         bars = [bar(row) for row in _fastest_first(group, "median_s", 1)]
-        groups.append((f"{title(group[0])}, {key[1]}, batch {key[2]}", bars))
+        groups.append((f"{title(group[0])}, {key[1]}, batch {key[2]}", bars, "milliseconds"))
     small = "Bars: median. Thin lines: to the 99th percentile, or to the 80th where there are fewer than 100 timings."
     heading = f"Latency at {rows[0]['size']} pixels: {_where(device)}"
-    return _grid(heading, _small(device, "latency", small), groups, 2, "milliseconds")
+    return style.bar_panels(heading, _small(device, "latency", small), groups)
 
 
 def memory(device: Device) -> Figure | None:
-    """Peak memory and its part of weights, with the largest batch that fits."""
+    """Draw peak memory and its part of weights, with the largest batch that fits."""
     rows = device.rows("memory")
     if not any(row["status"] == "ok" for row in rows):
         return None
@@ -240,16 +211,18 @@ def memory(device: Device) -> Figure | None:
     for key in distinct(rows, "model", "mode", "dtype", "batch"):
         group = [row for row in rows if (row["model"], row["mode"], row["dtype"], row["batch"]) == key]
         bars = [bar(row) for row in _fastest_first(group, "peak_bytes", 1)]
-        groups.append((f"{title(group[0])}, {key[1]}, {key[2]}, batch {key[3]}", bars))
+        groups.append((f"{title(group[0])}, {key[1]}, {key[2]}, batch {key[3]}", bars, "MiB"))
     limits = dict.fromkeys(f"{row['limit_bytes'] / 2**30:.3g}" for row in rows if row["status"] == "ok")
     small = f"Full colour: weights. fits: the largest batch that fits in {' or '.join(limits)} GiB."
     heading = f"Peak memory at {rows[0]['size']} pixels: {_where(device)}"
-    return _grid(heading, _small(device, "memory", small), groups, 2, "MiB")
+    return style.bar_panels(heading, _small(device, "memory", small), groups)
 
 
 def waterfall(device: Device) -> Figure | None:
-    """What each step brought, one after the other."""
+    """Draw the gain of each step, one after the other."""
     rows = device.rows("waterfall")
+    if not rows:
+        return None
     groups = []
     for key in distinct(rows, "model", "size", "dtype"):
         steps = [row for row in rows if (row["model"], row["size"], row["dtype"]) == key]
@@ -263,22 +236,22 @@ def waterfall(device: Device) -> Figure | None:
             text = f"{tables.FORMS['images_per_s'](speed)}   {row['ratio']:.2f}x"
             bars.append(Bar(name, speed, text, "ours", lower=min(before, speed)))
             before = speed
-        groups.append((f"{title(steps[0])}, {key[1]} px, {key[2]}{_batches(steps)}", bars))
+        groups.append((f"{title(steps[0])}, {key[1]} px, {key[2]}{_batches(steps)}", bars, "images/s"))
     heading = f"What each fusion brings, one after the other: {_where(device)}"
     small = "Light: what the step added. Times: the first step's speed."
-    return _grid(heading, _small(device, "waterfall", small), groups, 2, "images/s")
+    return style.bar_panels(heading, _small(device, "waterfall", small), groups)
 
 
-# --- errors -------------------------------------------------------------------------------------------------------
+# --- lines --------------------------------------------------------------------------------------------------------
 
 
 def kernels(device: Device) -> Figure | None:
-    """What kernels reach under the ceilings."""
+    """Draw the kernels under the ceilings."""
     return rooflines.measured(device, f"Roofline of the kernels: {_where(device)}", partial(_small, device, "kernels"))
 
 
 def accuracy(device: Device) -> Figure | None:
-    """Error after every block, for each backend."""
+    """Draw the error after every block, for each backend."""
     rows = [row for row in device.done("accuracy") if row.get("block_errors")]
     if not rows:
         return None
@@ -307,8 +280,8 @@ def accuracy(device: Device) -> Figure | None:
 
 
 def _looks(contenders: Sequence[str] | dict[str, None]) -> dict[str, dict[str, Any]]:
-    """How each line looks; the later ones are thinner, so that lines which coincide are all seen."""
-    colors = cycle(("contender", "sky", "ours", "purple", "green", "resnet"))
+    """Return the look of each line; later ones are thinner, so that lines which coincide are all seen."""
+    colors = cycle(("other", "sky", "ours", "purple", "green", "resnet"))
     dashes = cycle(("-", "-", "--", ":", "-."))
     widths = [4.5 - 3.2 * i / max(len(contenders) - 1, 1) for i in range(len(contenders))]
     return {

@@ -20,8 +20,8 @@ import triton
 from tqdm import tqdm
 
 from benchmarks.measurements import RESULTS
-from benchmarks.suites import static_chart
-from benchmarks.suites.static_counts import BATCH, MODEL, REFERENCE, derive
+from benchmarks.report import derived, style, tables
+from benchmarks.suites.static_counts import derive
 from fastvit.triton import launch
 from fastvit.tuning import compile_report
 
@@ -190,8 +190,9 @@ def run(out: Path, *, quick: bool = False, accept: bool = False) -> int:
         writer = csv.DictWriter(file, fieldnames=list(found["kernels"][0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(found["kernels"])
-    static_chart.draw(found, MODEL, BATCH, out / "static.png")
-    print(summary(found))
+    with style.context():
+        style.save(derived.fusions(found), out / "static.png")
+    print(*map(tables.terminal, derived.summary(found)), sep="\n\n", end="\n\n")
     print(f"wrote {out / 'static.json'}, {out / 'static.csv'} and {out / 'static.png'}")
 
     failures = limits(found)
@@ -218,41 +219,3 @@ def against_baseline(held: dict[str, float], triton_version: str, complete: bool
         print(f"The baseline is for triton {theirs}, this is {triton_version}: kernels are not compared")
         held, kept = ({k: v for k, v in d.items() if not k.startswith("sm_")} for d in (held, kept))
     return compare(held, kept, complete)
-
-
-def summary(found: dict[str, Any]) -> str:
-    """The figures that matter, for a terminal."""
-    block = found["saved_bytes_per_image"]["block"]
-    lines = [
-        f"launches per block: {found['launches_per_block']} (timm eager: {found['timm_eager']['plain']['launches']})",
-        f"bytes moved per block, batch {BATCH}: {found['bytes_per_block']['forward']['plain'] / 1e9:.2f} GB "
-        f"(timm eager: {found['timm_eager']['plain']['bytes'] / 1e9:.2f} GB)",
-        "kept for backward, of timm's: "
-        + ", ".join(f"{row['ratio']:.3f} {name}" for name, row in block.items())
-        + f" ({MODEL}'s block)",
-        "",
-        f"{'kernels':10}{'configurations':>15}{'registers':>11}{'hot spills':>12}{'shared KiB':>12}",
-    ]
-    for target in dict.fromkeys(row["target"] for row in found["kernels"]):
-        rows = [row for row in found["kernels"] if row["target"] == target]
-        spilling = sum(row["hot"] and row["spill_bytes"] > 0 for row in rows)
-        most = [max(row[key] for row in rows) for key in ("registers", "shared_bytes")]
-        lines.append(f"{target:10}{len(rows):15}{most[0]:11}{spilling:12}{most[1] / 1024:12.0f}")
-    gpus = dict.fromkeys(row["gpu"] for row in found["floors"])
-    lines += [
-        "",
-        f"Images/s at batch {BATCH} if every launch ran at its data sheet's peak: limits, not measured",
-        f"{'':24}{'GFLOPs':>8}" + "".join(f"{gpu:>15}" for gpu in gpus),
-    ]
-    for model, counts in found["flops_per_image"].items():
-        floors = [row for row in found["floors"] if row["model"] == model and row["batch"] == BATCH]
-        cells = "".join(f"{row['images_per_s']:15,.0f}" for row in floors)
-        lines.append(f"{model:24}{counts['forward'] / 1e9:8.1f}{cells}")
-    lines += [
-        "",
-        f"{'table 6':18}{'epochs':>7}{'exaFLOPs':>10}{'paper':>8}{'deviation':>11} (paper's unit: {REFERENCE} agrees)",
-    ]
-    for row in found["table6"]:
-        counts = f"{row['exaflops']:10.0f}{row['paper_exaflops']:8}"
-        lines.append(f"{row['model']:18}{row['epochs']:7}{counts}{row['deviation']:+11.1%}")
-    return "\n".join(lines) + "\n"
