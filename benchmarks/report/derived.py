@@ -63,9 +63,9 @@ def fusions(static: Found) -> Figure:
         f"{MODEL}, batch {BATCH}, bfloat16",
         f"Counted, not timed: every op reads its inputs once and writes its outputs once. {versions(static)}.",
         [
-            ("The whole model's forward: bytes moved and launches", _waterfall(static, "model"), "GB"),
+            ("The model's forward: bytes, launches", _waterfall(static, "model"), "GB"),
             ("Upper limit by data sheet, not measured", speeds, "images/s"),
-            ("One block's forward", _waterfall(static, "plain"), "GB"),
+            ("One block's forward: bytes, launches", _waterfall(static, "plain"), "GB"),
             ("One block: kept for backward, per image", kept, "MB"),
         ],
     )
