@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks import networks
 from benchmarks.measurements import Measurement, Row, Store
 from fastvit.ops import onednn
 
@@ -33,6 +34,23 @@ class Options:
     modes: Sequence[str] = ("inference",)
     budget: float = 30.0  # seconds of timing for each group that is compared
     limit: float | None = None  # GiB of memory
+
+
+# What the suites' defaults start from: on a GPU, and to see in seconds whether a suite runs.
+GPU = Options("cuda", ("bfloat16",), ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"))
+QUICK = Options(models=("vit_tiny_patch16_224",), sizes=(64,), batches=(2,), budget=1.0, limit=0.1)
+BOTH_MODES = ("inference", "training")
+
+Column = tuple[str, str | Callable[[Row], str]]  # (title, field or a function that writes the text of a row)
+
+
+def setting_columns(*fields: str) -> tuple[Column, ...]:
+    """Return columns for fields of the setting."""
+    known: dict[str, Column] = {
+        "model": ("model", lambda row: networks.title(row["model"])),
+        "size": ("px", "size"),
+    }
+    return tuple(known.get(field, (field, field)) for field in fields)
 
 
 class Bar(tqdm):
@@ -60,7 +78,7 @@ class Suite:
         measurements: makes the list from the options; measurements that are compared stand together.
         measure: (measurements that differ by their contender only, options, progress bar) -> (measurement, row) as
             they end; it moves the bar by two steps for each.
-        columns: of the table: (title, field or a function that writes the text of a row).
+        columns: of the table.
         extras: options that it takes beside device, dtypes, models, sizes, batches and contenders.
     """
 
@@ -70,7 +88,7 @@ class Suite:
     defaults: dict[str, Options]
     measurements: Callable[[Options], list[Measurement]]
     measure: Callable[[Sequence[Measurement], Options, Bar], Iterator[tuple[Measurement, Row]]]
-    columns: Sequence[tuple[str, str | Callable[[Row], str]]]
+    columns: Sequence[Column]
     extras: Sequence[str] = ()
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from benchmarks import networks
 from benchmarks.measurements import Row
 from benchmarks.report import rooflines, style, tables
-from benchmarks.report.results import Device, distinct, is_floor, is_ours, title, usual_size
+from benchmarks.report.results import Device, distinct, grouped, is_floor, is_ours, title, usual_size
 from benchmarks.report.style import MARKERS, Bar, C, Plot
 
 
@@ -46,10 +46,6 @@ def _color(row: Row) -> str:
     if is_floor(row):
         return "floor"
     return "other" if networks.family(row["model"]) == "vit" else "resnet"
-
-
-def _missing(row: Row) -> Bar:
-    return Bar(str(row["contender"]), None, str(row["status"]))
 
 
 def _batches(rows: Sequence[Row]) -> str:
@@ -101,8 +97,7 @@ def figure_11(device: Device) -> Figure | None:
 
 def _lines(rows: Sequence[Row], field: str) -> Iterator[tuple[str, str, str, list[tuple[int, float]]]]:
     """Yield (label, family, line style, points) of every line."""
-    for (model,) in distinct(rows, "model"):
-        mine = [row for row in rows if row["model"] == model]
+    for (model,), mine in grouped(rows, "model"):
         family = "vit" if networks.family(model) == "vit" else "resnet"
         if family == "resnet":
             sides = [("-", mine)]
@@ -138,84 +133,79 @@ def _by_size(ax: Axes, rows: Sequence[Row], field: str) -> None:
 # --- bars ---------------------------------------------------------------------------------------------------------
 
 
-def throughput(device: Device, mode: str) -> Figure | None:
-    """Draw images/s of all contenders at the usual image size."""
-    rows = device.rows("throughput", mode=mode)
+def _by_contender(
+    device: Device,
+    suite: str,
+    rows: Sequence[Row],
+    panel: tuple[str, ...],
+    order: tuple[str, int],
+    label: str,
+    bar: Callable[[Row], Bar],
+    heading: str,
+    small: str,
+) -> Figure | None:
+    """Draw a bar of each contender at the usual image size, in a panel for each value of the fields ``panel``."""
     if not any(row["status"] == "ok" for row in rows):
         return None
-    rows = _size(rows)
+    rows, groups = _size(rows), []
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for key, group in sorted(grouped(rows, *panel), key=lambda one: models.index(one[0][0])):
+        bars = [
+            bar(row) if row["status"] == "ok" else Bar(str(row["contender"]), None, str(row["status"]))
+            for row in _fastest_first(group, *order)
+        ]
+        batch = f", batch {key[-1]}" if panel[-1] == "batch" else _batches(group)
+        words = [value for value in key[1:] if isinstance(value, str)]
+        groups.append((", ".join([title(group[0]), *words]) + batch, bars, label))
+    heading = f"{heading} at {rows[0]['size']} pixels: {_where(device)}"
+    return style.bar_panels(heading, _small(device, suite, small), groups)
+
+
+def throughput(device: Device, mode: str) -> Figure | None:
+    """Draw images/s of all contenders."""
 
     def bar(row: Row) -> Bar:
-        if row["status"] != "ok":
-            return _missing(row)
         speed = row["batch"] / row["median_s"]
         ratio = f"   {row['ratio']:.2f}x" if "ratio" in row and not is_floor(row) else ""
         span = row["batch"] / row["p80_s"], row["batch"] / row["p20_s"]
         number = tables.FORMS["images_per_s"](speed)
         return Bar(row["contender"], speed, number + ratio, _color(row), span, bold=is_ours(row))
 
-    groups = []
-    for model, dtype in distinct(rows, "model", "dtype"):
-        group = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
-        bars = [bar(row) for row in _fastest_first(group, "images_per_s", -1)]
-        groups.append((f"{title(group[0])}, {dtype}{_batches(group)}", bars, "images/s"))
-    heading = f"{mode.capitalize()} throughput at {rows[0]['size']} pixels: {_where(device)}"
+    rows, heading = device.rows("throughput", mode=mode), f"{mode.capitalize()} throughput"
     small = (
         "Thin lines: 20th to 80th percentile. Blue: fastvit; times: timm's (of a ResNet, torchvision's) eager speed."
     )
-    return style.bar_panels(heading, _small(device, "throughput", small), groups)
+    order = "images_per_s", -1
+    return _by_contender(device, "throughput", rows, ("model", "dtype"), order, "images/s", bar, heading, small)
 
 
 def latency(device: Device) -> Figure | None:
-    """Draw milliseconds of all contenders at the usual image size."""
-    rows = device.rows("latency")
-    if not any(row["status"] == "ok" for row in rows):
-        return None
-    rows = _size(rows)
+    """Draw milliseconds of all contenders."""
 
     def bar(row: Row) -> Bar:
-        if row["status"] != "ok":
-            return _missing(row)
         median, high = 1e3 * row["median_s"], 1e3 * (row["p99_s"] or row["p80_s"])
         text = f"{median:.3g} ms" + ("" if row["p99_s"] is None else f" (p99 {high:.3g})")
         return Bar(row["contender"], median, text, _color(row), (median, max(high, median)), bold=is_ours(row))
 
-    groups = []
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    for key in sorted(distinct(rows, "model", "dtype", "batch"), key=lambda key: models.index(key[0])):
-        group = [row for row in rows if (row["model"], row["dtype"], row["batch"]) == key]
-        bars = [bar(row) for row in _fastest_first(group, "median_s", 1)]
-        groups.append((f"{title(group[0])}, {key[1]}, batch {key[2]}", bars, "milliseconds"))
+    panel, order, rows = ("model", "dtype", "batch"), ("median_s", 1), device.rows("latency")
     small = "Bars: median. Thin lines: to the 99th percentile, or to the 80th where there are fewer than 100 timings."
-    heading = f"Latency at {rows[0]['size']} pixels: {_where(device)}"
-    return style.bar_panels(heading, _small(device, "latency", small), groups)
+    return _by_contender(device, "latency", rows, panel, order, "milliseconds", bar, "Latency", small)
 
 
 def memory(device: Device) -> Figure | None:
     """Draw peak memory and its part of weights, with the largest batch that fits."""
-    rows = device.rows("memory")
-    if not any(row["status"] == "ok" for row in rows):
-        return None
-    rows = _size(rows)
 
     def bar(row: Row) -> Bar:
-        if row["status"] != "ok":
-            return _missing(row)
         if row["peak_bytes"] is None:
             return Bar(str(row["contender"]), None, "not seen from outside")
         peak, weights = row["peak_bytes"] / 2**20, row["weights_bytes"] / 2**20
         text = f"{peak:,.0f} MiB" + (f", fits {row['largest_batch']:,}" if row["largest_batch"] is not None else "")
         return Bar(row["contender"], peak, text, _color(row), lower=weights, bold=is_ours(row))
 
-    groups = []
-    for key in distinct(rows, "model", "mode", "dtype", "batch"):
-        group = [row for row in rows if (row["model"], row["mode"], row["dtype"], row["batch"]) == key]
-        bars = [bar(row) for row in _fastest_first(group, "peak_bytes", 1)]
-        groups.append((f"{title(group[0])}, {key[1]}, {key[2]}, batch {key[3]}", bars, "MiB"))
-    limits = dict.fromkeys(f"{row['limit_bytes'] / 2**30:.3g}" for row in rows if row["status"] == "ok")
+    panel, order, rows = ("model", "mode", "dtype", "batch"), ("peak_bytes", 1), device.rows("memory")
+    limits = dict.fromkeys(f"{row['limit_bytes'] / 2**30:.3g}" for row in device.done("memory"))
     small = f"Full colour: weights. fits: the largest batch that fits in {' or '.join(limits)} GiB."
-    heading = f"Peak memory at {rows[0]['size']} pixels: {_where(device)}"
-    return style.bar_panels(heading, _small(device, "memory", small), groups)
+    return _by_contender(device, "memory", rows, panel, order, "MiB", bar, "Peak memory", small)
 
 
 def waterfall(device: Device) -> Figure | None:
@@ -224,8 +214,7 @@ def waterfall(device: Device) -> Figure | None:
     if not rows:
         return None
     groups = []
-    for key in distinct(rows, "model", "size", "dtype"):
-        steps = [row for row in rows if (row["model"], row["size"], row["dtype"]) == key]
+    for key, steps in grouped(rows, "model", "size", "dtype"):
         bars, before = [], inf
         for row in steps:
             name = row["contender"] if row is steps[0] else f"+ {row['contender']}"
@@ -256,14 +245,13 @@ def accuracy(device: Device) -> Figure | None:
     if not rows:
         return None
     rows = _size(rows)
-    keys = distinct(rows, "model", "dtype")
+    keys = grouped(rows, "model", "dtype")
     heading = f"Error by depth at {rows[0]['size']} pixels, inference: {_where(device)}"
     small = "Largest error after a block against float64, relative to the block's largest value. Lines may coincide."
-    columns = min(3, len({dtype for _, dtype in keys}))
+    columns = min(3, len({row["dtype"] for row in rows}))
     figure, axes = style.panels(heading, _small(device, "accuracy", small), [3.4] * len(keys), columns)
     looks = _looks(dict.fromkeys(row["contender"] for row in rows))
-    for ax, key in zip(axes, keys, strict=True):
-        group = [row for row in rows if (row["model"], row["dtype"]) == key]
+    for ax, (key, group) in zip(axes, keys, strict=True):
         for row in group:
             errors = row["block_errors"]
             ax.plot(range(1, len(errors) + 1), errors, label=row["contender"], **looks[row["contender"]])

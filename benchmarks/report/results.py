@@ -127,6 +127,12 @@ def distinct(rows: Sequence[Row], *fields: str) -> list[tuple[Any, ...]]:
     return list(dict.fromkeys(tuple(row[field] for field in fields) for row in rows))
 
 
+def grouped(rows: Sequence[Row], *fields: str) -> list[tuple[tuple[Any, ...], list[Row]]]:
+    """Return (values of ``fields``, rows with these values) in the rows' order."""
+    keys = distinct(rows, *fields)
+    return [(key, [row for row in rows if tuple(row[field] for field in fields) == key]) for key in keys]
+
+
 def title(row: Row) -> str:
     """Return the row's model as papers write it."""
     return networks.title(row["model"])

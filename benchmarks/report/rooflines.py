@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.report import style
-from benchmarks.report.results import Device, distinct, is_ours
+from benchmarks.report.results import Device, grouped, is_ours
 from benchmarks.report.style import MARKERS, C
 
 OPS = {"attention": "ours", "linear": "resnet", "mlp": "purple", "layer_norm": "green", "patch_embed": "red"}
@@ -23,13 +23,12 @@ def measured(device: Device, heading: str, small: Callable[[str], str]) -> Figur
     rows = [row for row in device.done("kernels") if row["flops"]]
     if not rows:
         return None
-    keys = distinct(rows, "dtype", "direction")
+    keys = grouped(rows, "dtype", "direction")
     note = (
         "Full: fastvit. Hollow: the others. Lines: the ceilings, measured in the same run. LayerNorm counts no FLOPs."
     )
     figure, axes = style.panels(heading, small(note), [4.2] * len(keys), 2)
-    for ax, key in zip(axes, keys, strict=True):
-        group = [row for row in rows if (row["dtype"], row["direction"]) == key]
+    for ax, (key, group) in zip(axes, keys, strict=True):
         peak, bandwidth = (max(row[name] for row in group) for name in ("peak_tflops_per_s", "copy_gb_per_s"))
         intensity = [row["flops"] / row["bytes"] for row in group]
         x = np.geomspace(min(intensity) / 2, max(*intensity, 1e3 * peak / bandwidth) * 2, 200)

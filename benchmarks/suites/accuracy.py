@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import networks
 from benchmarks.measurements import Measurement, MeasurementFailed, Row
 from benchmarks.race import alone
 from benchmarks.subjects import ModelSubject, baseline, measurements_by_batch, starter
-from benchmarks.suite import Bar, Options, Suite
+from benchmarks.suite import GPU, QUICK, Bar, Options, Suite, setting_columns
 
 BY_BLOCK = ("timm", "fastvit")  # libraries with forward_intermediates
 
@@ -91,27 +91,21 @@ SUITE = Suite(
     "relative to its largest value.",
     defaults={
         "cpu": Options(contenders=tuple(name for name in ALL if name != "fastvit-cuda"), batches=(2,)),
-        "cuda": Options(
-            device="cuda",
+        "cuda": replace(
+            GPU,
             dtypes=("float32", "bfloat16", "float16"),
-            models=("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"),
             batches=(8,),
             contenders=tuple(name for name in ALL if name != "fastvit-onednn"),
         ),
-        "quick": Options(
-            models=("vit_tiny_patch16_224",),
-            sizes=(64,),
-            batches=(2,),
+        "quick": replace(
+            QUICK,
             contenders=("timm", "fastvit-reference", "fastvit-onednn", "fastvit-triton", "torchvision", "huggingface"),
         ),
     },
     measurements=measurements_by_batch,
     measure=_measure,
     columns=(
-        ("model", lambda row: networks.title(row["model"])),
-        ("px", "size"),
-        ("dtype", "dtype"),
-        ("contender", "contender"),
+        *setting_columns("model", "size", "dtype", "contender"),
         ("largest logit", "max_abs_logit"),
         ("max error", "max_abs_logit_error"),
         ("mean error", "mean_abs_logit_error"),

@@ -6,19 +6,20 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import measure, networks, op_impls
+from benchmarks import measure, op_impls
 from benchmarks.measurements import Measurement, Row, grid
 from benchmarks.op_impls import BASELINE, CASES, Arguments, Function, leaves, tensors
 from benchmarks.race import race
 from benchmarks.roofline import measured_ceilings
 from benchmarks.subjects import largest_error, starter
-from benchmarks.suite import Bar, Options, Suite
+from benchmarks.suite import GPU, QUICK, Bar, Options, Suite, setting_columns
 from fastvit import reference
 from fastvit.integrations.graphs import capture
 from fastvit.tuning import compile_report
@@ -219,20 +220,10 @@ SUITE = Suite(
             modes=tuple(DIRECTIONS),
             budget=1.0,
         ),
-        "cuda": Options(
-            device="cuda",
-            dtypes=("bfloat16",),
-            models=("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"),
-            batches=(256,),
-            contenders=(*ALL, "fastvit-cuda"),
-            modes=tuple(DIRECTIONS),
-            budget=1.0,
-        ),
-        "quick": Options(
+        "cuda": replace(GPU, batches=(256,), contenders=(*ALL, "fastvit-cuda"), modes=tuple(DIRECTIONS), budget=1.0),
+        "quick": replace(
+            QUICK,
             dtypes=("float32",),
-            models=("vit_tiny_patch16_224",),
-            sizes=(64,),
-            batches=(2,),
             contenders=(BASELINE, "fastvit", "sdpa-flash", "unfold"),
             modes=tuple(DIRECTIONS),
             budget=0.1,
@@ -242,12 +233,7 @@ SUITE = Suite(
     measure=_measure,
     extras=("modes", "budget"),
     columns=(
-        ("op", "op"),
-        ("model", lambda row: networks.title(row["model"])),
-        ("shape", "shape"),
-        ("direction", "direction"),
-        ("dtype", "dtype"),
-        ("contender", "contender"),
+        *setting_columns("op", "model", "shape", "direction", "dtype", "contender"),
         ("median ms", "median_s"),
         ("spread", "spread"),
         ("x baseline", "ratio"),

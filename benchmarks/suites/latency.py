@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from benchmarks import measure, networks
+from benchmarks import measure
 from benchmarks.measurements import Measurement, Row
 from benchmarks.race import race
 from benchmarks.subjects import Expected, ModelSubject, Run, baseline, measurements_by_batch, starter
-from benchmarks.suite import Bar, Options, Suite
+from benchmarks.suite import GPU, QUICK, Bar, Options, Suite, setting_columns
 
 SAMPLE = 0.25  # seconds of calls in a row, each timed by itself
 CALLS = (1, 50)
@@ -53,9 +54,8 @@ SUITE = Suite(
             batches=(1, 8),
             contenders=("timm", "timm-compile", "fastvit", "fastvit-compile", "torchvision", "huggingface"),
         ),
-        "cuda": Options(
-            device="cuda",
-            dtypes=("bfloat16",),
+        "cuda": replace(
+            GPU,
             models=("vit_base_patch16_224", "vit_large_patch16_224", "resnet50"),
             batches=(1, 8, 32),
             contenders=(
@@ -72,17 +72,13 @@ SUITE = Suite(
             ),
             budget=15.0,
         ),
-        "quick": Options(models=("vit_tiny_patch16_224",), sizes=(64,), batches=(1,), budget=1.0),
+        "quick": replace(QUICK, batches=(1,)),
     },
     measurements=measurements_by_batch,
     measure=_measure,
     extras=("budget",),
     columns=(
-        ("model", lambda row: networks.title(row["model"])),
-        ("px", "size"),
-        ("dtype", "dtype"),
-        ("batch", "batch"),
-        ("contender", "contender"),
+        *setting_columns("model", "size", "dtype", "batch", "contender"),
         ("median ms", "median_s"),
         ("p99 ms", "p99_s"),
         ("spread", "spread"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +11,7 @@ from benchmarks import measure, networks
 from benchmarks.measurements import Measurement, Row
 from benchmarks.race import alone
 from benchmarks.subjects import ModelSubject, measurements_by_batch, starter
-from benchmarks.suite import CPU_DTYPES, Bar, Options, Suite
+from benchmarks.suite import BOTH_MODES, CPU_DTYPES, GPU, QUICK, Bar, Options, Suite, setting_columns
 
 LARGEST = 1 << 15  # PyTorch has kernels with the batch in the grid's y, which ends below 1 << 16
 PRECISION = 32  # the bisection ends when it knows the largest batch to one part in this many
@@ -118,36 +119,23 @@ SUITE = Suite(
             dtypes=CPU_DTYPES[-1:],
             models=("vit_small_patch16_224", "resnet50"),
             contenders=("timm", "fastvit", "torchvision", "huggingface"),
-            modes=("inference", "training"),
+            modes=BOTH_MODES,
             limit=0.25,
         ),
-        "cuda": Options(
-            device="cuda",
-            dtypes=("bfloat16",),
+        "cuda": replace(
+            GPU,
             models=(*networks.FIGURE_11, "resnet50"),
             batches=(64,),
             contenders=("timm", "timm-compile", "fastvit", "torchvision", "huggingface"),
-            modes=("inference", "training"),
+            modes=BOTH_MODES,
         ),
-        "quick": Options(
-            dtypes=("float32",),
-            models=("vit_tiny_patch16_224",),
-            sizes=(64,),
-            batches=(2,),
-            modes=("inference", "training"),
-            limit=0.1,
-        ),
+        "quick": replace(QUICK, dtypes=("float32",), modes=BOTH_MODES),
     },
     measurements=measurements_by_batch,
     measure=_measure,
     extras=("modes", "limit"),
     columns=(
-        ("model", lambda row: networks.title(row["model"])),
-        ("px", "size"),
-        ("mode", "mode"),
-        ("dtype", "dtype"),
-        ("contender", "contender"),
-        ("batch", "batch"),
+        *setting_columns("model", "size", "mode", "dtype", "contender", "batch"),
         ("peak MiB", "peak_bytes"),
         ("activations MiB", "activation_bytes"),
         ("largest batch", "largest_batch"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +11,7 @@ from benchmarks import measure, networks
 from benchmarks.measurements import Measurement, MeasurementFailed, Row
 from benchmarks.race import race
 from benchmarks.subjects import Expected, ModelSubject, Run, baseline, model_measurements, starter
-from benchmarks.suite import Bar, Options, Suite
+from benchmarks.suite import BOTH_MODES, GPU, QUICK, Bar, Options, Suite, setting_columns
 from fastvit.ops import backends
 
 GIVE_UP = 0.97  # a batch slower than this times the best one ends the search: larger ones are no better
@@ -121,36 +122,27 @@ SUITE = Suite(
             models=("vit_base_patch16_224", "resnet50"),
             contenders=("timm", "timm-compile", "fastvit", "fastvit-compile", "torchvision", "huggingface"),
         ),
-        "cuda": Options(
-            device="cuda",
-            dtypes=("bfloat16",),
+        "cuda": replace(
+            GPU,
             models=networks.FIGURE_11 + networks.RESNETS,
             sizes=(64, 128, 224, 384, 512),
             batches=(32, 64, 128, 256, 512, 1024),
             contenders=ALL,
-            modes=("inference", "training"),
+            modes=BOTH_MODES,
             budget=10.0,
         ),
-        "quick": Options(
+        "quick": replace(
+            QUICK,
             dtypes=("float32",),
-            models=("vit_tiny_patch16_224",),
-            sizes=(64,),
-            batches=(2,),
             contenders=("timm", "fastvit", "fastvit-reference", "torchvision", "huggingface", "floor"),
-            modes=("inference", "training"),
-            budget=1.0,
+            modes=BOTH_MODES,
         ),
     },
     measurements=model_measurements,
     measure=_measure,
     extras=("modes", "budget"),
     columns=(
-        ("model", lambda row: networks.title(row["model"])),
-        ("px", "size"),
-        ("mode", "mode"),
-        ("dtype", "dtype"),
-        ("contender", "contender"),
-        ("batch", "batch"),
+        *setting_columns("model", "size", "mode", "dtype", "contender", "batch"),
         ("images/s", "images_per_s"),
         ("spread", "spread"),
         ("x baseline", "ratio"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from benchmarks.measurements import Measurement, Row, grid
 from benchmarks.networks import Network
 from benchmarks.race import race
 from benchmarks.subjects import starter
-from benchmarks.suite import Bar, Options, Suite
+from benchmarks.suite import GPU, QUICK, Bar, Options, Suite, setting_columns
 from benchmarks.suites.throughput import Throughput
 from fastvit.ops.backends import ONEDNN_OPS, OPS
 
@@ -94,25 +95,14 @@ SUITE = Suite(
     "last block, and on a GPU a CUDA graph. Each step has all that stand before it. --contenders takes steps.",
     defaults={
         "cpu": Options(contenders=STEPS["cpu"]),
-        "cuda": Options(
-            device="cuda",
-            dtypes=("bfloat16",),
-            models=("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"),
-            batches=(256,),
-            contenders=STEPS["cuda"],
-            budget=20.0,
-        ),
-        "quick": Options(
-            models=("vit_tiny_patch16_224",), sizes=(64,), batches=(2,), contenders=STEPS["cpu"], budget=1.0
-        ),
+        "cuda": replace(GPU, batches=(256,), contenders=STEPS["cuda"], budget=20.0),
+        "quick": replace(QUICK, contenders=STEPS["cpu"]),
     },
     measurements=_measurements,
     measure=_measure,
     extras=("budget",),
     columns=(
-        ("model", lambda row: networks.title(row["model"])),
-        ("px", "size"),
-        ("dtype", "dtype"),
+        *setting_columns("model", "size", "dtype"),
         ("step", "contender"),
         ("batch", "batch"),
         ("images/s", "images_per_s"),
