@@ -117,7 +117,7 @@ def _shown(value: object) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, so that ``--help`` suffices."""
+    """Return the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Benchmarks of fastvit beside the libraries that people use."
     )

@@ -1,4 +1,4 @@
-"""What a suite is: its measurements and how they are taken; and how a suite runs, is kept and is resumed."""
+"""A suite: its measurements, its table, and the run that stores results and resumes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Options:
     limit: float | None = None  # GiB of memory
 
 
-# What the suites' defaults start from: on a GPU, and to see in seconds whether a suite runs.
+# Starting points of the suites' defaults: on a GPU, and for a run of seconds.
 GPU = Options("cuda", ("bfloat16",), ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"))
 QUICK = Options(models=("vit_tiny_patch16_224",), sizes=(64,), batches=(2,), budget=1.0, limit=0.1)
 BOTH_MODES = ("inference", "training")

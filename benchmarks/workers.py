@@ -72,10 +72,10 @@ class Worker:
             self.connection.poll(self.limit)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """The answer of the subject's method.
+        """Return the answer of the subject's method.
 
         Raises:
-            Unavailable: the subject says that it can't take part.
+            Unavailable: the subject can't run here.
             MeasurementFailed: it raised something else, died, or did not answer in time.
         """
         if not self.made:

@@ -288,7 +288,7 @@ def test_the_digest_is_of_what_is_measured(tmp_path: Path, monkeypatch: pytest.M
         before = measurements.code()
 
 
-# --- who is compared ------------------------------------------------------------------------------------------
+# --- contenders --------------------------------------------------------------------------------------------
 
 
 def test_names_of_contenders() -> None:
@@ -415,7 +415,7 @@ def test_photographs_are_real_and_the_same_each_time() -> None:
 
 
 def test_every_network_is_the_same_in_every_library() -> None:
-    """Names and shapes of the weights, on meta tensors: timm has no head for some names unless it is told."""
+    """Names and shapes of the weights, on meta tensors: timm has no head for some names by default."""
     import fastvit
 
     for name in networks.FIGURE_11:

@@ -54,9 +54,7 @@ def test_a_quick_run_passes(quick: tuple[int, Path], found: dict[str, Any]) -> N
 
 def test_two_runs_write_the_same_bytes(quick: tuple[int, Path], tmp_path: Path) -> None:
     """In another process, whose sets and dictionaries of strings are in another order."""
-    code = (
-        f"from benchmarks.suites import static; static.run(static.Path({str(tmp_path)!r}), quick=True)"
-    )
+    code = f"from benchmarks.suites import static; static.run(static.Path({str(tmp_path)!r}), quick=True)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (quick[1] / name).read_bytes(), name

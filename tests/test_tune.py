@@ -265,7 +265,7 @@ def gate(path: Path) -> None:
     for problem, one in measured.items():
         dtype = torch.float32 if problem.dtype == "float32" else torch.bfloat16
         reason = candidates.rejection(problem, dtype, one["tile"], table["arch"])
-        # What is not hot may spill: there the derived tile, which is compiled elsewhere, may be the best.
+        # A kernel that is not hot may spill: there the derived tile, compiled elsewhere, may be the best.
         assert reason is None or one["tile"] == one["derived"], f"{path.name}, {problem}: {reason}"
 
 

@@ -1,6 +1,6 @@
-"""What results look like: tables, plots, README.md's part and the page. Nothing here measures.
+"""Results as tables, plots, README.md's part and the page. Nothing here measures.
 
-The modules that draw are imported when they are needed: other commands need only :mod:`benchmarks.report.tables`.
+Functions import the modules that draw: other commands need only :mod:`benchmarks.report.tables`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from benchmarks.measurements import RESULTS, ROOT, load
 
 STATIC = RESULTS / "static.json"  # what `python -m benchmarks static --out benchmarks/results` writes
 README = ROOT / "README.md"
-OUT = Path("bench-out/report")  # where the command writes, unless it is told
+OUT = Path("bench-out/report")  # where the command writes by default
 
 
 def write(results: Path, static: Path | None, out: Path, readme: Path | None) -> list[Path]:
@@ -24,7 +24,7 @@ def write(results: Path, static: Path | None, out: Path, readme: Path | None) ->
         readme: a file with the marks of :mod:`benchmarks.report.readme`; None: no README is touched.
 
     Returns:
-        What was written, the page first.
+        The written files, the page first.
 
     Raises:
         ValueError: a file is no result file, or the README has no marks.
@@ -60,7 +60,7 @@ def draw(path: Path) -> list[Path]:
 
 
 def is_current(results: Path, static: Path | None, readme: Path) -> bool:
-    """Whether README.md's part is what :func:`write` would write; arguments and errors are its."""
+    """Return whether README.md's part is what :func:`write` would write; arguments and errors are its."""
     from benchmarks.report import derived
     from benchmarks.report import readme as part
     from benchmarks.report.results import read

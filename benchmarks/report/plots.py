@@ -184,7 +184,8 @@ def latency(device: Device) -> Figure | None:
 
     def bar(row: Row) -> Bar:
         median, high = 1e3 * row["median_s"], 1e3 * (row["p99_s"] or row["p80_s"])
-        text = f"{median:.3g} ms" + ("" if row["p99_s"] is None else f" (p99 {high:.3g})")
+        p99 = "" if row["p99_s"] is None else f" (p99 {tables.text(row, 'p99_s')})"
+        text = f"{tables.text(row, 'median_s')} ms{p99}"
         return Bar(row["contender"], median, text, _color(row), (median, max(high, median)), bold=is_ours(row))
 
     panel, order, rows = ("model", "dtype", "batch"), ("median_s", 1), device.rows("latency")
@@ -257,13 +258,13 @@ def accuracy(device: Device) -> Figure | None:
             ax.plot(range(1, len(errors) + 1), errors, label=row["contender"], **looks[row["contender"]])
         ax.set_yscale("log")
         low, high = ax.get_ylim()
-        if high / low < 30:  # a flat curve is to look flat
-            ax.set_ylim(low / 3, high * 3)
+        if high / low < 30:  # a flat curve is to look flat; and the legend has room above it
+            ax.set_ylim(low / 3, high * 8)
         style.log_ticks(ax.yaxis, ".0e")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("block")
         ax.set_title(f"{title(group[0])}, {key[1]}")
-        ax.legend(loc="best")
+        ax.legend(loc="upper left", ncols=2)
     return figure
 
 

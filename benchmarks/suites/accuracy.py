@@ -21,7 +21,7 @@ class Accuracy(ModelSubject):
     """Errors of a model against the same network in float64."""
 
     def errors(self) -> Row:
-        """Largest and mean error of the logits, and each block's largest, relative to its largest value."""
+        """Return the largest and mean error of the logits, and each block's largest, relative to its largest value."""
         batch = self.measurement["batch"]
         exact_model = copy.deepcopy(self.network.source).to(self.device, torch.float64)
         with torch.no_grad():
@@ -52,7 +52,7 @@ class Accuracy(ModelSubject):
 
 
 def _blocks(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """What every block puts out, float64 on the CPU: (B, tokens without the class token, D) each."""
+    """Return every block's output, float64 on the CPU: (B, tokens without the class token, D) each."""
     found = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)  # type: ignore[operator]
     return [tensor.double().cpu() for tensor in found]
 
@@ -71,7 +71,7 @@ def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterat
             yield measurement, row
 
 
-ALL = (
+ALL = [
     "timm",
     "timm-autocast",
     "timm-compile",
@@ -82,7 +82,7 @@ ALL = (
     "fastvit-autocast",
     "torchvision",
     "huggingface",
-)
+]
 SUITE = Suite(
     name="accuracy",
     help="errors of logits and blocks against float64, beside eager's",

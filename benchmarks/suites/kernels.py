@@ -29,14 +29,14 @@ CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # of Linux: 
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the last cache before memory: the L2 of a GPU, the L3 of a CPU (32 MiB where the system does not tell)."""
+    """Return the size of the last cache before memory: a GPU's L2, a CPU's L3 (32 MiB where it is unknown)."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     return 1024 * int(CPU_CACHE.read_text().strip().removesuffix("K")) if CPU_CACHE.exists() else 32 * 2**20
 
 
 class Kernel:
-    """A :class:`benchmarks.race.Racer`: one function on one op's arguments, forward or backward.
+    """A :class:`benchmarks.race.Racer`: one implementation on one op's arguments, forward or backward.
 
     Args:
         measurement: has op, model, size, batch, direction and dtype.
@@ -63,12 +63,12 @@ class Kernel:
         return nn.Parameter(data.to(self.dtype), requires_grad=self.backward)
 
     def _upstream(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Random gradients of the outputs, the same ones in every dtype."""
+        """Return random gradients of the outputs, the same ones in every dtype."""
         torch.manual_seed(1)
         return [torch.randn(o.shape, device=self.device).to(self.dtype).to(o.dtype) for o in outputs]
 
     def _results(self, function: Function, arguments: Arguments) -> list[Tensor]:
-        """What is checked: the outputs, or the gradients of all arguments that need one."""
+        """Compute the results to check: the outputs, or the gradients of all arguments that need one."""
         with torch.set_grad_enabled(self.backward):
             outputs = tensors(function(**arguments))
             if self.backward:
@@ -76,7 +76,7 @@ class Kernel:
         return outputs
 
     def _exact(self) -> list[Tensor]:
-        """The results in float64, by the reference."""
+        """Compute the results in float64 by the reference."""
         arguments = copy.deepcopy(self.arguments)
         for tensor in tensors(arguments):
             if tensor.is_floating_point():
@@ -85,11 +85,11 @@ class Kernel:
             return self._results(getattr(reference, self.case.op), arguments)
 
     def expected(self) -> list[float]:
-        """The largest absolute error of each result."""
+        """Return the largest absolute error of each result."""
         return [(a - b).abs().max().item() for a, b in zip(self.found, self._exact(), strict=True)]
 
     def _check(self, expected: list[float]) -> float:
-        """The largest error of a result relative to the baseline's."""
+        """Return the largest error of a result relative to the baseline's."""
         worst = 0.0
         for number, (tensor, exact, eager) in enumerate(zip(self.found, self._exact(), expected, strict=True)):
             what = f"gradient {number}" if self.backward else f"output {number}"
@@ -98,7 +98,7 @@ class Kernel:
         return worst
 
     def prepare(self, expected: list[float], baseline: Row | None) -> Row:
-        """Check, and get the calls ready, one on each of so many arguments that no cache holds them.
+        """Check the results, and get ready to call on so many sets of arguments that no cache holds them.
 
         Raises:
             MeasurementFailed: a result's error is more than twice the baseline's.
@@ -125,14 +125,14 @@ class Kernel:
         return {"timed": timed, "sets": len(self.sets), "error_ratio": worst}
 
     def _sets(self) -> list[tuple[Arguments, list[Tensor]]]:
-        """Arguments, and backward the outputs' gradients: so many that twice as much as the cache holds is read."""
+        """Return sets of arguments and, backward, of the outputs' gradients: together twice the cache's size."""
         outputs = tensors(self.function(**self.arguments)) if self.backward else []
         first = self.arguments, self._upstream(outputs)
         number = math.ceil(2 * cache_bytes(self.device) / compile_report.distinct_bytes(first))
         return [first, *(copy.deepcopy(first) for _ in range(max(number, 2) - 1))]
 
     def _forwards(self) -> Function:
-        """A call on the next set."""
+        """Return a function that calls on the next set."""
         turns = itertools.cycle(self.sets)
 
         def call() -> None:
@@ -143,7 +143,7 @@ class Kernel:
         return call
 
     def _backwards(self) -> Function:
-        """The backward pass alone of the next set: the forward ones are done here, and kept."""
+        """Return a function that runs the next set's backward pass; the forward passes run here, once."""
         graphs = [(tensors(self.function(**given)), leaves(given), upstream) for given, upstream in self.sets]
         turns = itertools.cycle(graphs)
 
@@ -153,7 +153,7 @@ class Kernel:
         return call
 
     def sample(self) -> list[float]:
-        """One timing of about :data:`measure.SLICE` seconds: the mean of its calls."""
+        """Time about :data:`measure.SLICE` seconds; return the mean of its calls."""
         self.run()  # the clocks and caches that another process left
         return [measure.seconds(self.run, self.device, self.repeats) / self.calls]
 

@@ -34,7 +34,7 @@ class Latency(ModelSubject):
         return row
 
     def sample(self) -> list[float]:
-        """The durations of several calls, the host waiting for each."""
+        """Time several calls, the host waiting for each."""
         self.run()  # the clocks and caches that another process left
         return [measure.seconds(self.run, self.device) for _ in range(self.calls)]
 
@@ -58,7 +58,7 @@ SUITE = Suite(
             GPU,
             models=("vit_base_patch16_224", "vit_large_patch16_224", "resnet50"),
             batches=(1, 8, 32),
-            contenders=(
+            contenders=[
                 "timm",
                 "timm-graph",
                 "timm-compile",
@@ -69,7 +69,7 @@ SUITE = Suite(
                 "torchvision-graph",
                 "torchvision-compile",
                 "huggingface",
-            ),
+            ],
             budget=15.0,
         ),
         "quick": replace(QUICK, batches=(1,)),

@@ -30,7 +30,7 @@ class Memory(ModelSubject):
         self.ended: str | None = None  # why a batch was too large, where it was not memory
 
     def measure(self) -> Row:
-        """Bytes at the measurement's batch, and the bisection."""
+        """Measure bytes at the measurement's batch, and bisect the largest batch."""
         batch = self.measurement["batch"]
         self.held = self.first_calls(batch)
         row: Row = {
@@ -51,7 +51,7 @@ class Memory(ModelSubject):
         return row
 
     def _activations(self) -> int:
-        """Bytes that the forward pass of a step leaves for the backward pass, the logits included."""
+        """Return the bytes that the forward pass of a step leaves for the backward pass, the logits included."""
         inputs, kept = self._images(self.measurement["batch"]), []
 
         def forward() -> None:
@@ -61,13 +61,13 @@ class Memory(ModelSubject):
         return measure.memory(forward, self.device)[1]
 
     def _limit(self) -> int:
-        """Bytes that may be used: those that were given, or all that the device has."""
+        """Return the bytes that may be used: the option's, or all of the device's."""
         if self.limit is not None:
             return self.limit
         return torch.cuda.get_device_properties(self.device).total_memory
 
     def _fits(self, batch: int) -> bool:
-        """Whether a step on ``batch`` images stays under the limit: on a GPU tried, on a CPU counted."""
+        """Return whether a step on ``batch`` images stays under the limit: on a GPU tried, on a CPU counted."""
         try:
             run = self.call(batch)
             if self.device.type == "cuda":
@@ -86,7 +86,7 @@ class Memory(ModelSubject):
                 torch.cuda.empty_cache()
 
     def _bisect(self) -> tuple[int, int | None]:
-        """(a batch that fits, the smallest one tried that does not), by doubling and then halving the gap."""
+        """Return (a batch that fits, the smallest tried one that does not), by doubling and then halving the gap."""
         fits, fails, batch = 0, None, 1
         while fails is None and batch <= LARGEST:
             fits, fails = (batch, None) if self._fits(batch) else (fits, batch)

@@ -1,7 +1,7 @@
-"""What is known without a GPU: launches, bytes, FLOPs, roofline floors, and the compiler's report on every kernel.
+"""``python -m benchmarks static``: launches, bytes, FLOPs, floors and the compiler's report, without a GPU.
 
-Nothing here is timed, so two runs write the same bytes. :func:`run` fails where a limit is passed, or where a figure
-is worse than in the committed ``results/static.json``.
+Nothing here is timed, so two runs write the same bytes. :func:`run` fails where a figure passes a limit or is worse
+than in the committed ``results/static.json``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Task = tuple[int, int, tuple[int, ...]]  # architecture, index of the workload, 
 
 
 def _tasks(architectures: Iterable[int], workloads: int) -> Iterator[Task]:
-    """One launch of every configuration, by the first workload that has it."""
+    """Yield one launch of every configuration, by the first workload that has it."""
     for arch in architectures:
         known: set[Any] = set()
         for index in range(workloads):
@@ -57,7 +57,7 @@ def _tasks(architectures: Iterable[int], workloads: int) -> Iterator[Task]:
 
 
 def _compile(task: Task) -> list[dict[str, Any]]:
-    """The compiler's report on a task's launches, which are recorded again here: they do not travel."""
+    """Return the compiler's report on a task's launches, recorded again here: they can't be pickled."""
     arch, index, positions = task
     workload = compile_report.WORKLOADS[index]
     launches = compile_report.launches(workload, arch).launches
@@ -106,7 +106,7 @@ def compile_kernels(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def limits(found: dict[str, Any]) -> list[str]:
-    """The limits that are passed, whatever the baseline says."""
+    """Return the figures that pass a limit, whatever the baseline says."""
     failures = []
     if found["launches_per_block"] > MAX_LAUNCHES_PER_BLOCK:
         failures.append(f"launches_per_block: {found['launches_per_block']}, at most {MAX_LAUNCHES_PER_BLOCK} allowed")
@@ -123,7 +123,7 @@ def limits(found: dict[str, Any]) -> list[str]:
 
 
 def figures(found: dict[str, Any]) -> dict[str, float]:
-    """The figures that the baseline holds, by name; less is better in all. Of the kernels, the most of each."""
+    """Return the figures of the baseline, by name; less is better in all. Of the kernels, the most of each."""
     held = {
         "launches_per_block": found["launches_per_block"],
         "saved_bytes_ratio_to_timm": round(found["saved_bytes_ratio_to_timm"], 6),
@@ -142,7 +142,7 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
 
 
 def compare(held: dict[str, float], baseline: dict[str, float], complete: bool) -> tuple[list[str], list[str]]:
-    """(what fails, what got better) against the baseline.
+    """Return (worse figures, better figures) than the baseline's.
 
     A ``complete`` run fails as well where it has a figure that the baseline lacks, or lacks one that it has.
     """

@@ -46,12 +46,12 @@ class Throughput(ModelSubject):
         return row | more
 
     def _release(self) -> None:
-        """Give the memory that nobody uses back to the GPU: other contenders are on it too."""
+        """Give unused memory back to the GPU, which other contenders share."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _best(self, batches: Sequence[int]) -> int:
-        """The quickest of ``batches`` that fit, from small to large; the smallest is halved until it fits."""
+        """Return the quickest of ``batches`` that fit, from small to large; the smallest is halved until it fits."""
         if len(batches) == 1 and self.device.type == "cpu":
             return batches[0]  # nothing to choose
         best = batches[0]
@@ -70,7 +70,7 @@ class Throughput(ModelSubject):
         return best
 
     def _speed(self, batch: int) -> float | None:
-        """Images/s of a few steps; None where they don't fit."""
+        """Return images/s of a few steps; None where they don't fit."""
         try:
             run = self.call(batch)
             run()
@@ -81,7 +81,7 @@ class Throughput(ModelSubject):
         return speed
 
     def sample(self) -> list[float]:
-        """One timing of as many steps as last :data:`measure.SLICE` seconds."""
+        """Time as many steps as last :data:`measure.SLICE` seconds."""
         self.run()  # takes memory again, and finds clocks and caches as another process left them
         found = measure.seconds(self.run, self.device, self.repeats)
         self._release()
@@ -96,7 +96,7 @@ def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterat
         yield measurement, row
 
 
-ALL = (
+ALL = [
     "timm",
     "timm-compile",
     "timm-compile-max",
@@ -110,7 +110,7 @@ ALL = (
     "torchvision-compile",
     "huggingface",
     "floor",
-)
+]
 SUITE = Suite(
     name="throughput",
     help="images/s at the best batch, inference and training",

@@ -1,4 +1,4 @@
-"""``python -m benchmarks waterfall``: what every fusion brings, switched on one after the other in one model."""
+"""``python -m benchmarks waterfall``: the gain of every fusion, switched on one after the other in one model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BACKEND = {"cpu": "onednn", "cuda": "triton"}
 
 
 def step_of(op: str) -> str:
-    """The step that switches an op on."""
+    """Return the step that switches an op on."""
     return "attention" if op.startswith(("attention", "rotate")) else op
 
 
@@ -89,7 +89,7 @@ def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterat
 
 SUITE = Suite(
     name="waterfall",
-    help="what every fusion brings, one after the other",
+    help="the gain of every fusion, one after the other",
     description="Images per second of one model in inference, in steps: first every op by PyTorch and all tokens "
     "computed to the end; then one op after the other on oneDNN (on a GPU, in Triton), the class token alone in the "
     "last block, and on a GPU a CUDA graph. Each step has all that stand before it. --contenders takes steps.",
