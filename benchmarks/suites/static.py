@@ -1,6 +1,6 @@
 """``python -m benchmarks static``: launches, bytes, FLOPs, floors and the compiler's report, without a GPU.
 
-Nothing here is timed, so two runs write the same bytes. :func:`run` fails where a figure passes a limit or is worse
+Nothing here is timed, so two runs write the same bytes. :func:`gate` fails where a figure passes a limit or is worse
 than in the committed ``results/static.json``.
 """
 
@@ -20,7 +20,6 @@ import triton
 from tqdm import tqdm
 
 from benchmarks.measurements import RESULTS
-from benchmarks.report import derived, style, tables
 from benchmarks.suites.static_counts import derive
 from fastvit.triton import launch
 from fastvit.tuning import compile_report
@@ -78,7 +77,7 @@ def _compile(task: Task) -> list[dict[str, Any]]:
 
 
 def compile_kernels(quick: bool = False) -> list[dict[str, Any]]:
-    """Compile every configuration of every workload for every architecture, on all cores (quick: see :func:`run`)."""
+    """Compile every configuration of every workload for every architecture, on all cores (see :func:`collect`)."""
     tasks = [
         task
         for task in (_tasks((90,), 1) if quick else _tasks(launch.ARCHITECTURES, len(compile_report.WORKLOADS)))
@@ -159,52 +158,36 @@ def compare(held: dict[str, float], baseline: dict[str, float], complete: bool) 
     return worse, better
 
 
-def _versions() -> dict[str, str]:
-    return {"timm": timm.__version__, "torch": torch.__version__, "triton": triton.__version__}
-
-
-def run(out: Path, *, quick: bool = False, accept: bool = False) -> int:
-    """Write static.json, static.csv and static.png into ``out`` and compare with the baseline.
-
-    Args:
-        out: a folder; made where it is not there.
-        quick: ViT-B/16 alone, and only sm_90.
-        accept: rewrite the baseline.
-
-    Returns:
-        The exit status: 1 where a limit is passed or a figure is worse than the baseline.
+def collect(quick: bool = False) -> dict[str, Any]:
+    """Count and compile everything; return the content of static.json. quick: ViT-B/16 alone, and only sm_90.
 
     Raises:
-        ValueError: quick and accept, which would drop most of the baseline.
         RuntimeError: TRITON_INTERPRET=1.
     """
-    if quick and accept:
-        raise ValueError("--accept needs a complete run: leave --quick out")
     if launch.INTERPRETING:
         raise RuntimeError("TRITON_INTERPRET=1 is set: Triton interprets kernels and can't compile them; unset it")
-    found = {"versions": _versions(), **derive(quick), "kernels": compile_kernels(quick)}
+    versions = {"timm": timm.__version__, "torch": torch.__version__, "triton": triton.__version__}
+    return {"versions": versions, **derive(quick), "kernels": compile_kernels(quick)}
+
+
+def write(found: dict[str, Any], out: Path) -> list[Path]:
+    """Write static.json and static.csv (the kernels) into a folder, and return their paths."""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=1) + "\n"
-    (out / "static.json").write_text(text)
+    (out / "static.json").write_text(json.dumps(found, indent=1) + "\n")
     with (out / "static.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(found["kernels"][0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(found["kernels"])
-    with style.context():
-        style.save(derived.fusions(found), out / "static.png")
-    print(*map(tables.terminal, derived.summary(found)), sep="\n\n", end="\n\n")
-    print(f"wrote {out / 'static.json'}, {out / 'static.csv'} and {out / 'static.png'}")
+    return [out / "static.json", out / "static.csv"]
 
+
+def gate(found: dict[str, Any], complete: bool) -> int:
+    """Print what passes a limit or is worse than the baseline; return the exit status, 1 where anything is."""
     failures = limits(found)
-    held = figures(found)
-    if accept:
-        BASELINE.write_text(text)
-        print(f"wrote {BASELINE}")
-    else:
-        worse, better = against_baseline(held, found["versions"]["triton"], complete=not quick)
-        failures += worse
-        if better:
-            print("Better than the baseline; `python -m benchmarks static --accept` keeps it:", *better, sep="\n  ")
+    worse, better = against_baseline(figures(found), found["versions"]["triton"], complete)
+    failures += worse
+    if better:
+        print("Better than the baseline; `python -m benchmarks static --accept` keeps it:", *better, sep="\n  ")
     if failures:
         print("Failed:", *failures, sep="\n  ")
     return 1 if failures else 0
