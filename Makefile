@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
 bench: $(STAMP) ## ViT-B/16 from fastvit, timm, torchvision and Hugging Face beside a ResNet-50, on this device
 	$(PY) -m benchmarks throughput --models vit_base_patch16_224 resnet50 --sizes 224 --modes inference \
-	  --peers timm fastvit torchvision huggingface --budget 12
+	  --contenders timm fastvit torchvision huggingface --budget 12
 	$(PY) -m benchmarks report --results bench-out --out bench-out/report --no-readme
 
 speed: $(STAMP) ## micro-benchmarks of every op and backend (pytest-benchmark)

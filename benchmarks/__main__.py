@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -13,35 +14,35 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, kernels, latency, memory, report, static, suites, throughput, waterfall
-from benchmarks.cells import RESULTS, identity, slug
+from benchmarks import report
+from benchmarks.measurements import RESULTS, identity, slug
 from benchmarks.report import tables
+from benchmarks.suite import Options, Suite, run
+from benchmarks.suites import SUITES, static
 from fastvit import env
 
-SUITES = (throughput.SUITE, latency.SUITE, memory.SUITE, kernels.SUITE, waterfall.SUITE, accuracy.SUITE)
 
-
-def options(arguments: argparse.Namespace, device: str) -> suites.Options:
-    """What a suite's command line asks for on a device: the suite's defaults, and what was given instead."""
+def options(arguments: argparse.Namespace, device: str) -> Options:
+    """Return the suite's defaults for a device, with the options of the command line in their place."""
     defaults = arguments.suite.defaults["quick" if arguments.quick else device]
-    names = [field.name for field in fields(suites.Options) if field.name != "device"]
+    names = [field.name for field in fields(Options) if field.name != "device"]
     given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     return replace(defaults, device=device, **given)
 
 
 def _suite(arguments: argparse.Namespace) -> int:
-    suite: suites.Suite = arguments.suite
+    suite: Suite = arguments.suite
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: PyTorch sees no CUDA device", file=sys.stderr)
         return 2
     folder = RESULTS / slug(identity(env.device(device))) if arguments.keep else Path(arguments.out)
     try:
-        rows = suites.run(suite, options(arguments, device), folder, arguments.command, arguments.retry)
+        rows = run(suite, options(arguments, device), folder, arguments.command, arguments.retry)
     except ValueError as error:
         print(f"python -m benchmarks {suite.name}: {error}", file=sys.stderr)
         return 2
-    print("\n" + tables.terminal(rows, suite.columns))
+    print("\n" + tables.terminal(tables.of_rows(rows, suite.columns)))
     if any(field == "spread" for _, field in suite.columns):
         print("\nspread: half the distance from the 20th to the 80th percentile")
     pictures = report.draw(folder / f"{suite.name}.json")
@@ -51,10 +52,17 @@ def _suite(arguments: argparse.Namespace) -> int:
 
 def _static(arguments: argparse.Namespace) -> int:
     try:
-        return static.run(Path(arguments.out), quick=arguments.quick, accept=arguments.accept)
-    except (ValueError, RuntimeError) as error:
+        found = static.collect(arguments.quick)
+    except RuntimeError as error:
         print(f"python -m benchmarks static: {error}", file=sys.stderr)
         return 2
+    out = Path(arguments.out)
+    written = [*static.write(found, out), out / "static.png", *([static.BASELINE] if arguments.accept else [])]
+    print(report.static(found, out / "static.png"))
+    if arguments.accept:
+        shutil.copyfile(out / "static.json", static.BASELINE)
+    print("wrote " + ", ".join(map(str, written)))
+    return static.gate(found, complete=not arguments.quick)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -73,12 +81,12 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_suite(commands: Any, suite: suites.Suite) -> None:
+def _add_suite(commands: Any, suite: Suite) -> None:
     command = commands.add_parser(
         suite.name,
         help=suite.help,
-        description=f"{suite.description} A cell that is finished in the output folder is not measured again. Exit "
-        "status 1: a contender failed (its row says why); one that can't be had here is no failure.",
+        description=f"{suite.description} Measurements that are finished in the output folder are not taken "
+        "again. Exit status 1: a contender failed (its row says why); one that can't be had here is no failure.",
     )
     cpu, gpu = suite.defaults["cpu"], suite.defaults["cuda"]
 
@@ -95,7 +103,7 @@ def _add_suite(commands: Any, suite: suites.Suite) -> None:
     add("models", "--models", nargs="+", metavar="NAME", help="networks")
     add("sizes", "--sizes", nargs="+", type=_count, metavar="PIXELS", help="image sizes")
     add("batches", "--batch", nargs="+", type=_count, metavar="N", help="batch sizes")
-    add("peers", "--peers", nargs="+", metavar="NAME", help="contenders")
+    add("contenders", "--contenders", nargs="+", metavar="NAME", help="contenders")
     if "modes" in suite.extras:
         add("modes", "--modes", nargs="+", choices=["inference", "training"], help="what to do")
     if "budget" in suite.extras:
@@ -103,7 +111,7 @@ def _add_suite(commands: Any, suite: suites.Suite) -> None:
     if "limit" in suite.extras:
         add("limit", "--limit", type=_positive, metavar="GIB", help="memory that may be used")
     command.add_argument("--quick", action="store_true", help="a small network, seconds: does it run?")
-    command.add_argument("--retry", action="store_true", help="run cells again that have no result")
+    command.add_argument("--retry", action="store_true", help="run measurements again that have no result")
     where = command.add_mutually_exclusive_group()
     where.add_argument("--out", default="bench-out", metavar="DIR", help="where to write (default: %(default)s)")
     where.add_argument("--keep", action="store_true", help="write to benchmarks/results/<device>, to be committed")
@@ -117,7 +125,7 @@ def _shown(value: object) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, so that ``--help`` suffices."""
+    """Return the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Benchmarks of fastvit beside the libraries that people use."
     )
@@ -126,8 +134,9 @@ def parser() -> argparse.ArgumentParser:
         _add_suite(commands, suite)
 
     derived = commands.add_parser("static", help=static.HELP, description=static.DESCRIPTION)
-    derived.add_argument("--quick", action="store_true", help="ViT-B/16 alone, and only sm_90")
-    derived.add_argument("--accept", action="store_true", help="keep static.json as the baseline")
+    either = derived.add_mutually_exclusive_group()  # a quick run would drop most of the baseline
+    either.add_argument("--quick", action="store_true", help="ViT-B/16 alone, and only sm_90")
+    either.add_argument("--accept", action="store_true", help="keep static.json as the baseline")
     derived.add_argument("--out", default="bench-out", metavar="DIR", help="where to write (default: %(default)s)")
     derived.set_defaults(run=_static)
 

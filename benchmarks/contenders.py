@@ -1,4 +1,9 @@
-"""Who is compared: a library and a way to run it, for example ``timm-compile``, each with one network's weights."""
+"""Contenders: a library and a way to run it, for example ``timm-compile``.
+
+A new library is an entry of :data:`LIBRARIES` (a function Network -> nn.Module for each family of networks that it
+has), a new way to run any library an entry of :data:`WAYS`. :class:`Contender` is one of each, and
+:class:`benchmarks.networks.Network` has the weights that every contender gets.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastvit
-from benchmarks.cells import Unavailable
 from benchmarks.layouts import Weights, to_hugging_face, to_torchvision
+from benchmarks.measurements import Unavailable
 from benchmarks.networks import Network
 from fastvit.ops.backends import BACKENDS
 
@@ -108,15 +113,13 @@ def _xformers(network: Network) -> nn.Module:
 
 
 def _accelerated(build: Build) -> Build:
-    """The model of another library on fastvit's ops."""
+    """Return a build of another library's model on fastvit's ops."""
     return lambda network: fastvit.accelerate(build(network))
 
 
 class Floor(nn.Module):
-    """No network, but what none with these shapes can do without: every product by cuBLAS (on a CPU, oneDNN), alone,
-    and a copy of what LayerNorm and attention must read and write.
-
-    Its time is the floor that README's "x floor" divides by: forward only.
+    """No network, but the work that none with these shapes avoids: every product by cuBLAS (on a CPU, oneDNN), alone,
+    and a copy of the bytes that LayerNorm and attention read and write. Forward only.
     """
 
     def __init__(self, network: Network) -> None:
@@ -160,7 +163,7 @@ class Floor(nn.Module):
 
 @dataclass(frozen=True)
 class Library:
-    """Where a model comes from."""
+    """A library, or a backend of fastvit, that builds models."""
 
     title: str
     builds: Mapping[str, Build]  # by the network's family
@@ -191,7 +194,7 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is run."""
+    """A way to run a model."""
 
     title: str = ""
     compile: str | None = None  # torch.compile's mode
@@ -210,7 +213,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A library and a way: one row of a comparison."""
+    """A library and a way to run it: one row of a comparison."""
 
     id: str
     library: Library
@@ -218,16 +221,16 @@ class Contender:
 
     @property
     def how(self) -> str:
-        """What a table says of it beside the library's name."""
+        """Describe it beside the library's name."""
         parts = [self.way.title, self.library.how if self.library.how != "eager" or not self.way.title else ""]
         return ", ".join(part for part in parts if part)
 
     def context(self, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-        """What every call runs in."""
+        """Return the context manager for its calls."""
         return torch.autocast(device.type, dtype) if self.way.autocast else nullcontext()
 
     def model(self, network: Network, dtype: torch.dtype, device: torch.device, *, training: bool) -> nn.Module:
-        """The network's model, ready to be called in :meth:`context`.
+        """Build the network's model, ready to be called in :meth:`context`.
 
         Raises:
             Unavailable: this can't be had, for a reason that is no defect.
@@ -259,10 +262,10 @@ class Contender:
 
 
 def find(id: str) -> Contender:
-    """The contender of a name: a library's, or one and a way's, as ``timm-compile``.
+    """Return the contender of a name: a library's, or a library's and a way's, as ``timm-compile``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no contender has the name.
     """
     for way in sorted(WAYS, key=len, reverse=True):
         library = id.removesuffix(f"-{way}") if way else id
@@ -274,5 +277,5 @@ def find(id: str) -> Contender:
 
 
 def baseline(family: str) -> str:
-    """Whom the others of a family of networks are compared with."""
+    """Return the library that the others of a family of networks are compared with."""
     return "torchvision" if family == "resnet" else "timm"

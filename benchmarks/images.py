@@ -11,12 +11,12 @@ MEAN = STD = 0.5  # what most ViT checkpoints were trained with
 
 
 def crops(batch: int, size: int, seed: int = 0) -> Tensor:
-    """Random square crops of scikit-learn's two sample photographs, resized and normalised.
+    """Return random square crops of scikit-learn's two sample photographs, resized and normalised.
 
     Args:
-        batch: how many; fewer are the first of more.
+        batch: the number of crops; fewer are the first of more.
         size: their height and width in pixels.
-        seed: which ones.
+        seed: of the random crops.
 
     Returns:
         (batch, 3, size, size) float32, contiguous, on the CPU.

@@ -1,4 +1,4 @@
-"""Time and memory, measured alike for every contender."""
+"""Time and memory of a call, measured alike for every contender."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WARM_UP = 3
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Mean duration of ``repeats`` calls: CUDA events on a GPU, the wall clock on a CPU."""
+    """Return the mean duration of ``repeats`` calls: CUDA events on a GPU, the wall clock on a CPU."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -32,7 +32,7 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 1) -
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """What a row says of its timings, in seconds: median, 20th and 80th percentile, 99th where there are 100.
+    """Return a row's fields of its timings, in seconds: median, 20th and 80th percentile, 99th where there are 100.
 
     ``spread`` is (p80 - p20) / median: how far to trust the median.
     """
@@ -54,15 +54,15 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers."""
+    """Return the bytes of a model's parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
 def memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """(peak, kept): bytes that ``run`` adds to what is held before it, at its highest and after it.
+    """Return (peak, kept): the bytes that ``run`` adds at its highest and leaves after it.
 
-    Counted is what PyTorch's allocator of the device hands out. Not counted: the Python process, code on the device,
-    and what the allocator caches but nobody uses.
+    They are those that PyTorch's allocator of the device hands out, without the Python process, code on the device and
+    unused memory in the allocator's cache.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The networks that are compared, with weights that are the same in every process: names, sizes, who defines them."""
+"""The networks of the benchmarks, by name, with weights that are the same in every process."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Network:
 
     name: str
     family: str  # "vit", "bit" or "resnet"
-    size: int  # pixels, height and width: the one asked for, or the next smaller one that patches divide
+    size: int  # pixels, height and width
     source: nn.Module
 
 
 def family(name: str) -> str:
-    """Which libraries have the network: "vit" (timm and fastvit names), "bit" (ResNet v2) or "resnet" (torchvision).
+    """Return a network's family: "vit" (timm and fastvit names), "bit" (ResNet v2) or "resnet" (torchvision).
 
     Raises:
         ValueError: no network has the name.
@@ -58,7 +58,7 @@ def family(name: str) -> str:
 
 
 def title(name: str) -> str:
-    """The name as papers write it: ViT-B/16, R50x1, ResNet-50."""
+    """Return the name as papers write it: ViT-B/16, R50x1, ResNet-50."""
     if name in BIT:
         return f"R{BIT[name]}"
     if name in RESNETS:
@@ -73,8 +73,10 @@ def _patch(name: str) -> int:
 
 
 def check_size(name: str, size: int) -> None:
-    """Raises:
-    ValueError: the network can't see images of that size.
+    """Check that the network takes images of a size.
+
+    Raises:
+        ValueError: it does not.
     """
     least = _patch(name) if family(name) == "vit" else 32
     if size < least:
@@ -82,7 +84,7 @@ def check_size(name: str, size: int) -> None:
 
 
 def _create(name: str, size: int) -> tuple[nn.Module, int]:
-    """The network with its library's own initial weights, and the image size that it gets."""
+    """Return the network with its library's own initial weights, and its image size."""
     kind = family(name)
     if kind == "resnet":
         import torchvision
@@ -100,7 +102,7 @@ def _create(name: str, size: int) -> tuple[nn.Module, int]:
 
 
 def build(name: str, size: int, seed: int = 0) -> Network:
-    """The network on the CPU, float32, in eval mode, without gradients.
+    """Build the network on the CPU, float32, in eval mode, without gradients.
 
     Every weight is random and none is zero or one, so that biases, norms and heads take part. Batch norms have the
     statistics of photographs. The same arguments give the same bits in every process.

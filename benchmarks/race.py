@@ -1,4 +1,4 @@
-"""Contenders that take turns, each in its own process, round by round: drift of clocks and load hits all alike."""
+"""A race: contenders take turns, each in its own process, so that drift of clocks and load hits all alike."""
 
 from __future__ import annotations
 
@@ -8,83 +8,97 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from benchmarks import measure
-from benchmarks.cells import Cell, CellFailed, Row, Unavailable
-from benchmarks.suites import Bar
+from benchmarks.measurements import Measurement, MeasurementFailed, Row, Unavailable
+from benchmarks.suite import Bar
 from benchmarks.workers import Worker
 
 ROUNDS = (3, 60)
 
 
 class Racer(Protocol):
-    """A subject that can take part."""
+    """A subject that can be timed beside others."""
 
     def expected(self) -> Any:
-        """What every contender must compute; asked of the baseline."""
+        """Compute what every contender must compute; called on the baseline."""
 
     def prepare(self, expected: Any, baseline: Row | None) -> Row:
         """Check the results, get ready to be timed, and return the fields known by then.
 
         Args:
-            expected: the baseline's answer to :meth:`expected`.
-            baseline: what the baseline's own ``prepare`` returned; None for itself.
+            expected: the baseline's :meth:`expected`.
+            baseline: the row of the baseline's own ``prepare``; None for the baseline itself.
         """
 
     def sample(self) -> list[float]:
-        """Timings of about :data:`measure.SLICE` seconds in all, each in seconds per call."""
+        """Time calls for about :data:`measure.SLICE` seconds in all; return seconds per call."""
 
 
-def blank(error: CellFailed | Unavailable) -> Row:
-    """The row of a cell without a result: it says why."""
+def no_result(error: MeasurementFailed | Unavailable) -> Row:
+    """Return the row of a measurement without a result, with the reason."""
     status = "unavailable" if isinstance(error, Unavailable) else "failed"
     return {"status": status, "reason": str(error)}
 
 
+def alone(worker: Worker, method: str) -> Row:
+    """Call a method that returns a row in a process of its own, without a race; end the process."""
+    try:
+        with worker:
+            row: Row = worker.call(method)
+            return row
+    except (MeasurementFailed, Unavailable) as error:
+        return no_result(error)
+
+
 def race(
-    cells: Sequence[Cell], baseline: Cell, start: Callable[[Cell], Worker], budget: float, bar: Bar
-) -> Iterator[tuple[Cell, Row]]:
-    """Measure ``cells``, which differ by their contender only, side by side.
+    measurements: Sequence[Measurement],
+    baseline: Measurement,
+    start: Callable[[Measurement], Worker],
+    budget: float,
+    bar: Bar,
+) -> Iterator[tuple[Measurement, Row]]:
+    """Time ``measurements``, which differ by their contender only, side by side.
 
     Args:
-        cells: whom to measure.
-        baseline: whom the others are checked against and compared with; it takes part even if not among ``cells``.
-        start: makes the process of a cell's :class:`Racer`.
+        measurements: of the contenders.
+        baseline: the contender that the others are checked against and compared with; it runs even if it is not among
+            ``measurements``.
+        start: makes the process of a measurement's :class:`Racer`.
         budget: seconds of timing for all of them.
-        bar: gets two steps for every cell.
+        bar: moves by two steps for each measurement.
 
     Yields:
-        (cell, row) for every cell. A row has ``status`` "ok" and :func:`measure.summary`'s fields, what
-        :meth:`Racer.prepare` returned, and ``ratio``: how many times as fast as the baseline (by ``batch``, where there
-        is one). Or it has "unavailable" or "failed" and a ``reason``.
+        (measurement, row). A row has ``status`` "ok" and the fields of :func:`measure.summary` and of
+        :meth:`Racer.prepare`, and ``ratio``: how many times as fast as the baseline (by ``batch``, where there is one).
+        Or it has "unavailable" or "failed" and a ``reason``.
     """
-    everyone = list(dict.fromkeys([baseline, *cells]))
+    entries = list(dict.fromkeys([baseline, *measurements]))
     with ExitStack() as stack:
-        workers = {cell: stack.enter_context(start(cell)) for cell in everyone}
-        rows: dict[Cell, Row] = {}
+        workers = {entry: stack.enter_context(start(entry)) for entry in entries}
+        rows: dict[Measurement, Row] = {}
         expected: Any = None
-        for cell, worker in workers.items():  # all at the same time; what follows is for a quiet machine
-            bar.say(f"starting {cell}")
+        for entry, worker in workers.items():  # all at the same time; what follows is for a quiet machine
+            bar.say(f"starting {entry}")
             worker.ready()
-        for cell in everyone:
-            bar.say(f"checking {cell}")
+        for entry, worker in workers.items():
+            bar.say(f"checking {entry}")
             try:
-                if cell == baseline:
-                    expected = workers[cell].call("expected")
+                if entry == baseline:
+                    expected = worker.call("expected")
                 elif rows[baseline]["status"] != "ok":
-                    raise CellFailed(f"{baseline.contender}, by which it is checked, failed")
-                rows[cell] = {"status": "ok", "reason": None}
-                rows[cell] |= workers[cell].call("prepare", expected, rows[baseline] if cell != baseline else None)
-            except (CellFailed, Unavailable) as error:
-                rows[cell] = blank(error)
-                workers[cell].close()
-            bar.update(cell in cells)
-        _time({cell: workers[cell] for cell in everyone if rows[cell]["status"] == "ok"}, rows, budget, bar)
-        standard = rows[baseline]
-        for cell in cells:
-            row = rows[cell]
-            if row["status"] == "ok" and standard["status"] == "ok":
-                row["ratio"] = _speed(row) / _speed(standard)
+                    raise MeasurementFailed(f"{baseline.contender}, by which it is checked, failed")
+                rows[entry] = {"status": "ok", "reason": None}
+                rows[entry] |= worker.call("prepare", expected, rows[baseline] if entry != baseline else None)
+            except (MeasurementFailed, Unavailable) as error:
+                rows[entry] = no_result(error)
+                worker.close()
+            bar.update(entry in measurements)
+        _time({entry: workers[entry] for entry in entries if rows[entry]["status"] == "ok"}, rows, budget, bar)
+        for entry in measurements:
+            row = rows[entry]
+            if row["status"] == "ok" and rows[baseline]["status"] == "ok":
+                row["ratio"] = _speed(row) / _speed(rows[baseline])
             bar.update()
-            yield cell, row
+            yield entry, row
 
 
 def _speed(row: Row) -> float:
@@ -92,26 +106,26 @@ def _speed(row: Row) -> float:
     return speed
 
 
-def _time(workers: dict[Cell, Worker], rows: dict[Cell, Row], budget: float, bar: Bar) -> None:
-    """Rounds of samples, each started by another contender, into the rows."""
-    samples: dict[Cell, list[float]] = {cell: [] for cell in workers}
+def _time(workers: dict[Measurement, Worker], rows: dict[Measurement, Row], budget: float, bar: Bar) -> None:
+    """Take rounds of samples, each led by another contender, and add their summary to the rows."""
+    samples: dict[Measurement, list[float]] = {entry: [] for entry in workers}
     rounds, turn = ROUNDS[1], 0
     while turn < rounds:
         begun = time.perf_counter()
         order = list(workers)
         shift = turn % max(len(order), 1)
-        for cell in order[shift:] + order[:shift]:
-            bar.say(f"timing {cell}, round {turn + 1} of {rounds}")
+        for entry in order[shift:] + order[:shift]:
+            bar.say(f"timing {entry}, round {turn + 1} of {rounds}")
             try:
-                new = workers[cell].call("sample")
-            except CellFailed as error:
-                rows[cell] = blank(error)
-                del workers[cell], samples[cell]
+                new = workers[entry].call("sample")
+            except MeasurementFailed as error:
+                rows[entry] = no_result(error)
+                del workers[entry], samples[entry]
                 continue
-            samples[cell] += new
+            samples[entry] += new
         if turn == 0:  # the first round says how many fit
             spent = time.perf_counter() - begun
             rounds = min(max(int(budget / spent), ROUNDS[0]), ROUNDS[1])
         turn += 1
-    for cell, found in samples.items():
-        rows[cell] |= measure.summary(found)
+    for entry, found in samples.items():
+        rows[entry] |= measure.summary(found)

@@ -1,8 +1,8 @@
-"""``make gpu`` and ``make tune``: what a machine with a GPU is needed for, in order of value, stage by stage.
+"""``make gpu`` and ``make tune``: the stages that need a GPU, in order of value.
 
-Each stage is a command with a time limit, and is finished when that command succeeded with this code: what is finished
-is not run again, and a benchmark that was cut off goes on where it was. It takes the Python that is there, with PyTorch
-and Triton, and no network. The list itself can be had with any Python: this file imports the rest when it is needed.
+A stage is a command with a time limit. It is finished once that command succeeded with this code: it does not run again
+then, and a benchmark that was cut off goes on where it was. The stages use the installed Python with PyTorch and
+Triton, and no network. Any Python prints the list: this file imports the rest only to run it.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Stage:
 
 
 def _suite(name: str, suite: str, options: str, about: str, limit: int = LIMIT) -> Stage:
-    """A stage that is a suite of ``python -m benchmarks``. At toy size all of a suite are one, which runs once."""
+    """Return a stage that runs a suite of ``python -m benchmarks``; at toy size they are one command a suite."""
     command = f"-m benchmarks {suite} --device cuda --keep {options}".rstrip()
     return Stage(name, command, about, f"-m benchmarks {suite} --device cpu --quick --out {{out}}/{suite}", limit)
 
 
 def _kernels(name: str, model: str, batch: int) -> Stage:
     options = f"--models {model} --batch {batch}"
-    about = f"each op beside its rivals, cold L2, at the shapes of ViT-{name}, batch {batch}"
+    about = f"each op by every library that has it, cold L2, at the shapes of ViT-{name}, batch {batch}"
     return _suite(f"kernels-{name}", "kernels", options, about)
 
 
@@ -66,15 +66,19 @@ COMPILED = "timm timm-compile timm-compile-max fastvit-compile"
 
 
 def _at_224(name: str, model: str, mode: str) -> list[Stage]:
-    """Two stages: what is cut off within a race is lost, and compilers take minutes."""
+    """Return two stages, since an interrupted race is lost and compilers take minutes."""
     options = f"--models {model} --sizes 224 --modes {mode}"
     about = f"{mode} of ViT-{name} at 224 px, best batch of 32 to 1024"
     stage = "throughput" if mode == "inference" else "training"
+    kinds = (("", EAGER, 60, "eager"), ("-compiled", COMPILED, 30, "compiled"))
     return [
-        _suite(f"{stage}-{name}", "throughput", f"{options} --peers {EAGER} --budget 60", f"{about}, eager peers"),
         _suite(
-            f"{stage}-{name}-compiled", "throughput", f"{options} --peers {COMPILED} --budget 30", f"{about}, compiled"
-        ),
+            f"{stage}-{name}{end}",
+            "throughput",
+            f"{options} --contenders {names} --budget {budget}",
+            f"{about}, {kind} contenders",
+        )
+        for end, names, budget, kind in kinds
     ]
 
 
@@ -88,8 +92,8 @@ def _memory(part: str, models: str) -> Stage:
     return _suite(f"memory-{part}", "memory", f"--models {models} --sizes 224", about)
 
 
-def _figure_11(part: str, models: str, peers: str) -> Stage:
-    options = f"--models {models} --modes inference --peers {peers} --budget 3"
+def _figure_11(part: str, models: str, contenders: str) -> Stage:
+    options = f"--models {models} --modes inference --contenders {contenders} --budget 3"
     return _suite(f"figure-11-{part}", "throughput", options, "images/s at 64, 128, 224, 384 and 512 px")
 
 
@@ -122,7 +126,7 @@ TUNING = (
     Stage(
         "tune-cuda",
         f"-m fastvit tune {_LIBRARY} --budget 420 --out kernels/triton/tables/measured",
-        "who runs the products of backend cuda, its kernels or cuBLASLt, and whether norms are folded in",
+        "kernels or cuBLASLt for the products of backend cuda, and norms folded in or not",
         f"-m fastvit tune {_LIBRARY} --dry-run --arch 90",
     ),
 )
@@ -171,7 +175,7 @@ STAGES = (
 
 
 def listing(stages: Sequence[Stage]) -> str:
-    """The stages with their limits, commands and inputs."""
+    """Format the stages with their limits, commands and inputs."""
     lines = []
     for number, stage in enumerate(stages, 1):
         lines += [f"{number:2}. {stage.name} (at most {stage.limit} s): {stage.about}", f"    python {stage.command}"]
@@ -179,9 +183,9 @@ def listing(stages: Sequence[Stage]) -> str:
 
 
 def run(command: Sequence[str], limit: float, log: Path) -> tuple[int, float]:
-    """(exit status, seconds) of a command in the checkout; its output goes to ``log`` and to the terminal.
+    """Run a command in the checkout and return (exit status, seconds); its output goes to ``log`` and the terminal.
 
-    What runs past its limit is ended with everything that it started, and counts as status 124.
+    A command past its limit is ended with all its processes and has status 124.
     """
     begun = time.monotonic()
     with log.open("w") as file:
@@ -206,10 +210,10 @@ def run(command: Sequence[str], limit: float, log: Path) -> tuple[int, float]:
 
 
 class Record:
-    """``stages.json``: the stages that were run, with which code and versions, and how they ended.
+    """``stages.json``: the status of each stage, with the code and versions that it ran.
 
     Raises:
-        ValueError: the file is there and is none.
+        ValueError: the file is damaged.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -220,12 +224,12 @@ class Record:
             raise ValueError(f"{self.path} is damaged ({error}): delete it, and stages run again") from error
 
     def finished(self, stage: Stage) -> bool:
-        """Whether the stage succeeded with this code and these versions."""
+        """Return whether the stage succeeded with this code and these versions."""
         found = self.stages.get(stage.name)
         return found is not None and found["status"] == 0 and self.identity.items() <= found.items()
 
     def add(self, stage: Stage, status: int, seconds: float) -> None:
-        """Keep how a stage ended, on disk."""
+        """Write a stage's status to the file."""
         self.stages[stage.name] = {"status": status, "seconds": round(seconds, 1), **self.identity}
         temporary = self.path.with_suffix(".json.part")
         temporary.write_text(json.dumps(self.stages, indent=1) + "\n")
@@ -233,7 +237,7 @@ class Record:
 
 
 def _folder(rehearse: str | None) -> Path:
-    """Where stages.json goes: beside the GPU's results; exits with a sentence where there is no GPU."""
+    """Return the folder of stages.json, beside the GPU's results; exit with a message where there is no GPU."""
     if rehearse:
         return Path(rehearse)
     try:
@@ -245,7 +249,7 @@ def _folder(rehearse: str | None) -> Path:
             "make gpu: PyTorch sees no CUDA device (torch.cuda.is_available() is False). `make gpu DRY=1` lists the "
             "stages, and `make rehearse` runs them on a CPU at toy size"
         )
-    from benchmarks.cells import RESULTS, slug
+    from benchmarks.measurements import RESULTS, slug
 
     return RESULTS / slug(torch.cuda.get_device_name())
 
@@ -272,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     sys.path.insert(0, str(ROOT))
     folder = _folder(arguments.rehearse)
-    from benchmarks.cells import code
+    from benchmarks.measurements import code
     from fastvit import env
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stage is ended too

@@ -1,4 +1,4 @@
-"""What runs in a cell's process when the cell is a model: build it, check it against float64, call it."""
+"""The subject of a model's measurement: it builds the model in a process, checks it against float64 and calls it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import contenders, images, measure, networks
-from benchmarks.cells import Cell, CellFailed
-from benchmarks.suites import Options
+from benchmarks.measurements import Measurement, MeasurementFailed, grid
+from benchmarks.suite import Options
 from benchmarks.workers import Worker
 from fastvit.integrations.graphs import capture
 
@@ -22,7 +22,7 @@ Run = Callable[[], object]
 
 
 class Expected(NamedTuple):
-    """What a contender must compute, from its baseline's process."""
+    """The results that a contender must reach, from its baseline's process."""
 
     exact: list[Tensor]  # float64: logits, and in training the first layer's gradient
     eager: list[Tensor]  # the baseline's own, in the dtype that is compared
@@ -33,26 +33,26 @@ class ModelSubject:
     """A contender's model on a device.
 
     Args:
-        cell: has model, size, dtype and mode ("inference" or "training").
+        measurement: has model, size, dtype and mode ("inference" or "training").
         device: "cpu" or "cuda".
     """
 
-    def __init__(self, cell: Cell, device: str) -> None:
-        self.cell, self.device = cell, torch.device(device)
-        self.dtype: torch.dtype = getattr(torch, cell["dtype"])
-        self.training: bool = cell["mode"] == "training"
-        self.contender = self._find(cell.contender)
-        self.network = networks.build(cell["model"], cell["size"])
+    def __init__(self, measurement: Measurement, device: str) -> None:
+        self.measurement, self.device = measurement, torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, measurement["dtype"])
+        self.training: bool = measurement["mode"] == "training"
+        self.contender = self._find(measurement.contender)
+        self.network = networks.build(measurement["model"], measurement["size"])
         self.model: nn.Module = self.contender.model(self.network, self.dtype, self.device, training=self.training)
         self.photographs = torch.empty(0)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True) if self.training else None
 
     def _find(self, name: str) -> contenders.Contender:
-        """Who has the name; a suite of its own contenders has another answer."""
+        """Return the contender of a name; a suite with contenders of its own overrides this."""
         return contenders.find(name)
 
     def _images(self, batch: int, dtype: torch.dtype | None = None) -> Tensor:
-        """(batch, 3, size, size) of photographs, in the layout and dtype in which the model takes them."""
+        """Return photographs (batch, 3, size, size) in the layout and dtype that the model takes."""
         dtype = dtype or (torch.float32 if self.contender.way.autocast else self.dtype)
         distinct = min(batch, DISTINCT)
         if len(self.photographs) < distinct:
@@ -65,7 +65,7 @@ class ModelSubject:
         return torch.arange(batch, device=self.device) * 7 % 1000
 
     def _outputs(self, model: nn.Module, batch: Tensor) -> list[Tensor]:
-        """float64 on the CPU: logits of the first images, and in training the first layer's gradient of their loss."""
+        """Return logits of the first images, and in training the first layer's gradient, in float64 on the CPU."""
 
         def forward() -> Tensor:
             with self.contender.context(self.dtype, self.device), torch.set_grad_enabled(self.training):
@@ -83,22 +83,22 @@ class ModelSubject:
         return [tensor.detach().double().cpu() for tensor in found]
 
     def expected(self) -> Expected:
-        """What the network computes in float64, and how far this contender is from it."""
+        """Compute the network in float64, and how far this contender is from it."""
         exact_model = copy.deepcopy(self.network.source).to(self.device, torch.float64).train(self.training)
         exact = self._outputs(exact_model.requires_grad_(self.training), self._images(CHECKED, torch.float64))
         eager = self._outputs(self.model, self._images(CHECKED))
         return Expected(exact, eager, [_error(a, b) for a, b in zip(eager, exact, strict=True)])
 
     def check(self, expected: Expected | None, batch: int = CHECKED) -> dict[str, Any]:
-        """Hold the model against what it must compute: at most twice the baseline's error, as the kernels' tests do.
+        """Check the results: at most twice the baseline's error, as the kernels' tests demand.
 
         Args:
             expected: from the baseline.
-            batch: how many images it is given. A model that is compiled for one batch is checked on that one, of which
-                the first images count; but not with batch norms, where all of a batch matter.
+            batch: images in a call. A model that is compiled for one batch is checked on that batch, by its first
+                images; but not with batch norms, where all images of a batch matter.
 
         Raises:
-            CellFailed: it computes something else (see :func:`largest_error`).
+            MeasurementFailed: it computes something else (see :func:`largest_error`).
         """
         row: dict[str, Any] = {"max_abs_logit_error": None, "max_abs_logit_diff": None}
         if expected is None or not self.contender.library.same_function:
@@ -117,7 +117,7 @@ class ModelSubject:
         return row
 
     def call(self, batch: int) -> Run:
-        """One step on a batch: the logits, or in training forward, loss, backward and AdamW."""
+        """Return a function that runs one step: the logits, or in training forward, loss, backward and AdamW."""
         inputs, labels, optimizer = self._images(batch), self._labels(batch), self.optimizer
 
         def infer() -> Tensor:
@@ -138,7 +138,7 @@ class ModelSubject:
         return step if self.training else infer
 
     def first_calls(self, batch: int) -> int:
-        """Bytes held from the first calls on: weights, optimizer states, and what a backend packs and keeps."""
+        """Return bytes held from the first calls on: weights, optimizer states, and a backend's packed copies."""
         run, packed = self.call(batch), 0
         if self.training or self.contender.way.compile is not None:
             run()  # what it keeps are the optimizer's states, and what a compiler keeps
@@ -149,7 +149,7 @@ class ModelSubject:
         return measure.held_bytes(self.model) + packed + sum(tensor.nbytes for tensor in tensors)
 
     def peak_bytes(self, held: int, run: Run) -> int | None:
-        """``held`` and the highest that a step adds; None where a CUDA graph has its own memory, which is not seen."""
+        """Return ``held`` and the highest that a step adds; None where a CUDA graph has memory of its own, unseen."""
         if self.device.type == "cuda" and (self.contender.way.graph or self.contender.way.compile == "max-autotune"):
             return None
         if self.optimizer is not None:
@@ -157,8 +157,8 @@ class ModelSubject:
         return held + measure.memory(run, self.device)[0]
 
 
-def model_cells(options: Options) -> list[Cell]:
-    """Every model, size, mode and dtype with every contender that has such a network.
+def model_measurements(options: Options) -> list[Measurement]:
+    """Return every model, size, mode and dtype with every contender that has the model's family.
 
     Raises:
         ValueError: a model, contender or size that does not exist.
@@ -166,49 +166,44 @@ def model_cells(options: Options) -> list[Cell]:
     found = []
     for model in options.models:
         family = networks.family(model)
-        peers = [peer for peer in options.peers if family in contenders.find(peer).library.builds]
+        names = [name for name in options.contenders if family in contenders.find(name).library.builds]
         for size in options.sizes:
             networks.check_size(model, size)
-            for mode in options.modes:
-                for dtype in options.dtypes:
-                    what = (("model", model), ("size", size), ("mode", mode), ("dtype", dtype))
-                    found += [Cell(peer, what) for peer in peers]
+        for setting in grid(model=[model], size=options.sizes, mode=options.modes, dtype=options.dtypes):
+            found += [Measurement(name, setting) for name in names]
     return found
 
 
-def cells_by_batch(options: Options) -> list[Cell]:
-    """:func:`model_cells` for every batch."""
-    return [
-        Cell(cell.contender, (*cell.what, ("batch", batch)))
-        for batch in options.batches
-        for cell in model_cells(options)
-    ]
+def measurements_by_batch(options: Options) -> list[Measurement]:
+    """Return :func:`model_measurements` for every batch."""
+    found = model_measurements(options)
+    return [Measurement(one.contender, (*one.setting, ("batch", batch))) for batch in options.batches for one in found]
 
 
-def starter(subject: Callable[..., object], options: Options, *arguments: Any) -> Callable[[Cell], Worker]:
-    """What starts the process of a cell's subject."""
-    return lambda cell: Worker(subject, cell, options.device, *arguments)
+def starter(subject: Callable[..., object], options: Options, *arguments: Any) -> Callable[[Measurement], Worker]:
+    """Return a function that starts the process of a measurement's subject."""
+    return lambda measurement: Worker(subject, measurement, options.device, *arguments)
 
 
-def baseline(cell: Cell) -> Cell:
-    """The cell that ``cell`` is checked against and compared with."""
-    return Cell(contenders.baseline(networks.family(cell["model"])), cell.what)
+def baseline(measurement: Measurement) -> Measurement:
+    """Return the measurement that ``measurement`` is checked against and compared with."""
+    return Measurement(contenders.baseline(networks.family(measurement["model"])), measurement.setting)
 
 
 def largest_error(what: str, found: Tensor, exact: Tensor, eager: float) -> float:
-    """The largest absolute error: at most twice the baseline's, ``eager``, as the kernels' tests demand it.
+    """Return the largest absolute error, which may be twice the baseline's, ``eager``.
 
     Raises:
-        CellFailed: it is larger, or not a number.
+        MeasurementFailed: it is larger, or not a number.
     """
     error, tiny = _error(found, exact), 1e-6 * exact.abs().max().item()
     if not error <= 2 * eager + tiny:
-        raise CellFailed(
+        raise MeasurementFailed(
             f"wrong {what}: the largest error is {error:.2g}, the baseline's {eager:.2g} (accepted: twice that)"
         )
     return error
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
-    """The largest absolute difference; not-a-number where there is one, which no limit accepts."""
+    """Return the largest absolute difference; NaN where there is one, which no limit accepts."""
     return (found - exact).abs().max().item()

@@ -1,7 +1,7 @@
-"""A process for every cell, so that one that crashes or runs out of memory costs that cell alone.
+"""A process for every measurement: a crash, or memory that runs out, costs that measurement alone.
 
-The parent holds a :class:`Worker` per cell and calls its subject's methods by name, one worker at a time: so contenders
-can take turns although each sits in a process of its own. Processes are forked from one that has imported the
+The parent holds a :class:`Worker` per measurement and calls its subject's methods by name, one worker at a time: so
+contenders take turns although each has a process of its own. Processes are forked from one that has imported the
 libraries and touched no device.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import CellFailed, Unavailable
+from benchmarks.measurements import MeasurementFailed, Unavailable
 from fastvit.ops.backends import BackendUnavailable
 
 LIMIT = 420.0  # seconds for one answer: torch.compile with max-autotune takes minutes, a stage of make gpu has 470 s
@@ -43,7 +43,7 @@ def _serve(connection: Connection, make: Callable[..., object], arguments: tuple
             return
         except Exception as error:
             kind = "unavailable" if isinstance(error, (Unavailable, BackendUnavailable)) else "failed"
-            plain = isinstance(error, (Unavailable, BackendUnavailable, CellFailed))
+            plain = isinstance(error, (Unavailable, BackendUnavailable, MeasurementFailed))
             text = str(error) if plain else f"{type(error).__name__}: {error}"
             connection.send((kind, " ".join(text.split("\n\n")[0].split())[:500]))
         gc.collect()
@@ -57,7 +57,7 @@ class Worker:
 
     def __init__(self, make: Callable[..., object], *arguments: Any, limit: float = LIMIT) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.subjects"])
+        context.set_forkserver_preload(["benchmarks.suites"])
         self.limit = limit
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
@@ -72,11 +72,11 @@ class Worker:
             self.connection.poll(self.limit)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """The answer of the subject's method.
+        """Return the answer of the subject's method.
 
         Raises:
-            Unavailable: the subject says that it can't take part.
-            CellFailed: it raised something else, died, or did not answer in time.
+            Unavailable: the subject can't run here.
+            MeasurementFailed: it raised something else, died, or did not answer in time.
         """
         if not self.made:
             self._answer("its model")
@@ -84,21 +84,21 @@ class Worker:
         try:
             self.connection.send((method, arguments))
         except OSError as error:
-            raise CellFailed(self._death()) from error
+            raise MeasurementFailed(self._death()) from error
         return self._answer(method)
 
     def _answer(self, method: str) -> Any:
         try:
             if not self.connection.poll(self.limit):
                 self.process.kill()
-                raise CellFailed(f"no answer to {method} within {self.limit:.0f} s")
+                raise MeasurementFailed(f"no answer to {method} within {self.limit:.0f} s")
             kind, answer = self.connection.recv()
         except (EOFError, ConnectionError) as error:
-            raise CellFailed(self._death()) from error
+            raise MeasurementFailed(self._death()) from error
         if kind == "unavailable":
             raise Unavailable(answer)
         if kind == "failed":
-            raise CellFailed(answer)
+            raise MeasurementFailed(answer)
         return answer
 
     def _death(self) -> str:

@@ -12,10 +12,11 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 import fastvit
-from benchmarks import kernels, rivals, suites, waterfall
-from benchmarks.cells import Cell, CellFailed, Unavailable
-from benchmarks.rivals import CASES
-from benchmarks.suites import Options
+from benchmarks import op_impls
+from benchmarks.measurements import Measurement, MeasurementFailed, Unavailable
+from benchmarks.op_impls import CASES
+from benchmarks.suite import Options, run
+from benchmarks.suites import kernels, waterfall
 from fastvit import ops
 from fastvit.ops import backends
 
@@ -23,9 +24,9 @@ MODEL = "vit_tiny_patch16_224"
 TINY: dict[str, Any] = {"dtypes": ("float32",), "models": (MODEL,), "sizes": (32,), "batches": (1,), "budget": 0.01}
 
 
-def cell(contender: str, op: str, direction: str = "forward", dtype: str = "float32") -> Cell:
+def measurement(contender: str, op: str, direction: str = "forward", dtype: str = "float32") -> Measurement:
     what = {"op": op, "model": MODEL, "size": 32, "batch": 2, "direction": direction, "dtype": dtype}
-    return Cell(contender, tuple(what.items()))
+    return Measurement(contender, tuple(what.items()))
 
 
 @pytest.fixture
@@ -76,25 +77,25 @@ BACKWARD = {
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_flops_and_bytes_equal_a_count_by_hand(backward: bool) -> None:
-    sizes = rivals.sizes("vit_base_patch16_224", 224, 256)
+    sizes = op_impls.sizes("vit_base_patch16_224", 224, 256)
     for name, (products, elements) in (BACKWARD if backward else FORWARD).items():
-        found = rivals.work(CASES[name], sizes, torch.bfloat16, backward=backward)
+        found = op_impls.work(CASES[name], sizes, torch.bfloat16, backward=backward)
         assert (found.flops, found.bytes) == (2 * products, 2 * elements), name
 
 
 def test_sizes_are_the_models() -> None:
-    assert rivals.sizes("vit_huge_patch14_224", 224, 64) == (64, 224, 14, 257, 1280, 16, 5120)
-    assert rivals.sizes("vit_base_patch16_224", 100, 1)[1:4] == (96, 16, 37)
+    assert op_impls.sizes("vit_huge_patch14_224", 224, 64) == (64, 224, 14, 257, 1280, 16, 5120)
+    assert op_impls.sizes("vit_base_patch16_224", 100, 1)[1:4] == (96, 16, 37)
     with pytest.raises(ValueError, match="resnet50 has none of the ops"):
-        rivals.sizes("resnet50", 224, 1)
+        op_impls.sizes("resnet50", 224, 1)
     with pytest.raises(ValueError, match="8 pixels are too few"):
-        rivals.sizes(MODEL, 8, 1)
+        op_impls.sizes(MODEL, 8, 1)
 
 
 # --- contenders -----------------------------------------------------------------------------------------------
 
 
-ON_GPUS = ("sdpa-cudnn", "sdpa-efficient", "xformers", "varlen", "flex", "cublaslt", *rivals.OURS)
+ON_GPUS = ("sdpa-cudnn", "sdpa-efficient", "xformers", "varlen", "flex", "cublaslt", *op_impls.OURS)
 
 
 @pytest.mark.usefixtures("_own_process")
@@ -103,13 +104,13 @@ def test_every_contender_computes_the_op(direction: str) -> None:
     tried = set()
     for op, case in CASES.items():
         for dtype in ("float32", "bfloat16"):
-            expected = kernels.Kernel(cell("torch", op, direction, dtype), "cpu").expected()
-            for name in case.rivals:
+            expected = kernels.Kernel(measurement("torch", op, direction, dtype), "cpu").expected()
+            for name in case.impls:
                 if name == "torch-compile":  # seconds of its compiler; below
                     continue
                 with fastvit.backend("auto"):
                     try:
-                        subject = kernels.Kernel(cell(name, op, direction, dtype), "cpu")
+                        subject = kernels.Kernel(measurement(name, op, direction, dtype), "cpu")
                     except (Unavailable, fastvit.BackendUnavailable) as error:
                         masked = name == "sdpa-flash" and op != "attention"  # no gradient of a mask
                         assert name in ON_GPUS or masked, error
@@ -124,8 +125,8 @@ def test_every_contender_computes_the_op(direction: str) -> None:
 def test_flex_attention_computes_the_same(op: str) -> None:
     """Here it is not compiled, and so can run on a CPU."""
     with torch.no_grad():
-        arguments = CASES[op].arguments(lambda *shape: torch.randn(shape), rivals.sizes(MODEL, 32, 2))
-        found = rivals.flex(arguments, flex_attention)(**arguments)
+        arguments = CASES[op].arguments(lambda *shape: torch.randn(shape), op_impls.sizes(MODEL, 32, 2))
+        found = op_impls.flex(arguments, flex_attention)(**arguments)
         torch.testing.assert_close(found, ops.attention_qkvpacked(**arguments))
 
 
@@ -133,11 +134,11 @@ def test_flex_attention_computes_the_same(op: str) -> None:
 def test_a_backend_of_sdpa_is_the_only_one() -> None:
     attention = CASES["attention"]
     arguments = {"qkv": torch.randn(1, 5, 3, 2, 16)}
-    attention.rivals["sdpa-math"]("attention_qkvpacked", arguments)
+    attention.impls["sdpa-math"]("attention_qkvpacked", arguments)
     assert torch.backends.cuda.math_sdp_enabled()
     assert not torch.backends.cuda.flash_sdp_enabled()
     with pytest.raises(Unavailable, match=r"no kernel for these tensors \(cpu\)"):
-        attention.rivals["sdpa-cudnn"]("attention_qkvpacked", arguments)
+        attention.impls["sdpa-cudnn"]("attention_qkvpacked", arguments)
     assert not torch.backends.cuda.math_sdp_enabled()
 
 
@@ -146,11 +147,11 @@ def test_a_backend_of_sdpa_is_the_only_one() -> None:
 @pytest.mark.parametrize("op", ["linear+norm", "linear+residual", "linear+gelu", "linear+gelu_tanh", "mlp"])
 def test_cublaslts_calls_compute_the_op(op: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU they would be another library's, and are no contender; there they are checked."""
-    expected = kernels.Kernel(cell("torch", op, direction, "bfloat16"), "cpu").expected()
+    expected = kernels.Kernel(measurement("torch", op, direction, "bfloat16"), "cpu").expected()
     with pytest.raises(Unavailable, match="CUDA devices only"):
-        kernels.Kernel(cell("cublaslt", op, direction, "bfloat16"), "cpu")
-    monkeypatch.setitem(rivals.LINEAR, "cublaslt", lambda op, arguments: rivals.with_epilogues(op))
-    subject = kernels.Kernel(cell("cublaslt", op, direction, "bfloat16"), "cpu")
+        kernels.Kernel(measurement("cublaslt", op, direction, "bfloat16"), "cpu")
+    monkeypatch.setitem(op_impls.LINEAR, "cublaslt", lambda op, arguments: op_impls.with_epilogues(op))
+    subject = kernels.Kernel(measurement("cublaslt", op, direction, "bfloat16"), "cpu")
     assert subject.prepare(expected, None)["error_ratio"] <= 2
 
 
@@ -158,7 +159,7 @@ def test_cublaslts_calls_compute_the_op(op: str, direction: str, monkeypatch: py
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_call_is_on_the_next_of_many_arguments(direction: str) -> None:
     calls: list[int] = []
-    subject = kernels.Kernel(cell("torch", "layer_norm", direction), "cpu")
+    subject = kernels.Kernel(measurement("torch", "layer_norm", direction), "cpu")
     right = subject.function
 
     def counted(**arguments: torch.Tensor) -> Any:
@@ -183,10 +184,10 @@ def test_every_call_is_on_the_next_of_many_arguments(direction: str) -> None:
 class Wrong(kernels.Kernel):
     """fastvit's is off by 1%."""
 
-    def __init__(self, cell: Cell, device: str) -> None:
-        super().__init__(cell, device)
+    def __init__(self, measurement: Measurement, device: str) -> None:
+        super().__init__(measurement, device)
         right = self.function
-        if cell.contender == "fastvit":
+        if measurement.contender == "fastvit":
             self.function = lambda **arguments: 1.01 * right(**arguments)
             self.found = self._results(self.function, self.arguments)
 
@@ -195,9 +196,9 @@ class Wrong(kernels.Kernel):
 @pytest.mark.parametrize(("direction", "what"), [("forward", "output 0"), ("backward", "gradient 0")])
 def test_a_kernel_off_by_a_percent_is_refused(direction: str, what: str) -> None:
     for op in ("attention", "mlp", "layer_norm", "patch_embed"):
-        expected = kernels.Kernel(cell("torch", op, direction), "cpu").expected()
-        with fastvit.backend("auto"), pytest.raises(CellFailed, match=f"wrong {what}: the largest error is"):
-            Wrong(cell("fastvit", op, direction), "cpu").prepare(expected, None)
+        expected = kernels.Kernel(measurement("torch", op, direction), "cpu").expected()
+        with fastvit.backend("auto"), pytest.raises(MeasurementFailed, match=f"wrong {what}: the largest error is"):
+            Wrong(measurement("fastvit", op, direction), "cpu").prepare(expected, None)
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------
@@ -205,11 +206,11 @@ def test_a_kernel_off_by_a_percent_is_refused(direction: str, what: str) -> None
 
 def test_kernels_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CASES", {"attention": CASES["attention"]})
-    peers = ("torch", "fastvit", "fastvit-triton")
-    options = Options(peers=peers, modes=("inference", "training"), **(TINY | {"batches": (64,)}))
-    rows = suites.run(kernels.SUITE, options, tmp_path, "a test")
+    contenders = ("torch", "fastvit", "fastvit-triton")
+    options = Options(contenders=contenders, modes=("inference", "training"), **(TINY | {"batches": (64,)}))
+    rows = run(kernels.SUITE, options, tmp_path, "a test")
     assert [(row["direction"], row["contender"]) for row in rows] == [
-        (direction, peer) for direction in ("forward", "backward") for peer in peers
+        (direction, contender) for direction in ("forward", "backward") for contender in contenders
     ]
     assert (tmp_path / "kernels.csv").exists()
     for row in rows:
@@ -233,8 +234,8 @@ def test_kernels_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_wrong_kernel_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CASES", {"layer_norm": CASES["layer_norm"]})
     monkeypatch.setattr(kernels, "Kernel", Wrong)
-    options = Options(peers=("torch", "fastvit"), **(TINY | {"batches": (64,)}))
-    right, wrong = suites.run(kernels.SUITE, options, tmp_path, "a test")
+    options = Options(contenders=("torch", "fastvit"), **(TINY | {"batches": (64,)}))
+    right, wrong = run(kernels.SUITE, options, tmp_path, "a test")
     assert right["status"] == "ok"
     assert wrong["status"] == "failed"
     assert wrong["reason"].startswith("wrong output 0: the largest error is")
@@ -243,7 +244,7 @@ def test_a_wrong_kernel_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_waterfall_end_to_end(tmp_path: Path) -> None:
     steps = waterfall.STEPS["cpu"]
-    rows = suites.run(waterfall.SUITE, Options(peers=steps, **TINY), tmp_path, "a test")
+    rows = run(waterfall.SUITE, Options(contenders=steps, **TINY), tmp_path, "a test")
     assert tuple(row["contender"] for row in rows) == steps
     for row in rows:
         assert row["status"] == "ok", row
@@ -257,7 +258,7 @@ def test_each_step_of_the_waterfall_adds_one_thing() -> None:
     seen = []
     with fastvit.backend("auto"):
         for name in waterfall.STEPS["cpu"]:
-            step = waterfall.Step(Cell(name, what), "cpu", (1,))
+            step = waterfall.Step(Measurement(name, what), "cpu", (1,))
             fused = [op for op in backends.OPS if backends.setting(op) == "onednn"]
             assert all(backends.setting(op) == "reference" for op in backends.OPS if op not in fused)
             seen.append((fused, isinstance(step.model, waterfall.EveryToken)))
@@ -268,17 +269,17 @@ def test_each_step_of_the_waterfall_adds_one_thing() -> None:
 
 def test_bad_options_name_what_is_accepted(tmp_path: Path) -> None:
     for suite, options, message in (
-        (kernels.SUITE, {"peers": ("flash",)}, "no contender 'flash'; accepted: torch, sdpa-flash"),
-        (kernels.SUITE, {"models": ("resnet50",), "peers": ("torch",)}, "resnet50 has none of the ops"),
+        (kernels.SUITE, {"contenders": ("flash",)}, "no contender 'flash'; accepted: torch, sdpa-flash"),
+        (kernels.SUITE, {"models": ("resnet50",), "contenders": ("torch",)}, "resnet50 has none of the ops"),
         (
             waterfall.SUITE,
-            {"peers": ("attention",)},
+            {"contenders": ("attention",)},
             "no step 'attention' on a cpu; accepted: reference, patch_embed, linear, mlp",
         ),
-        (waterfall.SUITE, {"models": ("resnet50",), "peers": ("mlp",)}, "resnet50 has nothing to fuse"),
+        (waterfall.SUITE, {"models": ("resnet50",), "contenders": ("mlp",)}, "resnet50 has nothing to fuse"),
     ):
         with pytest.raises(ValueError, match=message):
-            suites.run(suite, Options(**options), tmp_path, "a test")
+            run(suite, Options(**options), tmp_path, "a test")
 
 
 @pytest.mark.gpu
@@ -286,6 +287,6 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     """Every contender of both suites, at small sizes."""
     both = {"device": "cuda", "sizes": (64,), "models": (MODEL,), "batches": (8,), "budget": 0.1}
     for suite in (kernels.SUITE, waterfall.SUITE):
-        rows = suites.run(suite, replace(suite.defaults["cuda"], **both), tmp_path, "a test")
+        rows = run(suite, replace(suite.defaults["cuda"], **both), tmp_path, "a test")
         assert not [row for row in rows if row["status"] == "failed"]
         assert all(row["status"] == "ok" for row in rows if row["contender"] not in ("xformers", "sdpa-cudnn"))

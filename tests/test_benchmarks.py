@@ -1,4 +1,4 @@
-"""The benchmarks' machinery: that cells are measured as they say, checked first, kept, and resumed."""
+"""The benchmarks' machinery: that measurements are measured as they say, checked first, kept, and resumed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import cells, contenders, images, measure, networks, subjects, suites, throughput
-from benchmarks.cells import Cell, CellFailed, Store, Unavailable
+from benchmarks import contenders, images, measure, measurements, networks, subjects
+from benchmarks.measurements import Measurement, MeasurementFailed, Store, Unavailable
 from benchmarks.race import race
+from benchmarks.suite import Bar, locked
+from benchmarks.suites import SUITES, throughput
 from benchmarks.workers import Worker
 from fastvit.integrations import accelerate
 
@@ -26,15 +28,15 @@ CPU = torch.device("cpu")
 TINY = ["--models", "vit_tiny_patch16_224", "--sizes", "32", "--batch", "1", "--budget", "0.01", "--device", "cpu"]
 
 
-def cell(contender: str, **what: Any) -> Cell:
-    return Cell(contender, tuple(what.items()))
+def measurement(contender: str, **what: Any) -> Measurement:
+    return Measurement(contender, tuple(what.items()))
 
 
 def test_cpus_of_one_name_are_told_apart_by_their_instructions() -> None:
     old, new = ({"name": "AMD EPYC", "instructions": instructions} for instructions in ("AVX2", "AVX512"))
-    assert cells.slug(cells.identity(old)) == "amd-epyc-avx2"
-    assert cells.identity(old) != cells.identity(new)
-    assert cells.slug(cells.identity({"name": "NVIDIA H200"})) == "nvidia-h200"
+    assert measurements.slug(measurements.identity(old)) == "amd-epyc-avx2"
+    assert measurements.identity(old) != measurements.identity(new)
+    assert measurements.slug(measurements.identity({"name": "NVIDIA H200"})) == "nvidia-h200"
 
 
 # --- a whole command ------------------------------------------------------------------------------------------
@@ -44,14 +46,14 @@ def test_cpus_of_one_name_are_told_apart_by_their_instructions() -> None:
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     """One small run of the command, its JSON and its folder."""
     folder = tmp_path_factory.mktemp("out")
-    peers = ["--peers", "timm", "fastvit", "fastvit-triton", "torchvision", "huggingface", "floor"]
-    arguments = ["throughput", *TINY, *peers, "--modes", "inference", "--dtype", "float32", "--out", str(folder)]
+    contenders = ["--contenders", "timm", "fastvit", "fastvit-triton", "torchvision", "huggingface", "floor"]
+    arguments = ["throughput", *TINY, *contenders, "--modes", "inference", "--dtype", "float32", "--out", str(folder)]
     assert command.main(arguments) == 0
     return json.loads((folder / "throughput.json").read_text()), folder
 
 
 def test_rows(result: tuple[dict, Path]) -> None:
-    rows = {row["contender"]: row for row in result[0]["cells"]}
+    rows = {row["contender"]: row for row in result[0]["measurements"]}
     assert list(rows) == ["timm", "fastvit", "fastvit-triton", "torchvision", "huggingface", "floor"]
     refused = rows.pop("fastvit-triton")
     assert refused["status"] == "unavailable"
@@ -76,8 +78,8 @@ def test_files_say_where_they_come_from(result: tuple[dict, Path]) -> None:
     assert run["command"].startswith("python -m benchmarks throughput --models vit_tiny_patch16_224")
     with (folder / "throughput.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [line["contender"] for line in lines] == [row["contender"] for row in found["cells"]]
-    assert float(lines[0]["images_per_s"]) == found["cells"][0]["images_per_s"]
+    assert [line["contender"] for line in lines] == [row["contender"] for row in found["measurements"]]
+    assert float(lines[0]["images_per_s"]) == found["measurements"][0]["images_per_s"]
     picture = (folder / "throughput-inference.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
@@ -85,12 +87,12 @@ def test_files_say_where_they_come_from(result: tuple[dict, Path]) -> None:
 
 def test_a_finished_cell_is_not_run_again(result: tuple[dict, Path], capsys: pytest.CaptureFixture[str]) -> None:
     found, folder = result
-    peers = ["--peers", "timm", "fastvit", "--modes", "inference", "--dtype", "float32", "--out", str(folder)]
+    contenders = ["--contenders", "timm", "fastvit", "--modes", "inference", "--dtype", "float32", "--out", str(folder)]
     begun = time.monotonic()
-    assert command.main(["throughput", *TINY, *peers]) == 0
+    assert command.main(["throughput", *TINY, *contenders]) == 0
     assert time.monotonic() - begun < 5
     assert json.loads((folder / "throughput.json").read_text()) == found
-    assert "2 of 2 cells are finished" in capsys.readouterr().out
+    assert "2 of 2 measurements are finished" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
@@ -100,7 +102,7 @@ def test_a_suite_on_a_gpu(suite: str, tmp_path: Path) -> None:
     assert command.main([suite, *sized, "--device", "cuda", "--dtype", "bfloat16", "--out", str(tmp_path)]) in (0, 1)
     found = json.loads((tmp_path / f"{suite}.json").read_text())
     assert found["device"] == torch.cuda.get_device_name()
-    ours = [row for row in found["cells"] if row["contender"] in ("fastvit", "fastvit-triton", "fastvit-graph")]
+    ours = [row for row in found["measurements"] if row["contender"] in ("fastvit", "fastvit-triton", "fastvit-graph")]
     assert ours
     assert all(row["status"] == "ok" for row in ours if row.get("mode") != "training"), ours
 
@@ -109,9 +111,9 @@ def test_a_suite_on_a_gpu(suite: str, tmp_path: Path) -> None:
 def test_the_other_suites_run(suite: str, tmp_path: Path) -> None:
     arguments = [suite, "--quick", "--device", "cpu", "--dtype", "float32", "--sizes", "32", "--batch", "1"]
     arguments += {"latency": ["--budget", "0.01"], "memory": ["--limit", "0.05", "--modes", "inference"]}.get(suite, [])
-    arguments += ["--peers", "timm", "fastvit"]
+    arguments += ["--contenders", "timm", "fastvit"]
     assert command.main([*arguments, "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / f"{suite}.json").read_text())["cells"]
+    rows = json.loads((tmp_path / f"{suite}.json").read_text())["measurements"]
     assert [row["contender"] for row in rows] == ["timm", "fastvit"]
     for row in rows:
         if suite == "latency":
@@ -134,9 +136,9 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     out = ["--out", str(tmp_path), "--device", "cpu"]
     for arguments, said in (
         (["--models", "vit_bse"], "'vit_bse' is no network"),
-        (["--peers", "tim"], "no contender 'tim'"),
+        (["--contenders", "tim"], "no contender 'tim'"),
         (["--sizes", "8"], "8 pixels are too few"),
-        (["--peers", "floor", "--models", "resnet50"], "nothing to measure"),
+        (["--contenders", "floor", "--models", "resnet50"], "nothing to measure"),
         (["--out", __file__], "File exists"),
     ):
         assert command.main(["throughput", *out, *arguments]) == 2
@@ -166,7 +168,7 @@ class Subject:
         if self.how == "missing":
             raise Unavailable("it is not installed")
         if self.how == "wrong":
-            raise CellFailed("wrong logits")
+            raise MeasurementFailed("wrong logits")
         if self.how == "hangs":
             time.sleep(100)
         return {"expected": expected, "batch": 2}
@@ -180,11 +182,11 @@ class Subject:
 @pytest.mark.parametrize(
     ("how", "error", "said"),
     [
-        ("no model", CellFailed, "ImportError: no such library"),
-        ("dies", CellFailed, r"SIGKILL \(out of memory\?\)"),
+        ("no model", MeasurementFailed, "ImportError: no such library"),
+        ("dies", MeasurementFailed, r"SIGKILL \(out of memory\?\)"),
         ("missing", Unavailable, "^it is not installed$"),
-        ("wrong", CellFailed, "^wrong logits$"),
-        ("hangs", CellFailed, "no answer to prepare within 2 s"),
+        ("wrong", MeasurementFailed, "^wrong logits$"),
+        ("hangs", MeasurementFailed, "no answer to prepare within 2 s"),
     ],
 )
 def test_a_process_that_fails_says_why(how: str, error: type[Exception], said: str) -> None:
@@ -197,15 +199,15 @@ def test_a_process_that_fails_says_why(how: str, error: type[Exception], said: s
 
 
 def test_contenders_take_turns_and_a_failure_costs_one_cell() -> None:
-    entries = [cell(how) for how in ("fast", "slow", "missing", "wrong", "dies", "dies later")]
+    entries = [measurement(how) for how in ("fast", "slow", "missing", "wrong", "dies", "dies later")]
     said: list[str] = []
 
-    class Bar(suites.Bar):
+    class Said(Bar):
         def say(self, text: str) -> None:
             said.append(text)
 
-    with Bar(0) as bar:
-        rows = dict(race(entries, cell("fast"), lambda one: Worker(Subject, one.contender), 0.0, bar))
+    with Said(0) as bar:
+        rows = dict(race(entries, measurement("fast"), lambda one: Worker(Subject, one.contender), 0.0, bar))
     assert {one.contender: row["status"] for one, row in rows.items()} == {
         "fast": "ok",
         "slow": "ok",
@@ -214,17 +216,19 @@ def test_contenders_take_turns_and_a_failure_costs_one_cell() -> None:
         "dies": "failed",
         "dies later": "failed",
     }
-    assert rows[cell("slow")]["ratio"] == pytest.approx(0.5)
-    assert rows[cell("slow")]["expected"] == 1.0
-    assert "exit status 3" in rows[cell("dies later")]["reason"]
+    assert rows[measurement("slow")]["ratio"] == pytest.approx(0.5)
+    assert rows[measurement("slow")]["expected"] == 1.0
+    assert "exit status 3" in rows[measurement("dies later")]["reason"]
     turns = [text.partition(",")[0].removeprefix("timing ") for text in said if text.startswith("timing")]
     assert turns == ["fast", "slow", "dies later", "slow", "fast", "fast", "slow"]  # each round led by another
 
 
 def test_nothing_is_timed_that_has_nothing_to_be_checked_by() -> None:
-    with suites.Bar(0) as bar:
-        rows = dict(race([cell("fast")], cell("dies"), lambda one: Worker(Subject, one.contender), 0.1, bar))
-    assert rows == {cell("fast"): {"status": "failed", "reason": "dies, by which it is checked, failed"}}
+    with Bar(0) as bar:
+        rows = dict(
+            race([measurement("fast")], measurement("dies"), lambda one: Worker(Subject, one.contender), 0.1, bar)
+        )
+    assert rows == {measurement("fast"): {"status": "failed", "reason": "dies, by which it is checked, failed"}}
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------
@@ -232,17 +236,17 @@ def test_nothing_is_timed_that_has_nothing_to_be_checked_by() -> None:
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
     with (
-        suites.locked(tmp_path / "out"),
+        locked(tmp_path / "out"),
         pytest.raises(ValueError, match="another benchmark is running into"),
-        suites.locked(tmp_path / "out"),
+        locked(tmp_path / "out"),
     ):
         pass
-    with suites.locked(tmp_path / "out"):
+    with locked(tmp_path / "out"):
         pass
 
 
 def test_store_resumes_replaces_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = cell("a", size=1), cell("a", size=2)
+    one, other = measurement("a", size=1), measurement("a", size=2)
     store = Store(tmp_path, "suite", "cpu", "first")
     assert not store.finished(one)
     store.add(one, {"status": "ok", "value": 1})
@@ -251,12 +255,12 @@ def test_store_resumes_replaces_and_refuses(tmp_path: Path, monkeypatch: pytest.
     assert again.finished(one)
     assert again.finished(other)
     assert not again.finished(other, retry=True)
-    monkeypatch.setattr(cells, "code", lambda: "another")
+    monkeypatch.setattr(measurements, "code", lambda: "another")
     third = Store(tmp_path, "suite", "cpu", "third")
     assert not third.finished(one)  # measured by other code
     third.add(one, {"status": "ok", "value": 3})
-    found = cells.load(tmp_path / "suite.json")
-    assert [(row["size"], row["value"], row["run"]) for row in found["cells"]] == [(1, 3, 1), (2, 2, 0)]
+    found = measurements.load(tmp_path / "suite.json")
+    assert [(row["size"], row["value"], row["run"]) for row in found["measurements"]] == [(1, 3, 1), (2, 2, 0)]
     assert [run["command"] for run in found["runs"]] == ["first", "third"]
     found["device"] = "another device"
     (tmp_path / "suite.json").write_text(json.dumps(found))
@@ -271,8 +275,8 @@ def test_the_digest_is_of_what_is_measured(tmp_path: Path, monkeypatch: pytest.M
     for name in ("fastvit/a.py", "kernels/triton/tables/t.json", "benchmarks/report/page.py", "docs/x.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
-    monkeypatch.setattr(cells, "ROOT", tmp_path)
-    before = cells.code()
+    monkeypatch.setattr(measurements, "ROOT", tmp_path)
+    before = measurements.code()
     for name, changes in (
         ("fastvit/a.py", True),
         ("kernels/triton/tables/t.json", True),
@@ -280,11 +284,11 @@ def test_the_digest_is_of_what_is_measured(tmp_path: Path, monkeypatch: pytest.M
         ("docs/x.md", False),
     ):
         (tmp_path / name).write_text("2")
-        assert (cells.code() != before) == changes, name
-        before = cells.code()
+        assert (measurements.code() != before) == changes, name
+        before = measurements.code()
 
 
-# --- who is compared ------------------------------------------------------------------------------------------
+# --- contenders --------------------------------------------------------------------------------------------
 
 
 def test_names_of_contenders() -> None:
@@ -295,9 +299,9 @@ def test_names_of_contenders() -> None:
     assert contenders.find("huggingface-accelerated-compile").how == "torch.compile, fastvit.accelerate"
     with pytest.raises(ValueError, match="no contender 'timm-graphs'"):
         contenders.find("timm-graphs")
-    for suite in command.SUITES:
+    for suite in SUITES:
         for options in suite.defaults.values():
-            assert suite.cells(options) or options is suite.defaults["quick"]  # every name that ships exists
+            assert suite.measurements(options) or options is suite.defaults["quick"]  # every name that ships exists
 
 
 def test_weights_reach_every_layout() -> None:
@@ -341,7 +345,7 @@ def test_networks() -> None:
 
 
 def test_a_model_that_computes_something_else_is_not_timed() -> None:
-    one = cell("fastvit", model="vit_tiny_patch16_224", size=32, mode="training", dtype="float32")
+    one = measurement("fastvit", model="vit_tiny_patch16_224", size=32, mode="training", dtype="float32")
     subject, standard = subjects.ModelSubject(one, "cpu"), subjects.ModelSubject(subjects.baseline(one), "cpu")
     standard.call(1)()  # leaves gradients behind, which don't count
     expected = standard.expected()
@@ -349,12 +353,12 @@ def test_a_model_that_computes_something_else_is_not_timed() -> None:
     assert subject.check(expected)["max_abs_logit_error"] > 0
     with torch.no_grad():
         subject.model.get_parameter("blocks.3.mlp.fc2.bias").mul_(1.01)
-    with pytest.raises(CellFailed, match="wrong logits: the largest error is"):
+    with pytest.raises(MeasurementFailed, match="wrong logits: the largest error is"):
         subject.check(expected)
 
 
 def test_steps_leave_the_weights_alone() -> None:
-    one = cell("timm", model="vit_tiny_patch16_224", size=32, mode="training", dtype="float32")
+    one = measurement("timm", model="vit_tiny_patch16_224", size=32, mode="training", dtype="float32")
     subject = subjects.ModelSubject(one, "cpu")
     before = copy.deepcopy(subject.model.state_dict())
     subject.call(2)()
@@ -371,7 +375,7 @@ def test_the_best_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert subject._best([4, 8]) == 8 or subject._best([4, 8]) == 2
     speeds.update({1: None, 2: None})
     subject.network = networks.Network("x", "vit", 224, nn.Identity())
-    with pytest.raises(CellFailed, match="out of memory at batch 1"):
+    with pytest.raises(MeasurementFailed, match="out of memory at batch 1"):
         subject._best([4])
 
 
@@ -411,7 +415,7 @@ def test_photographs_are_real_and_the_same_each_time() -> None:
 
 
 def test_every_network_is_the_same_in_every_library() -> None:
-    """Names and shapes of the weights, on meta tensors: timm has no head for some names unless it is told."""
+    """Names and shapes of the weights, on meta tensors: timm has no head for some names by default."""
     import fastvit
 
     for name in networks.FIGURE_11:

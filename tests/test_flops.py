@@ -40,7 +40,7 @@ def _build(name: str, options: dict[str, Any]) -> fastvit.ViT:
 
 
 def _by_hand(model: Any, **options: Any) -> dict[str, int]:
-    """The formula, given a model's sizes."""
+    """Return the formula at a model's sizes."""
     return flops.vit_formula(
         image_size=model.patch_embed.img_size,
         patch_size=model.patch_embed.patch_size,
@@ -80,7 +80,7 @@ def test_launched_is_derived(name: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "saving"), [("ViT-B/16", 0.07), ("ViT-L/16", 0.035)])
 def test_the_class_tokens_saving(name: str, saving: float) -> None:
-    """What docs/model.md says it is worth."""
+    """The share of FLOPs that docs/model.md states."""
     model = _build(name, {})
     executed, nominal = (sum(_by_hand(model, class_token_only=only).values()) for only in (True, False))
     assert 1 - executed / nominal == pytest.approx(saving, abs=0.001)
@@ -90,7 +90,7 @@ def test_count_is_pytorchs_on_the_reference() -> None:
     """The same as FlopCounterMode around a real forward and backward on the CPU."""
     model = fastvit.ViT(**SMALL)
     images = torch.randn(2, 3, 64, 64)
-    model.patch_embed.proj.weight.requires_grad_(False)  # its gradient is counted only where it is wanted
+    model.patch_embed.proj.weight.requires_grad_(False)  # a frozen weight's gradient is not counted
     with fastvit.backend("reference"), FlopCounterMode(display=False) as counter:
         model.blocks[0].attn.fused_attn = model.blocks[1].attn.fused_attn = False  # has no formula on the CPU
         model(images).sum().backward()

@@ -41,7 +41,7 @@ def test_every_stage_is_a_command_that_exists() -> None:
                 arguments = command.parser().parse_args(words[2:])
                 if suite := getattr(arguments, "suite", None):
                     assert arguments.keep == (line == stage.command)
-                    assert suite.cells(command.options(arguments, arguments.device))  # every name in it exists
+                    assert suite.measurements(command.options(arguments, arguments.device))  # every name in it exists
             elif words[1] == "fastvit":
                 cli.parser().parse_args(words[2:])
             else:
@@ -85,7 +85,7 @@ def test_finished_stages_are_not_run_again(
     assert (tmp_path / "out" / "logs" / "bad.log").read_text() == "no luck\n"
     assert stages.main(rehearse) == 1
     assert (tmp_path / "ran").read_text() == "x"
-    monkeypatch.setattr("benchmarks.cells.code", lambda: "another")
+    monkeypatch.setattr("benchmarks.measurements.code", lambda: "another")
     assert stages.main([*rehearse, "--only", "good"]) == 0
     assert (tmp_path / "ran").read_text() == "xx"
 

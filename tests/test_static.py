@@ -1,8 +1,9 @@
-"""What is counted and compiled without a GPU: launches, saved bytes, and every shipped kernel for six targets."""
+"""Counts and compiler reports without a GPU: launches, saved bytes, every shipped kernel for six targets."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fastvit.triton import launch
 from fastvit.tuning import compile_report
 
 ARCHITECTURES = launch.ARCHITECTURES
+SLOW_BUT_90 = [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in ARCHITECTURES]
 TABLES = Path(launch.__file__).parent / "tables"
 
 
@@ -87,9 +89,15 @@ def _check(compiled: compile_report.Compiled, half: bool) -> None:
     elif compiled.has_dot:
         # One query, a row of a window, or tiles for many registers: wgmma and tcgen05 start at 64 rows.
         few_rows = any(f"ROWS={n}," in compiled.constants for n in (16, 32))
-        wanted = "HMMA" if few_rows else {90: "HGMMA", 100: "tcgen05"}.get(compiled.arch, "HMMA")
-        found = wanted in compiled.ptx if wanted == "tcgen05" else wanted in compiled.instructions()
-        assert found, f"{where}: no {wanted}"
+        mnemonic = "HMMA" if few_rows else {90: "HGMMA", 100: "tcgen05"}.get(compiled.arch, "HMMA")
+        assert mnemonic in (compiled.ptx if mnemonic == "tcgen05" else compiled.instructions()), (
+            f"{where}: no {mnemonic}"
+        )
+
+
+def _check_all(launches: Iterable[Any], arch: int, dtype: torch.dtype) -> None:
+    for one in launches:
+        _check(compile_report.compile_launch(one, arch), half=dtype != torch.float32)
 
 
 @cache
@@ -104,28 +112,25 @@ def _added(index: int, arch: int) -> dict[tuple[Any, ...], Any]:
 @pytest.mark.parametrize("index", range(len(compile_report.WORKLOADS)), ids=[str(w) for w in compile_report.WORKLOADS])
 def test_every_configuration_compiles_and_passes_its_gates(index: int, arch: int) -> None:
     """Each kernel in each tile, head dim and key split that a workload adds to those before it."""
-    for one in _added(index, arch).values():
-        _check(compile_report.compile_launch(one, arch), compile_report.WORKLOADS[index].dtype != torch.float32)
+    _check_all(_added(index, arch).values(), arch, compile_report.WORKLOADS[index].dtype)
 
 
-@pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in ARCHITECTURES])
+@pytest.mark.parametrize("arch", SLOW_BUT_90)
 @pytest.mark.parametrize("workload", compile_report.VARIATIONS, ids=str)
 def test_every_variation_compiles_and_passes_its_gates(workload: compile_report.Workload, arch: int) -> None:
-    """What an option compiles that the plain model does not: other epilogues of the same tiles."""
+    """Kernels of an option that the plain model does not have: other epilogues of the same tiles."""
     plain = compile_report.Workload(workload.model, workload.batch, workload.dtype)
     known = {compile_report.specialisation(one, arch) for one in compile_report.launches(plain, arch).launches}
     added = compile_report.distinct(compile_report.launches(workload, arch).launches, arch)
     added = [one for one in added if compile_report.specialisation(one, arch) not in known]
     assert added
-    for one in added:
-        _check(compile_report.compile_launch(one, arch), half=True)
+    _check_all(added, arch, workload.dtype)
 
 
-@pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in ARCHITECTURES])
+@pytest.mark.parametrize("arch", SLOW_BUT_90)
 @pytest.mark.parametrize("call", compile_report.ATTENTIONS, ids=str)
 def test_attention_with_modifiers_compiles_and_passes_its_gates(call: compile_report.Attention, arch: int) -> None:
-    for one in compile_report.attention_launches(call, arch).launches:
-        _check(compile_report.compile_launch(one, arch), call.dtype != torch.float32)
+    _check_all(compile_report.attention_launches(call, arch).launches, arch, call.dtype)
 
 
 def _tile(one: Any) -> tuple[Any, ...]:
@@ -152,27 +157,24 @@ def test_every_row_of_the_linear_table_is_compiled(arch: int, dtype: torch.dtype
         if (workload.dtype == torch.float32) == (dtype == torch.float32):
             launches = compile_report.launches(workload, arch).launches
             taken |= {_tile(o) for o in launches if o.kernel.fn.__name__.startswith("linear") and "BLOCK_M" in o.args}
-    left = {}
-    for row in tiles.rows("linear", arch, dtype):
-        key = (*(row[k] for k in ("op", "block_m", "block_n", "block_k", "warps", "stages")),)
-        if key not in taken:
-            left[key] = row
+    fields = ("op", "block_m", "block_n", "block_k", "warps", "stages")
+    rows = {tuple(row[field] for field in fields): row for row in tiles.rows("linear", arch, dtype)}
+    left = {key: row for key, row in rows.items() if key not in taken}
     for row in left.values():
         m, n, k = row["m"], row["n"], row["k"]
-        sizes = {"forward": ((m, k), (n, k)), "input": ((m, k), (k, n)), "weight": ((k, m), (k, n))}[row["op"]]
-        a, b = (torch.empty(size, device="meta", dtype=dtype) for size in sizes)
-        launcher = {
-            "forward": linear.linear_forward,
-            "input": linear_backward.linear_input_gradient,
-            "weight": linear_backward.linear_weight_gradient,
+        launcher, *sizes = {
+            "forward": (linear.linear_forward, (m, k), (n, k)),
+            "input": (linear_backward.linear_input_gradient, (m, k), (k, n)),
+            "weight": (linear_backward.linear_weight_gradient, (k, m), (k, n)),
         }[row["op"]]
+        a, b = (torch.empty(size, device="meta", dtype=dtype) for size in sizes)
         with launch.record(arch) as launches:
             launcher(a, b, tile=row)
-        _check(compile_report.compile_launch(launches[0], arch), half=dtype != torch.float32)
+        _check_all(launches[:1], arch, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("arch", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in ARCHITECTURES])
+@pytest.mark.parametrize("arch", SLOW_BUT_90)
 def test_what_no_workload_runs_compiles_and_passes_its_gates(arch: int, dtype: torch.dtype) -> None:
     """Rotations, and rows and distances of attention's weights, at head dims with and without a rest."""
     from fastvit.triton.launchers import attention_distance, attention_rows, rope
@@ -188,8 +190,7 @@ def test_what_no_workload_runs_compiles_and_passes_its_gates(arch: int, dtype: t
                 bias = torch.empty(1, 1, count, 201, device="meta").expand(64, 12, -1, -1) if count > 1 else None
                 attention_rows(q, k, lse, torch.empty(count, dtype=torch.int64, device="meta"), 0.125, bias=bias)
             attention_distance(q, k, lse, 0.125, (14, 14), (16.0, 16.0))
-    for one in compile_report.distinct(launches, arch):
-        _check(compile_report.compile_launch(one, arch), half=dtype != torch.float32)
+    _check_all(compile_report.distinct(launches, arch), arch, dtype)
 
 
 @pytest.mark.slow
@@ -197,8 +198,7 @@ def test_what_no_workload_runs_compiles_and_passes_its_gates(arch: int, dtype: t
 @pytest.mark.parametrize("workload", compile_report.WORKLOADS, ids=str)
 def test_every_specialisation_compiles_and_passes_its_gates(workload: compile_report.Workload, arch: int) -> None:
     """As above, but every epilogue and every divisibility that the JIT tells apart."""
-    for one in compile_report.distinct(compile_report.launches(workload, arch).launches, arch):
-        _check(compile_report.compile_launch(one, arch), workload.dtype != torch.float32)
+    _check_all(compile_report.distinct(compile_report.launches(workload, arch).launches, arch), arch, workload.dtype)
 
 
 def test_another_batch_size_seldom_compiles_anything() -> None:
@@ -211,10 +211,8 @@ def test_another_batch_size_seldom_compiles_anything() -> None:
     seen: set[str] = set()
     totals = {}
     for batch in (1, 2, 3, 7, 8, 32, 64, 100, 256):
-        launches = compile_report.launches(
-            compile_report.Workload("vit_base_patch16_224", batch, torch.bfloat16), 90
-        ).launches
-        seen |= {compile_report.specialisation(one, 90) for one in launches}
+        workload = compile_report.Workload("vit_base_patch16_224", batch, torch.bfloat16)
+        seen |= {compile_report.specialisation(one, 90) for one in compile_report.launches(workload, 90).launches}
         totals[batch] = len(seen)
     assert totals[1] == totals[2] <= 27
     assert totals[100] == totals[256] <= 39
@@ -227,13 +225,8 @@ def test_no_mix_of_sizes_compiles_again() -> None:
         qkv = torch.empty(1, total, 3, 12, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
         cu = torch.empty(count + 1, dtype=torch.int32, device="meta")
         with compile_report.trace(90) as trace:
-            out = fastvit.ops.attention_qkvpacked(
-                qkv,
-                cu_seqlens=cu,
-                max_seqlen=longest,
-                dropout_p=0.1,
-                seed=torch.empty(1, dtype=torch.int64, device="meta"),
-            )
+            seed = torch.empty(1, dtype=torch.int64, device="meta")
+            out = fastvit.ops.attention_qkvpacked(qkv, cu_seqlens=cu, max_seqlen=longest, dropout_p=0.1, seed=seed)
             out.backward(torch.empty_like(out))
         assert len(trace.launches) == 3 and trace.aten == []
         seen |= {compile_report.specialisation(one, 90) for one in trace.launches}

@@ -16,19 +16,24 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import static as gate
-from benchmarks import static_counts as counts
+from benchmarks import __main__ as command
+from benchmarks.suites import static as gate
+from benchmarks.suites import static_counts as counts
 from fastvit import layers, ops
 from fastvit.triton import launch
 
 FILES = ("static.json", "static.csv", "static.png")
 
 
+def _quick_run(folder: Path) -> int:
+    return command.main(["static", "--quick", "--out", str(folder)])
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """The exit status and the folder of one quick run: all that is derived for ViT-B/16, its kernels for sm_90."""
     folder = tmp_path_factory.mktemp("quick")
-    return gate.run(folder, quick=True), folder
+    return _quick_run(folder), folder
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +59,8 @@ def test_a_quick_run_passes(quick: tuple[int, Path], found: dict[str, Any]) -> N
 
 def test_two_runs_write_the_same_bytes(quick: tuple[int, Path], tmp_path: Path) -> None:
     """In another process, whose sets and dictionaries of strings are in another order."""
-    code = f"from benchmarks import static; from pathlib import Path; static.run(Path({str(tmp_path)!r}), quick=True)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    arguments = [sys.executable, "-m", "benchmarks", "static", "--quick", "--out", str(tmp_path)]
+    subprocess.run(arguments, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (quick[1] / name).read_bytes(), name
 
@@ -86,7 +91,7 @@ def test_one_launch_more_is_caught(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(layers.Block, "forward", _one_more(layers.Block.forward))
-    assert gate.run(tmp_path, quick=True) == 1
+    assert _quick_run(tmp_path) == 1
     failed = capsys.readouterr().out.split("Failed:\n")[1]
     assert "launches_per_block: 8, at most 7 allowed" in failed
     assert "launches_per_block: 8, baseline 7" in failed
@@ -147,9 +152,10 @@ def test_other_tritons_kernels_are_not_compared(
     assert gate.against_baseline(now, "3.0", complete=True) == ([launch_line, spill_line], [])
 
 
-def test_a_quick_run_is_no_baseline(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--accept needs a complete run"):
-        gate.run(tmp_path, quick=True, accept=True)
+def test_a_quick_run_is_no_baseline(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["static", "--quick", "--accept"])
+    assert "--accept: not allowed with argument --quick" in capsys.readouterr().err
 
 
 # --- what is counted -------------------------------------------------------------------------------------------
@@ -186,7 +192,7 @@ def test_table_6() -> None:
 @pytest.mark.slow
 def test_a_complete_run_passes(tmp_path: Path) -> None:
     """Every configuration for six architectures, against the whole baseline."""
-    assert gate.run(tmp_path) == 0
+    assert command.main(["static", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "static.json").read_text())
     assert {row["target"] for row in found["kernels"]} == {f"sm_{arch}" for arch in launch.ARCHITECTURES}
     assert len(found["table6"]) == len(counts.TABLE6)

@@ -1,4 +1,4 @@
-"""Measured tables: who is asked first, what is refused, what is tried, and what the run says without a GPU."""
+"""Measured tables: their order, refused tables, candidate configs, and the command without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvit import cli, env
 from fastvit.triton import launch, tiles
 from fastvit.triton.tiles import Problem
 from fastvit.tuning import candidates, compile_report, tune
-from fastvit.tuning.candidates import Example
+from fastvit.tuning.candidates import LauncherCall
 
 # A CPU tensor stands for a GPU of this name, as in the interpreter.
 GPU = "interpreter"
@@ -37,7 +37,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
     tiles.reload()
 
 
-def problem(size: int = 1024, **changes: Any) -> Problem:
+def make_problem(size: int = 1024, **changes: Any) -> Problem:
     return Problem("linear", "half", size, tuple((KEY | changes).values()))
 
 
@@ -48,7 +48,7 @@ def row(size: int = 1024, tile: dict[str, Any] = TILE) -> dict[str, Any]:
 def write(folder: Path, *rows: dict[str, Any]) -> Path:
     table = tune.Table(folder / f"{GPU}.json", GPU, 80)
     for one in rows:
-        table.add(problem(one["size"]), one)
+        table.add(make_problem(one["size"]), one)
     return table.path
 
 
@@ -56,7 +56,7 @@ def choose(size: int = 1024, dtype: torch.dtype = torch.bfloat16, **changes: Any
     return tiles.choose("linear", torch.empty(1), dtype, size, lambda: DERIVED, **(KEY | changes))
 
 
-# --- looking up -----------------------------------------------------------------------------------------------
+# --- lookup --------------------------------------------------------------------------------------------------
 
 
 def test_a_measured_row_serves_its_problem_and_batches_near_it(folders: dict[str, Path]) -> None:
@@ -153,11 +153,11 @@ def test_a_table_that_cannot_be_used_is_refused_once_and_shown(
 @pytest.mark.parametrize(("op", "run"), [("forward", "folded"), ("normed", "library"), ("input", "quickly")])
 def test_a_run_that_an_op_does_not_have_is_refused(folders: dict[str, Path], op: str, run: str) -> None:
     key = dict.fromkeys(tiles.KEYS["cuda"], 8) | {"op": op, "activation": None, "residual": None}
-    asked = Problem("cuda", "half", 8, tuple(key.values()))
+    problem = Problem("cuda", "half", 8, tuple(key.values()))
     table = tune.Table(folders["user"] / f"{GPU}.json", GPU, 80)
-    table.add(asked, {"size": 8, "key": key, "tile": {"run": tiles.RUNS[op][1]}})
+    table.add(problem, {"size": 8, "key": key, "tile": {"run": tiles.RUNS[op][1]}})
     assert tiles.read(table.path, GPU)
-    table.add(asked, {"size": 8, "key": key, "tile": {"run": run}})
+    table.add(problem, {"size": 8, "key": key, "tile": {"run": run}})
     with pytest.raises(tiles.TableError, match=run):
         tiles.read(table.path, GPU)
 
@@ -170,7 +170,7 @@ def test_sources_count_what_was_measured(folders: dict[str, Path]) -> None:
 
 def test_the_file_is_continued_or_set_aside(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = write(folders["user"], row(1), row(2))
-    assert set(tune.Table.open(path, GPU, 80).rows) == {problem(1), problem(2)}
+    assert set(tune.Table.open(path, GPU, 80).rows) == {make_problem(1), make_problem(2)}
     assert tune.Table.open(path.with_name("none.json"), GPU, 80).rows == {}
     path.write_text("{")
     assert tune.Table.open(path, GPU, 80).rows == {}
@@ -186,17 +186,17 @@ def test_the_file_is_continued_or_set_aside(folders: dict[str, Path], capsys: py
 @pytest.mark.parametrize(
     "workload", [*compile_report.WORKLOADS, compile_report.VARIATIONS[0], compile_report.VARIATIONS[2]], ids=str
 )
-def test_every_problem_of_a_model_has_an_example(workload: compile_report.Workload, arch: int) -> None:
-    with tiles.asked() as asked:
+def test_every_problem_of_a_model_has_a_call(workload: compile_report.Workload, arch: int) -> None:
+    with tiles.asked() as problems:
         compile_report.launches(workload, arch)
-    assert {p.family for p in asked} == set(tiles.KEYS) - {"cuda"}
-    assert [str(p) for p in asked if not candidates.poses(p, workload.dtype, arch)] == []
+    assert {p.family for p in problems} == set(tiles.KEYS) - {"cuda"}
+    assert [str(p) for p in problems if not candidates.is_reproducible(p, workload.dtype, arch)] == []
 
 
-def test_backend_cuda_asks_who_runs_each_product_of_a_model() -> None:
+def test_backend_cuda_looks_up_each_product_of_a_model() -> None:
     """Without the extension: qkv and fc1 behind a norm in inference, and every product of a training step."""
     models = ["vit_base_patch16_224"]
-    inference = tune.asked_by(models, [256], [torch.bfloat16], [False], 90, "cuda")
+    inference = tune.problems_of(models, [256], [torch.bfloat16], [False], 90, "cuda")
     rows = 256 * 197
     assert {(p.fields["op"], p.size, p.fields["n"], p.fields["k"]) for p in inference} >= {
         ("normed", rows, 2304, 768),
@@ -205,54 +205,54 @@ def test_backend_cuda_asks_who_runs_each_product_of_a_model() -> None:
         ("normed", rows, 3072, 768),
         ("forward", rows, 768, 3072),
     }
-    training = tune.asked_by(models, [256], [torch.bfloat16], [True], 90, "cuda")
+    training = tune.problems_of(models, [256], [torch.bfloat16], [True], 90, "cuda")
     assert {p.fields["op"] for p in training} == {"forward", "input", "weight"}
-    for asked, (dtype, derived) in {**inference, **training}.items():
+    for problem, (dtype, derived) in {**inference, **training}.items():
         assert derived == {"run": "kernel"}
-        assert candidates.poses(asked, dtype, 90), str(asked)
-        assert candidates.refusal(asked, dtype, {"run": "library"}, 90) is None
+        assert candidates.is_reproducible(problem, dtype, 90), str(problem)
+        assert candidates.rejection(problem, dtype, {"run": "library"}, 90) is None
 
 
-def _asked(arch: int, dtype: torch.dtype = torch.bfloat16) -> tune.Asked:
-    return tune.asked_by(["vit_base_patch16_224"], [256], [dtype], [True], arch)
+def _problems(arch: int, dtype: torch.dtype = torch.bfloat16) -> tune.Problems:
+    return tune.problems_of(["vit_base_patch16_224"], [256], [dtype], [True], arch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("arch", launch.ARCHITECTURES)
 def test_candidates_are_tiles_of_their_kernels(arch: int, dtype: torch.dtype) -> None:
-    for asked, (_, derived) in _asked(arch, dtype).items():
-        tried = candidates.candidates(asked, arch, 132)
-        assert 3 <= len(tried) <= 64, str(asked)
+    for problem, (_, derived) in _problems(arch, dtype).items():
+        tried = candidates.candidate_configs(problem, arch, 132)
+        assert 3 <= len(tried) <= 64, str(problem)
         assert len({json.dumps(tile) for tile in tried}) == len(tried)
         for tile in tried:
-            assert set(tile) == set(tiles.TILES[asked.family]) <= set(derived)
-            if asked.family == "linear":
+            assert set(tile) == set(tiles.TILES[problem.family]) <= set(derived)
+            if problem.family == "linear":
                 assert tile["form"] in (
-                    ("tma", "pointer") if asked.fields["allows"] == "tma" else (asked.fields["allows"],)
+                    ("tma", "pointer") if problem.fields["allows"] == "tma" else (problem.fields["allows"],)
                 )
 
 
-def test_every_launcher_takes_the_tile_it_is_given() -> None:
-    for asked, (dtype, _) in _asked(90).items():
-        tried = candidates.candidates(asked, 90, 132)
+def test_every_launcher_takes_its_tile_argument() -> None:
+    for problem, (dtype, _) in _problems(90).items():
+        tried = candidates.candidate_configs(problem, 90, 132)
         configurations = set()
         for tile in tried:
             with launch.record(90) as launches:
-                candidates.example(asked, dtype, "meta").run(tile)
+                candidates.launcher_call(problem, dtype, "meta").run(tile)
             configurations.add(compile_report.configuration(launches[0]))
         # Few rows or a short sum make some tiles of attention equal: a program owns no more rows than there are.
-        few = asked.family == "attention" and 1 in asked.key
-        assert len(configurations) > len(tried) // 2 if few else len(configurations) == len(tried), str(asked)
+        few = problem.family == "attention" and 1 in problem.key
+        assert len(configurations) > len(tried) // 2 if few else len(configurations) == len(tried), str(problem)
 
 
-def test_a_candidate_that_spills_or_does_not_fit_is_refused() -> None:
-    pointer = problem(4096, allows="pointer")
-    assert candidates.refusal(pointer, torch.bfloat16, TILE, 80) is None
-    spilling = candidates.refusal(pointer, torch.bfloat16, SPILLING, 80)
+def test_a_candidate_that_spills_or_does_not_fit_is_rejected() -> None:
+    pointer = make_problem(4096, allows="pointer")
+    assert candidates.rejection(pointer, torch.bfloat16, TILE, 80) is None
+    spilling = candidates.rejection(pointer, torch.bfloat16, SPILLING, 80)
     assert re.match(r"spills \d+ bytes", str(spilling))
-    large = candidates.refusal(pointer, torch.bfloat16, TILE | {"block_k": 256, "stages": 4}, 86)
+    large = candidates.rejection(pointer, torch.bfloat16, TILE | {"block_k": 256, "stages": 4}, 86)
     assert re.match(r"overflows shared memory with \d+ bytes", str(large))
-    odd = candidates.refusal(pointer, torch.bfloat16, TILE | {"block_m": 48}, 80)
+    odd = candidates.rejection(pointer, torch.bfloat16, TILE | {"block_m": 48}, 80)
     assert odd is not None
 
 
@@ -262,11 +262,11 @@ def gate(path: Path) -> None:
     assert path.stem == tiles.slug(table["gpu"])
     measured = tiles.read(path, table["gpu"])
     assert measured
-    for asked, one in measured.items():
-        dtype = torch.float32 if asked.dtype == "float32" else torch.bfloat16
-        reason = candidates.refusal(asked, dtype, one["tile"], table["arch"])
-        # What is not hot may spill: there the derived tile, which is compiled elsewhere, may be the best.
-        assert reason is None or one["tile"] == one["derived"], f"{path.name}, {asked}: {reason}"
+    for problem, one in measured.items():
+        dtype = torch.float32 if problem.dtype == "float32" else torch.bfloat16
+        reason = candidates.rejection(problem, dtype, one["tile"], table["arch"])
+        # A kernel that is not hot may spill: there the derived tile, compiled elsewhere, may be the best.
+        assert reason is None or one["tile"] == one["derived"], f"{path.name}, {problem}: {reason}"
 
 
 def test_every_shipped_table_passes_its_gate() -> None:
@@ -292,31 +292,31 @@ def _launcher(x: Tensor, tile: dict[str, Any] | None) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_wrong_or_unwritten_result_is_an_objection(dtype: torch.dtype) -> None:
-    judge = tune.Judge(Example(_launcher, {"x": torch.randn(1000).to(dtype)}), {"how": "derived"})
-    assert judge.objection({"how": "derived"}) is None
+def test_a_wrong_or_unwritten_result_fails(dtype: torch.dtype) -> None:
+    check = tune.AccuracyCheck(LauncherCall(_launcher, {"x": torch.randn(1000).to(dtype)}), {"how": "derived"})
+    assert check.failure({"how": "derived"}) is None
     for how in ("wrong", "unfinished"):
-        assert "wrong by" in str(judge.objection({"how": how}))
+        assert "wrong by" in str(check.failure({"how": how}))
     if dtype == torch.float32:
-        assert "wrong by" in str(judge.objection({"how": "rough"}))
+        assert "wrong by" in str(check.failure({"how": "rough"}))
 
 
-def test_what_a_launcher_leaves_of_an_argument_is_an_objection() -> None:
+def test_an_argument_that_is_not_fully_written_fails() -> None:
     def write_half(out: Tensor, tile: dict[str, Any] | None) -> None:
         out[: None if tile == {} else 2] = 1
 
-    judge = tune.Judge(Example(write_half, {"out": torch.zeros(4)}, ("out",)), {})
-    assert judge.objection({}) is None
-    assert "wrong by" in str(judge.objection({"how": "half"}))
+    check = tune.AccuracyCheck(LauncherCall(write_half, {"out": torch.zeros(4)}, ("out",)), {})
+    assert check.failure({}) is None
+    assert "wrong by" in str(check.failure({"how": "half"}))
 
 
 def test_a_gain_must_be_larger_than_the_noise() -> None:
     steady = [1.0, 1.001, 0.999, 1.0, 1.0]
-    assert tune.worth_it([0.9 * t for t in steady], steady)
-    assert not tune.worth_it([0.985 * t for t in steady], steady)  # under GAIN
-    assert not tune.worth_it([1.1 * t for t in steady], steady)
+    assert tune.is_faster([0.9 * t for t in steady], steady)
+    assert not tune.is_faster([0.985 * t for t in steady], steady)  # under GAIN
+    assert not tune.is_faster([1.1 * t for t in steady], steady)
     scattered = [0.8, 1.0, 1.2, 0.7, 1.3]
-    assert not tune.worth_it([0.9 * t for t in scattered], scattered)
+    assert not tune.is_faster([0.9 * t for t in scattered], scattered)
 
 
 def test_interleaved_takes_turns() -> None:
@@ -373,9 +373,9 @@ def test_mistakes_name_what_is_accepted(capsys: pytest.CaptureFixture[str], argu
 
 
 def test_where_the_table_goes(folders: dict[str, Path]) -> None:
-    assert tune.place(None, "NVIDIA H200") == folders["user"] / "nvidia-h200.json"
-    assert tune.place("tables", "NVIDIA H200") == Path("tables/nvidia-h200.json")
-    assert tune.place("mine.json", "NVIDIA H200") == Path("mine.json")
+    assert tune.table_path(None, "NVIDIA H200") == folders["user"] / "nvidia-h200.json"
+    assert tune.table_path("tables", "NVIDIA H200") == Path("tables/nvidia-h200.json")
+    assert tune.table_path("mine.json", "NVIDIA H200") == Path("mine.json")
 
 
 @pytest.mark.gpu
@@ -386,16 +386,16 @@ def test_on_a_gpu(folders: dict[str, Path]) -> None:
     arch, gpu = launch.architecture(probe), launch.device_name(probe)
     assert gpu is not None
     some: dict[tuple[str, Any], Problem] = {}
-    everything = tune.asked_by(["vit_tiny_patch16_224"], [8], [torch.bfloat16], [True], arch)
-    for asked in everything:
-        some.setdefault((asked.family, asked.key[0]), asked)
-    table = tune.Table.open(tune.place(None, gpu), gpu, arch)
-    assert tune.tune({asked: everything[asked] for asked in some.values()}, table, device, most=3) == 0
-    for asked, one in tiles.read(table.path, gpu).items():  # type: ignore[union-attr]
+    everything = tune.problems_of(["vit_tiny_patch16_224"], [8], [torch.bfloat16], [True], arch)
+    for problem in everything:
+        some.setdefault((problem.family, problem.key[0]), problem)
+    table = tune.Table.open(tune.table_path(None, gpu), gpu, arch)
+    assert tune.tune({problem: everything[problem] for problem in some.values()}, table, device, most=3) == 0
+    for problem, one in tiles.read(table.path, gpu).items():  # type: ignore[union-attr]
         assert one["timed"] >= 1, one["refused"]
-        assert set(one["refused"]) <= {"spills", "overflows"}, str(asked)
+        assert set(one["refused"]) <= {"spills", "overflows"}, str(problem)
         assert 0 < one["us"] <= one["derived_us"]
-        call = candidates.example(asked, torch.bfloat16, device)
+        call = candidates.launcher_call(problem, torch.bfloat16, device)
         with tiles.asked() as taken:
             call.run()
         assert one["tile"] in taken.values()

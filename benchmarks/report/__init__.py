@@ -1,30 +1,31 @@
-"""What results look like: tables, plots, README.md's part and the page. Nothing here measures.
+"""Results as tables, plots, README.md's part and the page. Nothing here measures.
 
-The modules that draw are imported when they are needed: other commands need only :mod:`benchmarks.report.tables`.
+Functions import the modules that draw: other commands need only :mod:`benchmarks.report.tables`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from benchmarks.cells import RESULTS, ROOT, load
+from benchmarks.measurements import RESULTS, ROOT, load
 
 STATIC = RESULTS / "static.json"  # what `python -m benchmarks static --out benchmarks/results` writes
 README = ROOT / "README.md"
-OUT = Path("bench-out/report")  # where the command writes, unless it is told
+OUT = Path("bench-out/report")  # where the command writes by default
 
 
-def write(results: Path, static: Path | None, out: Path, readme: Path | None) -> list[Path]:
+def write(results: Path, static_path: Path | None, out: Path, readme: Path | None) -> list[Path]:
     """Draw every plot, make the page, and bring README.md's part up to date.
 
     Args:
         results: the folder that has a folder for every device, with SUITE.json in it; or one of these.
-        static: static.json; None, or a path where there is none: page and README say "not measured yet".
+        static_path: static.json; None, or a path where there is none: page and README say "not measured yet".
         out: gets the page, index.html, and the plots, DEVICE/PLOT.png and static/PLOT.png.
         readme: a file with the marks of :mod:`benchmarks.report.readme`; None: no README is touched.
 
     Returns:
-        What was written, the page first.
+        The written files, the page first.
 
     Raises:
         ValueError: a file is no result file, or the README has no marks.
@@ -33,7 +34,7 @@ def write(results: Path, static: Path | None, out: Path, readme: Path | None) ->
     from benchmarks.report import readme as part
     from benchmarks.report.results import read
 
-    devices, found = read(results), derived.read(static)
+    devices, found = read(results), derived.read(static_path)
     text = part.updated(readme.read_text(), part.render(devices, found)) if readme else ""
     drawn = {device.folder: plots.draw(device, out / device.folder) for device in devices}
     static_plots = derived.plots(found, out / "static") if found else []
@@ -59,11 +60,20 @@ def draw(path: Path) -> list[Path]:
     return [plot.path for some in plots.draw(device, path.parent).values() for plot in some]
 
 
-def is_current(results: Path, static: Path | None, readme: Path) -> bool:
-    """Whether README.md's part is what :func:`write` would write; arguments and errors are its."""
+def static(found: dict[str, Any], path: Path) -> str:
+    """Draw static.png of the content of a static.json into ``path``, and return its tables for a terminal."""
+    from benchmarks.report import derived, style, tables
+
+    with style.context():
+        style.save(derived.fusions(found), path)
+    return "\n\n".join(map(tables.terminal, derived.summary(found))) + "\n"
+
+
+def is_current(results: Path, static_path: Path | None, readme: Path) -> bool:
+    """Return whether README.md's part is what :func:`write` would write; arguments and errors are its."""
     from benchmarks.report import derived
     from benchmarks.report import readme as part
     from benchmarks.report.results import read
 
     text = readme.read_text()
-    return part.updated(text, part.render(read(results), derived.read(static))) == text
+    return part.updated(text, part.render(read(results), derived.read(static_path))) == text

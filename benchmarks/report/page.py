@@ -1,20 +1,18 @@
-"""The page: all results in one HTML file that needs nothing else."""
+"""The page of all results: one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from itertools import zip_longest
 
-from benchmarks import accuracy, kernels, latency, memory, throughput, waterfall
-from benchmarks.cells import Row
+from benchmarks.measurements import Row
 from benchmarks.report import derived, style, tables
 from benchmarks.report.results import Device, short_commit
 from benchmarks.report.style import Plot
+from benchmarks.report.tables import Table
+from benchmarks.suites import SUITES
 
-SUITES = (throughput.SUITE, latency.SUITE, memory.SUITE, kernels.SUITE, waterfall.SUITE, accuracy.SUITE)
 NOT_MEASURED = "Not measured yet."
 LONG = 40  # rows; a longer table is folded
 LONG_TEXT = 70  # characters; longer text takes several lines
@@ -69,7 +67,7 @@ SCRIPT = """
 for (const button of document.querySelectorAll("th button")) button.onclick = () => {
   const head = button.parentNode, body = head.closest("table").tBodies[0], i = head.cellIndex
   const up = head.ariaSort !== "ascending"
-  const key = row => row.cells[i].dataset.value ?? row.cells[i].textContent
+  const key = row => row.cells[i].textContent.replace(/^± |,(?=\\d{3})|[x%]$/g, "")
   const order = (a, b) => isNaN(a) || isNaN(b) ? isNaN(a) - isNaN(b) || a.localeCompare(b) : a - b
   for (const other of head.parentNode.cells) other.removeAttribute("aria-sort")
   head.ariaSort = up ? "ascending" : "descending"
@@ -85,24 +83,29 @@ def render(
     static: derived.Found | None,
     static_plots: Iterable[Plot],
 ) -> str:
-    """The page.
+    """Return the page.
 
     Args:
-        devices: what was measured.
+        devices: the measured devices.
         plots: of each device's folder, by suite.
         static: the content of static.json, if it is there. static_plots: its plots.
     """
     sections = [(device.folder, device.name) for device in devices]
     if not any(device.is_gpu for device in devices):
         sections.insert(0, ("gpu", "GPU"))
-    links = [("where", "Measured where"), *sections, ("static", "Derived and compiled"), ("how", "How it is measured")]
+    links = [
+        ("where", "Devices and runs"),
+        *sections,
+        ("static", "Derived and compiled"),
+        ("how", "How it is measured"),
+    ]
     known = {device.folder: device for device in devices}
     body = [
         "<h1>fastvit: benchmarks</h1>",
         "<p>Every figure here comes from a result file; what no file holds says that it is not measured yet. "
         "Contenders run the same network with the same weights, side by side.</p>",
         "<nav>" + "".join(f'<a href="#{_id(to)}">{escape(name)}</a>' for to, name in links) + "</nav>",
-        _heading(2, "where", "What was measured where"),
+        _heading(2, "where", "Measured devices and runs"),
         _where(devices),
     ]
     for folder, name in sections:
@@ -144,7 +147,7 @@ def _plots(plots: Iterable[Plot]) -> list[str]:
 
 
 def _device(device: Device, plots: Mapping[str, Sequence[Plot]]) -> list[str]:
-    """Every suite: its plots, and all its rows."""
+    """Return every suite: its plots and all its rows."""
     parts = [f'<p class="faint">{escape(", ".join(device.settings()))}</p>']
     for suite in SUITES:
         parts.append(_heading(3, f"{device.folder}-{suite.name}", f"{suite.name}: {suite.help}"))
@@ -153,52 +156,38 @@ def _device(device: Device, plots: Mapping[str, Sequence[Plot]]) -> list[str]:
             parts.append(_none(f"<code>python -m benchmarks {suite.name} --keep</code> measures it."))
             continue
         parts += _plots(plots.get(suite.name, ()))
-        parts.append(_folded(_rows(rows, suite.columns), len(rows)))
+        parts.append(_rows(rows, suite.columns))
     return parts
 
 
-def _folded(table: str, rows: int) -> str:
-    """A long table, folded; a short one as it is."""
-    return f"<details><summary>All {rows} rows</summary>{table}</details>" if rows > LONG else table
-
-
 def _rows(rows: Sequence[Row], columns: tables.Columns) -> str:
-    """The rows as a table; below it the reasons of those without a result."""
-    body, reasons = tables.noted(rows, columns)
-    classes = ["left" if one else "" for one in tables.set_left(rows, columns)]
-    lines = []
-    for row, cells in zip(rows, body, strict=True):
-        kind = "lost" if row["status"] != "ok" else "ours" if str(row["contender"]).startswith("fastvit") else ""
-        values = [None if callable(field) else row.get(field) for _, field in columns]
-        lines.append((kind, list(zip(cells, values, strict=True))))
-    notes = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
-    return _table([name for name, _ in columns], classes, lines) + (f'<ol class="faint">{notes}</ol>' if notes else "")
+    """Format rows as a table, ours in colour."""
+    kinds = [
+        "lost" if row["status"] != "ok" else "ours" if str(row["contender"]).startswith("fastvit") else ""
+        for row in rows
+    ]
+    return _table(tables.of_rows(rows, columns), kinds)
 
 
-Cells = Sequence[tuple[str, Any]]
-
-
-def _table(header: Sequence[str], classes: Sequence[str], lines: Iterable[tuple[str, Cells]]) -> str:
-    """A table that can be sorted; ``classes`` are the columns'.
-
-    A line is (class, cells), a cell (text, the value to sort by, or None: the text).
-    """
+def _table(table: Table, kinds: Sequence[str] = ()) -> str:
+    """Format a table that can be sorted, with notes below; ``kinds`` are classes of its lines. Fold a long one."""
+    texts = [max(map(len, column), default=0) > LONG_TEXT for column in zip(*table.lines, strict=True)]
+    classes = ["left text" if long else "left" if left else "" for left, long in zip(table.left, texts, strict=True)]
     to = [f' class="{one}"' if one else "" for one in classes]
-    head = "".join(f"<th{c}><button>{escape(name)}</button></th>" for name, c in zip(header, to, strict=True))
+    head = "".join(f"<th{c}><button>{escape(name)}</button></th>" for name, c in zip(table.header, to, strict=True))
     body = []
-    for kind, cells in lines:
-        row = "".join(f"<td{c}{_value(value)}>{escape(text)}</td>" for (text, value), c in zip(cells, to, strict=True))
-        body.append(f'<tr class="{kind}">{row}</tr>' if kind else f"<tr>{row}</tr>")
-    inner = "\n".join(body)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{inner}\n</tbody></table></div>'
-
-
-def _value(value: Any) -> str:
-    return f' data-value="{value}"' if isinstance(value, (int, float)) else ""
+    for line, kind in zip_longest(table.lines, kinds, fillvalue=""):
+        cells = "".join(f"<td{c}>{escape(text)}</td>" for text, c in zip(line, to, strict=True))
+        body.append(f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>")
+    inner, notes = "\n".join(body), "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+    shown = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{inner}\n</tbody></table></div>'
+    shown += f'<ol class="faint">{notes}</ol>' if notes else ""
+    rows = len(table.lines)
+    return f"<details><summary>All {rows} rows</summary>{shown}</details>" if rows > LONG else shown
 
 
 def _where(devices: Sequence[Device]) -> str:
-    """The runs: on what, when, of which commit, with which versions, by which command."""
+    """Return the table of runs: device, time, commit, command, versions."""
     if not devices:
         return _none()
     lines = []
@@ -207,10 +196,9 @@ def _where(devices: Sequence[Device]) -> str:
             for run, count in device.runs(suite.name):
                 about = run["device"]["name"], suite.name, f"{count}", run["started"][:16].replace("T", " ")
                 versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
-                texts = [*about, short_commit(run), run["command"], versions]
-                lines.append(("", [(text, None) for text in texts]))
+                lines.append([*about, short_commit(run), run["command"], versions])
     header = ("device", "suite", "rows", "started, UTC", "commit", "command", "versions")
-    return _table(header, ["left"] * 5 + ["left text"] * 2, lines)
+    return _table(tables.of_texts("", header, lines))
 
 
 def _static(static: derived.Found | None, plots: Iterable[Plot]) -> list[str]:
@@ -221,30 +209,13 @@ def _static(static: derived.Found | None, plots: Iterable[Plot]) -> list[str]:
         f"{escape(derived.versions(static))}. Nothing here was timed.</p>",
         *_plots(plots),
     ]
-    for title, header, lines in derived.tables(static):
-        classes = [_class(column) for column in zip(*lines, strict=True)]
-        table = _table(header, classes, [("", [(text, _number(text)) for text in line]) for line in lines])
-        parts += [f"<h3>{escape(title)}</h3>", _folded(table, len(lines))]
+    for table in derived.tables(static):
+        parts += [f"<h3>{escape(table.title)}</h3>", _table(table)]
     return parts
 
 
-def _class(column: Sequence[str]) -> str:
-    """How a column of text is set: words to the left, and long ones in several lines."""
-    if all(_number(text) is not None for text in column):
-        return ""
-    return "left text" if max(map(len, column)) > LONG_TEXT else "left"
-
-
-def _number(text: str) -> float | None:
-    """The number that a text begins with, as a table of derived figures writes one; None for words."""
-    found = re.fullmatch(r"([+-]?[\d,]*\.?\d+)(x|%)?|(-)", text)
-    if found is None:
-        return None
-    return math.nan if found[3] else float(found[1].replace(",", ""))
-
-
 def _how() -> str:
-    """What each suite does, in its own words."""
+    """Describe each suite in its own words."""
     items = "".join(f"<dt>{escape(suite.name)}</dt><dd>{escape(suite.description)}</dd>" for suite in SUITES)
     return (
         "<p>Contenders take turns, each in a process of its own, so that drift of clocks and load hits all alike; "

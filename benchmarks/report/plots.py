@@ -15,16 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from benchmarks import networks
-from benchmarks.cells import Row
+from benchmarks.measurements import Row
 from benchmarks.report import rooflines, style, tables
-from benchmarks.report.results import Device, distinct, is_floor, is_ours, title, usual_size
-from benchmarks.report.style import Bar, C, Plot
-
-MARKERS = "osD^vPX*<>ph"
+from benchmarks.report.results import Device, distinct, grouped, is_floor, is_ours, title, usual_size
+from benchmarks.report.style import MARKERS, Bar, C, Plot
 
 
 def draw(device: Device, folder: Path) -> dict[str, list[Plot]]:
-    """Every figure of the device into ``folder``; the plots by suite."""
+    """Draw every figure of the device into ``folder``; return the plots by suite."""
     found: dict[str, list[Plot]] = {}
     with style.context():
         for suite, name, function in FIGURES:
@@ -47,26 +45,22 @@ def _color(row: Row) -> str:
         return "ours"
     if is_floor(row):
         return "floor"
-    return "peer" if networks.family(row["model"]) == "vit" else "resnet"
-
-
-def _missing(row: Row) -> Bar:
-    return Bar(str(row["contender"]), None, str(row["status"]))
+    return "other" if networks.family(row["model"]) == "vit" else "resnet"
 
 
 def _batches(rows: Sequence[Row]) -> str:
-    """The batches of what was measured, for a panel's title."""
+    """Return the measured batches for a panel's title."""
     found = sorted({row["batch"] for row in rows if row["status"] == "ok"})
     return f", batch {' or '.join(map(str, found))}" if found else ""
 
 
 def _fastest_first(rows: Sequence[Row], field: str, sign: int) -> list[Row]:
-    """By ``field`` (``sign`` -1: most first), the floor and rows without a result last."""
+    """Sort by ``field`` (``sign`` -1: most first), the floor and rows without a result last."""
     return sorted(rows, key=lambda row: (is_floor(row), inf if row.get(field) is None else sign * row[field]))
 
 
 def _size(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the one image size that is shown."""
+    """Return the rows of the one image size that is shown."""
     size = usual_size(rows)
     return [row for row in rows if row["size"] == size]
 
@@ -75,7 +69,7 @@ def _size(rows: Sequence[Row]) -> list[Row]:
 
 
 def figure_11(device: Device) -> Figure | None:
-    """Images/s against image size, and the largest batch that fits, where several sizes were measured."""
+    """Draw images/s and the largest batch that fits against image size, where several sizes were measured."""
     parts = [("throughput", "images_per_s", "images/s"), ("memory", "largest_batch", "largest batch that fits, images")]
     shown = []
     for suite, field, label in parts:
@@ -90,7 +84,7 @@ def figure_11(device: Device) -> Figure | None:
     small = _small(
         device,
         shown[0][0],
-        "Solid: fastvit's best, and a ResNet's best by anyone. Dashed: the best of the other libraries for that ViT.",
+        "Solid: fastvit's best, and any contender's best of a ResNet. Dashed: the other libraries' best of that ViT.",
     )
     figure, axes = style.panels(
         f"The ViT paper's Figure 11, replayed for inference: {_where(device)}", small, [5.4] * len(shown), 2
@@ -102,9 +96,8 @@ def figure_11(device: Device) -> Figure | None:
 
 
 def _lines(rows: Sequence[Row], field: str) -> Iterator[tuple[str, str, str, list[tuple[int, float]]]]:
-    """(label, family, line style, points) of every line."""
-    for (model,) in distinct(rows, "model"):
-        mine = [row for row in rows if row["model"] == model]
+    """Yield (label, family, line style, points) of every line."""
+    for (model,), mine in grouped(rows, "model"):
         family = "vit" if networks.family(model) == "vit" else "resnet"
         if family == "resnet":
             sides = [("-", mine)]
@@ -120,12 +113,12 @@ def _lines(rows: Sequence[Row], field: str) -> Iterator[tuple[str, str, str, lis
 
 
 def _by_size(ax: Axes, rows: Sequence[Row], field: str) -> None:
-    """Lines over image size, both axes logarithmic, each with its name at its end."""
-    lines = list(_lines(rows, field))
-    markers = dict(zip(dict.fromkeys(label for label, *_ in lines), cycle(MARKERS), strict=False))
-    for label, family, dash, points in lines:
-        name = "resnet" if family == "resnet" else "ours" if dash == "-" else "faint"
-        look: dict[str, Any] = {"color": C[name], "marker": markers[label], "linewidth": 1.6 if dash == "-" else 1.0}
+    """Draw lines over image size, both axes logarithmic."""
+    markers = dict(zip(dict.fromkeys(title(row) for row in rows), cycle(MARKERS), strict=False))
+    for label, family, dash, points in _lines(rows, field):
+        color = C["resnet" if family == "resnet" else "ours" if dash == "-" else "faint"]
+        width, name = (1.6, label) if dash == "-" else (1.0, f"{label}, others")
+        look: dict[str, Any] = {"color": color, "marker": markers[label], "linewidth": width, "label": name}
         ax.plot(*zip(*points, strict=True), dash, markersize=5, **look)
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -133,126 +126,96 @@ def _by_size(ax: Axes, rows: Sequence[Row], field: str) -> None:
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.xaxis.set_minor_locator(NullLocator())
     style.log_ticks(ax.yaxis, ",g")
-    ax.set_xlim(sizes[0] / 1.08, sizes[-1] * (sizes[-1] / sizes[0]) ** 0.28)
     ax.set_xlabel("image size, pixels")
-    low, high = ax.get_ylim()
-    named = [line for line in lines if line[2] == "-"] or lines
-    ends = [style.log_place(points[-1][1], low, high) for *_, points in named]
-    for (label, family, _, points), place, end in zip(named, style.spread_out(ends, 0.038), ends, strict=True):
-        color = C["ours" if family == "vit" else "resnet"]
-        x: float = style.log_place(points[-1][0], *ax.get_xlim())
-        if abs(place - end) > 0.005:  # the label had to move: a thread leads to it
-            ax.plot([x, x + 0.028], [end, place], color=color, linewidth=0.6, transform=ax.transAxes)
-        ax.text(x + 0.032, place, label, va="center", fontsize=9, color=color, transform=ax.transAxes)
-    ax.set_ylim(low, high)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 # --- bars ---------------------------------------------------------------------------------------------------------
 
 
-def _grid(
-    heading: str, small: str, groups: Sequence[tuple[str, Sequence[Bar]]], columns: int, label: str
+def _by_contender(
+    device: Device,
+    suite: str,
+    rows: Sequence[Row],
+    panel: tuple[str, ...],
+    order: tuple[str, int],
+    label: str,
+    bar: Callable[[Row], Bar],
+    heading: str,
+    small: str,
 ) -> Figure | None:
-    """A panel of bars for every (title, bars), the long ones first."""
-    if not groups:
+    """Draw a bar of each contender at the usual image size, in a panel for each value of the fields ``panel``."""
+    if not any(row["status"] == "ok" for row in rows):
         return None
-    groups = sorted(groups, key=lambda group: -len(group[1]))  # neighbours are as high
-    lengths = [len(rows) for _, rows in groups]
-    figure, axes = style.panels(heading, small, [0.8 + 0.27 * length for length in lengths], columns)
-    for i, (ax, (name, rows)) in enumerate(zip(axes, groups, strict=True)):
-        style.bars(ax, rows, label)
-        beside = lengths[i - i % columns :][:columns]
-        ax.set_ylim(max(beside) - 0.4, -0.6)  # as thick bars as in the panel beside it
-        ax.set_title(name)
-    return figure
+    rows, groups = _size(rows), []
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for key, group in sorted(grouped(rows, *panel), key=lambda one: models.index(one[0][0])):
+        bars = [
+            bar(row) if row["status"] == "ok" else Bar(str(row["contender"]), None, str(row["status"]))
+            for row in _fastest_first(group, *order)
+        ]
+        batch = f", batch {key[-1]}" if panel[-1] == "batch" else _batches(group)
+        words = [value for value in key[1:] if isinstance(value, str)]
+        groups.append((", ".join([title(group[0]), *words]) + batch, bars, label))
+    heading = f"{heading} at {rows[0]['size']} pixels: {_where(device)}"
+    return style.bar_panels(heading, _small(device, suite, small), groups)
 
 
 def throughput(device: Device, mode: str) -> Figure | None:
-    """Images/s of everyone at the usual image size."""
-    rows = device.rows("throughput", mode=mode)
-    if not any(row["status"] == "ok" for row in rows):
-        return None
-    rows = _size(rows)
+    """Draw images/s of all contenders."""
 
     def bar(row: Row) -> Bar:
-        if row["status"] != "ok":
-            return _missing(row)
         speed = row["batch"] / row["median_s"]
         ratio = f"   {row['ratio']:.2f}x" if "ratio" in row and not is_floor(row) else ""
         span = row["batch"] / row["p80_s"], row["batch"] / row["p20_s"]
         number = tables.FORMS["images_per_s"](speed)
         return Bar(row["contender"], speed, number + ratio, _color(row), span, bold=is_ours(row))
 
-    groups = []
-    for model, dtype in distinct(rows, "model", "dtype"):
-        group = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
-        bars = [bar(row) for row in _fastest_first(group, "images_per_s", -1)]
-        groups.append((f"{title(group[0])}, {dtype}{_batches(group)}", bars))
-    heading = f"{mode.capitalize()} throughput at {rows[0]['size']} pixels: {_where(device)}"
+    rows, heading = device.rows("throughput", mode=mode), f"{mode.capitalize()} throughput"
     small = (
         "Thin lines: 20th to 80th percentile. Blue: fastvit; times: timm's (of a ResNet, torchvision's) eager speed."
     )
-    return _grid(heading, _small(device, "throughput", small), groups, 2, "images/s")
+    order = "images_per_s", -1
+    return _by_contender(device, "throughput", rows, ("model", "dtype"), order, "images/s", bar, heading, small)
 
 
 def latency(device: Device) -> Figure | None:
-    """Milliseconds of everyone at the usual image size."""
-    rows = device.rows("latency")
-    if not any(row["status"] == "ok" for row in rows):
-        return None
-    rows = _size(rows)
+    """Draw milliseconds of all contenders."""
 
     def bar(row: Row) -> Bar:
-        if row["status"] != "ok":
-            return _missing(row)
         median, high = 1e3 * row["median_s"], 1e3 * (row["p99_s"] or row["p80_s"])
-        text = f"{median:.3g} ms" + ("" if row["p99_s"] is None else f" (p99 {high:.3g})")
+        p99 = "" if row["p99_s"] is None else f" (p99 {tables.text(row, 'p99_s')})"
+        text = f"{tables.text(row, 'median_s')} ms{p99}"
         return Bar(row["contender"], median, text, _color(row), (median, max(high, median)), bold=is_ours(row))
 
-    groups = []
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    for key in sorted(distinct(rows, "model", "dtype", "batch"), key=lambda key: models.index(key[0])):
-        group = [row for row in rows if (row["model"], row["dtype"], row["batch"]) == key]
-        bars = [bar(row) for row in _fastest_first(group, "median_s", 1)]
-        groups.append((f"{title(group[0])}, {key[1]}, batch {key[2]}", bars))
+    panel, order, rows = ("model", "dtype", "batch"), ("median_s", 1), device.rows("latency")
     small = "Bars: median. Thin lines: to the 99th percentile, or to the 80th where there are fewer than 100 timings."
-    heading = f"Latency at {rows[0]['size']} pixels: {_where(device)}"
-    return _grid(heading, _small(device, "latency", small), groups, 2, "milliseconds")
+    return _by_contender(device, "latency", rows, panel, order, "milliseconds", bar, "Latency", small)
 
 
 def memory(device: Device) -> Figure | None:
-    """Peak memory and its part of weights, with the largest batch that fits."""
-    rows = device.rows("memory")
-    if not any(row["status"] == "ok" for row in rows):
-        return None
-    rows = _size(rows)
+    """Draw peak memory and its part of weights, with the largest batch that fits."""
 
     def bar(row: Row) -> Bar:
-        if row["status"] != "ok":
-            return _missing(row)
         if row["peak_bytes"] is None:
             return Bar(str(row["contender"]), None, "not seen from outside")
         peak, weights = row["peak_bytes"] / 2**20, row["weights_bytes"] / 2**20
         text = f"{peak:,.0f} MiB" + (f", fits {row['largest_batch']:,}" if row["largest_batch"] is not None else "")
         return Bar(row["contender"], peak, text, _color(row), lower=weights, bold=is_ours(row))
 
-    groups = []
-    for key in distinct(rows, "model", "mode", "dtype", "batch"):
-        group = [row for row in rows if (row["model"], row["mode"], row["dtype"], row["batch"]) == key]
-        bars = [bar(row) for row in _fastest_first(group, "peak_bytes", 1)]
-        groups.append((f"{title(group[0])}, {key[1]}, {key[2]}, batch {key[3]}", bars))
-    limits = dict.fromkeys(f"{row['limit_bytes'] / 2**30:.3g}" for row in rows if row["status"] == "ok")
+    panel, order, rows = ("model", "mode", "dtype", "batch"), ("peak_bytes", 1), device.rows("memory")
+    limits = dict.fromkeys(f"{row['limit_bytes'] / 2**30:.3g}" for row in device.done("memory"))
     small = f"Full colour: weights. fits: the largest batch that fits in {' or '.join(limits)} GiB."
-    heading = f"Peak memory at {rows[0]['size']} pixels: {_where(device)}"
-    return _grid(heading, _small(device, "memory", small), groups, 2, "MiB")
+    return _by_contender(device, "memory", rows, panel, order, "MiB", bar, "Peak memory", small)
 
 
 def waterfall(device: Device) -> Figure | None:
-    """What each step brought, one after the other."""
+    """Draw the gain of each step, one after the other."""
     rows = device.rows("waterfall")
+    if not rows:
+        return None
     groups = []
-    for key in distinct(rows, "model", "size", "dtype"):
-        steps = [row for row in rows if (row["model"], row["size"], row["dtype"]) == key]
+    for key, steps in grouped(rows, "model", "size", "dtype"):
         bars, before = [], inf
         for row in steps:
             name = row["contender"] if row is steps[0] else f"+ {row['contender']}"
@@ -263,52 +226,51 @@ def waterfall(device: Device) -> Figure | None:
             text = f"{tables.FORMS['images_per_s'](speed)}   {row['ratio']:.2f}x"
             bars.append(Bar(name, speed, text, "ours", lower=min(before, speed)))
             before = speed
-        groups.append((f"{title(steps[0])}, {key[1]} px, {key[2]}{_batches(steps)}", bars))
+        groups.append((f"{title(steps[0])}, {key[1]} px, {key[2]}{_batches(steps)}", bars, "images/s"))
     heading = f"What each fusion brings, one after the other: {_where(device)}"
     small = "Light: what the step added. Times: the first step's speed."
-    return _grid(heading, _small(device, "waterfall", small), groups, 2, "images/s")
+    return style.bar_panels(heading, _small(device, "waterfall", small), groups)
 
 
-# --- errors -------------------------------------------------------------------------------------------------------
+# --- lines --------------------------------------------------------------------------------------------------------
 
 
 def kernels(device: Device) -> Figure | None:
-    """What kernels reach under the ceilings."""
+    """Draw the kernels under the ceilings."""
     return rooflines.measured(device, f"Roofline of the kernels: {_where(device)}", partial(_small, device, "kernels"))
 
 
 def accuracy(device: Device) -> Figure | None:
-    """Error after every block, for each backend."""
+    """Draw the error after every block, for each backend."""
     rows = [row for row in device.done("accuracy") if row.get("block_errors")]
     if not rows:
         return None
     rows = _size(rows)
-    keys = distinct(rows, "model", "dtype")
+    keys = grouped(rows, "model", "dtype")
     heading = f"Error by depth at {rows[0]['size']} pixels, inference: {_where(device)}"
     small = "Largest error after a block against float64, relative to the block's largest value. Lines may coincide."
-    columns = min(3, len({dtype for _, dtype in keys}))
+    columns = min(3, len({row["dtype"] for row in rows}))
     figure, axes = style.panels(heading, _small(device, "accuracy", small), [3.4] * len(keys), columns)
     looks = _looks(dict.fromkeys(row["contender"] for row in rows))
-    for ax, key in zip(axes, keys, strict=True):
-        group = [row for row in rows if (row["model"], row["dtype"]) == key]
+    for ax, (key, group) in zip(axes, keys, strict=True):
         for row in group:
             errors = row["block_errors"]
             ax.plot(range(1, len(errors) + 1), errors, label=row["contender"], **looks[row["contender"]])
         ax.set_yscale("log")
         low, high = ax.get_ylim()
-        if high / low < 30:  # a flat curve is to look flat
-            ax.set_ylim(low / 3, high * 3)
+        if high / low < 30:  # a flat curve is to look flat; and the legend has room above it
+            ax.set_ylim(low / 3, high * 8)
         style.log_ticks(ax.yaxis, ".0e")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("block")
         ax.set_title(f"{title(group[0])}, {key[1]}")
-        ax.legend(loc="best")
+        ax.legend(loc="upper left", ncols=2)
     return figure
 
 
 def _looks(contenders: Sequence[str] | dict[str, None]) -> dict[str, dict[str, Any]]:
-    """How each line looks; the later ones are thinner, so that lines which coincide are all seen."""
-    colors = cycle(("peer", "sky", "ours", "purple", "green", "resnet"))
+    """Return the look of each line; later ones are thinner, so that lines which coincide are all seen."""
+    colors = cycle(("other", "sky", "ours", "purple", "green", "resnet"))
     dashes = cycle(("-", "-", "--", ":", "-."))
     widths = [4.5 - 3.2 * i / max(len(contenders) - 1, 1) for i in range(len(contenders))]
     return {

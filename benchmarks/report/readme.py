@@ -1,28 +1,33 @@
-"""README.md's part of the results: what a reader wants to know first, from the result files and from nothing else."""
+"""README.md's part of the results: a headline for each device and the derived table, from the result files alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
-from benchmarks import contenders, networks
-from benchmarks.cells import Row
+from benchmarks.measurements import Row
 from benchmarks.report import OUT, derived, tables
-from benchmarks.report.results import Device, distinct, is_floor, is_ours, short_commit, title, usual_size
+from benchmarks.report.results import Device, is_floor, is_ours, short_commit, title, usual_size
 
 BEGIN = "<!-- begin: python -m benchmarks report -->"
 END = "<!-- end -->"
 NO_GPU = "**GPUs: not measured yet.** No result from a GPU is in [`benchmarks/results/`](benchmarks/results)."
 NO_STATIC = "Derived figures: not measured yet (`python -m benchmarks static`)."
 PAGE = (
-    "Every row and every plot, Figure 11 of the ViT paper and the rooflines among them: `python -m benchmarks report` "
-    f"makes one page of them (`{OUT}/index.html`), from the files in [`benchmarks/results/`](benchmarks/results)."
+    "Training, latency, memory, kernels, errors, Figure 11 of the ViT paper and the rooflines: `python -m benchmarks "
+    f"report` makes one page (`{OUT}/index.html`) of all rows and plots in [`benchmarks/results/`](benchmarks/results)."
 )
-# The models shown where more were measured.
-MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224", "resnetv2_50x1_bit", "resnet50")
+MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224")  # one is shown, the first measured
+COLUMNS: tables.Columns = (
+    ("contender", "contender"),
+    ("images/s", "images_per_s"),
+    ("x timm", "ratio"),
+    ("peak MiB", "peak_bytes"),
+    ("spread", "spread"),
+)
 
 
 def render(devices: Sequence[Device], static: derived.Found | None) -> str:
-    """What stands between the marks."""
+    """Return the text between the marks."""
     parts = [] if any(device.is_gpu for device in devices) else [NO_GPU]
     parts += [part for device in devices for part in _device(device)]
     parts += [NO_STATIC] if static is None else _static(static)
@@ -30,7 +35,7 @@ def render(devices: Sequence[Device], static: derived.Found | None) -> str:
 
 
 def updated(text: str, part: str) -> str:
-    """``text`` (README.md's) with ``part`` between the marks.
+    """Return ``text`` (README.md's) with ``part`` between the marks.
 
     Raises:
         ValueError: the marks are not there.
@@ -43,123 +48,48 @@ def updated(text: str, part: str) -> str:
 
 
 def _device(device: Device) -> list[str]:
-    """The device's name and how it was found, its table of inference, and a line for each of the other suites."""
-    runs = [run for suite in device.files for run, _ in device.runs(suite)]
+    """Return the device's name and its headline: timm, the best other library and fastvit on one network."""
+    rows = device.rows("throughput", mode="inference")
+    model = next((name for name in MODELS if any(row["model"] == name for row in rows)), None)
+    group = _headline([row for row in rows if row["model"] == model])
+    if not group:
+        return [f"**{device.name}**: inference throughput is not measured yet."]
+    first = group[0]
+    batches = " or ".join(dict.fromkeys(str(row["batch"]) for row in group if "batch" in row))
+    number = {row["run"] for row in group}
+    runs = [device.files["throughput"]["runs"][i] for i in sorted(number)]
     commits = " and ".join(dict.fromkeys(f"`{short_commit(run)}`" for run in runs))
-    parts = [f"**{device.name}** ({'; '.join(device.settings())}). Commit {commits}, {_versions(runs)}."]
-    inference = device.rows("throughput", mode="inference")
-    parts.append(_inference(inference) if inference else "Inference throughput: not measured yet.")
-    latency = device.done("latency")
-    if latency:
-        least = min(row["batch"] for row in latency)
-        latency = [row for row in latency if row["batch"] == least]
-    lines = [
-        _line("Training step, images/s", device.done("throughput", mode="training"), "images_per_s", 1),
-        _line("Latency, median ms", latency, "median_s", -1),
-        _line("Activations of a training step, MiB", device.done("memory", mode="training"), "activation_bytes", -1),
-        _errors([row for row in device.done("accuracy") if is_ours(row) and row.get("error_ratio")]),
+    where = f"{title(first)} in {first['dtype']}, {first['size']} pixels, batch {batches}, inference"
+    settings = "; ".join(device.settings())
+    return [
+        f"**{device.name}** ({settings}), {where}: timm, the best other library, fastvit. Commit {commits}.",
+        tables.markdown(tables.of_rows(group, COLUMNS)),
     ]
-    return [*parts, "\n".join(f"- {line}" for line in lines if line)]
 
 
-def _versions(runs: Sequence[Row]) -> str:
-    newest = max(runs, key=lambda run: run["started"])["versions"]
-    names = ("torch", "triton", "timm", "torchvision", "transformers")
-    return ", ".join(f"{name} {newest[name]}" for name in names if newest.get(name))
-
-
-def _usual(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one image size and, where many models were measured, of a few."""
-    size = usual_size(rows)
-    some = [row for row in rows if row["size"] == size]
-    many = len(distinct(some, "model")) > len(MODELS)
-    return [row for row in some if row["model"] in MODELS] if many else some
-
-
-def _groups(rows: Sequence[Row], field: str, sign: int) -> Iterator[tuple[list[Row], list[Row]]]:
-    """(what is shown, everyone) of each group that was compared.
-
-    Shown are the baseline, the other library that is best, fastvit as it is, with or without result, and fastvit's
-    best; best is the largest ``sign * field``.
-    """
-    for model, dtype in distinct(rows, "model", "dtype"):
-        everyone = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
-        done = [row for row in everyone if row["status"] == "ok" and row.get(field) and not is_floor(row)]
-        named = (contenders.baseline(networks.family(model)), "fastvit")
-        chosen = [row for row in everyone if row["contender"] in named]
-        for ours in (False, True):
-            side = [row for row in done if is_ours(row) is ours]
-            chosen += sorted(side, key=lambda row: -sign * row[field])[:1]
-        once = {id(row): row for row in chosen}
-        yield sorted(once.values(), key=is_ours), everyone
-
-
-def _inference(rows: Sequence[Row]) -> str:
-    """The table."""
-    rows = _usual(rows)
-    shown, floors = [], {}
-    for group, everyone in _groups(rows, "images_per_s", 1):
-        shown += group
-        for row in everyone:
-            if is_floor(row) and row["status"] == "ok":
-                floors[row["model"], row["dtype"]] = row["images_per_s"]
-
-    for i, row in enumerate(shown):
-        timm = row.get("ratio") if networks.family(row["model"]) != "resnet" else None
-        floor = floors.get((row["model"], row["dtype"]))
-        of_floor = row["images_per_s"] / floor if floor and row["status"] == "ok" else None
-        shown[i] = row | {"timm_ratio": timm, "floor_ratio": of_floor}
-    columns: list[tuple[str, str | Callable[[Row], str]]] = [
-        ("model", title),
-        ("dtype", "dtype"),
-        ("contender", "contender"),
-        ("batch", "batch"),
-        ("images/s", "images_per_s"),
-        ("x timm", "timm_ratio"),
-        *([("x floor", "floor_ratio")] if floors else []),
-        ("peak MiB", "peak_bytes"),
-        ("spread", "spread"),
-    ]
-    what = f"Inference at {rows[0]['size']} pixels: the baseline, the best other library, fastvit, and its best."
-    return f"{what}\n\n{tables.markdown(shown, columns)}"
-
-
-def _line(name: str, rows: Sequence[Row], field: str, sign: int) -> str:
-    """The same choice of contenders for another suite, in one line; empty where there are no rows."""
-    if not rows:
-        return ""
-    rows = _usual(rows)
-    parts = []
-    for group, _ in _groups(rows, field, sign):
-        found = [f"{row['contender']} {tables.text(row, field)}" for row in group if row.get(field)]
-        if found:
-            parts.append(f"{title(group[0])} {group[0]['dtype']}: {', '.join(found)}")
-    if not parts:
-        return ""
-    batch = {row["batch"] for row in rows}
-    at = f", batch {batch.pop()}" if len(batch) == 1 else ""
-    return f"{name}, {rows[0]['size']} pixels{at}: {'; '.join(parts)}."
-
-
-def _errors(rows: Sequence[Row]) -> str:
-    """How far logits are from float64, beside timm's; empty where there are no rows."""
-    if not rows:
-        return ""
-    ratios = [row["error_ratio"] for row in rows]
-    dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows))
-    return f"Largest logit error against float64, of timm's eager: {min(ratios):.2f}x to {max(ratios):.2f}x ({dtypes})."
+def _headline(rows: Sequence[Row]) -> list[Row]:
+    """Choose the baseline, the best other contender and fastvit, at one size, in the baseline's quickest dtype."""
+    done = [row for row in rows if row["status"] == "ok"]
+    if not done:
+        return []
+    size = usual_size(done)
+    standards = [row for row in done if row["contender"] == "timm" and row["size"] == size]
+    if not standards:
+        return []
+    standard = max(standards, key=lambda row: row["images_per_s"])
+    same = [row for row in rows if row["size"] == size and row["dtype"] == standard["dtype"]]
+    others = [row for row in same if row in done and row is not standard and not (is_ours(row) or is_floor(row))]
+    best = sorted(others, key=lambda row: -row["images_per_s"])[:1]
+    return [standard, *best, *(row for row in same if row["contender"] == "fastvit")]
 
 
 def _static(static: derived.Found) -> list[str]:
-    """The table of a block, and a sentence on the kernels."""
-    table = derived.block(static)
-    lines = [table.header, [":--", *("--:" for _ in table.header[1:])], *table.lines]
-    compiled = derived.compiled(static).lines
+    """Return the table of a block, and a sentence on the kernels."""
+    table, compiled = derived.block(static), derived.compiled(static).lines
     targets = ", ".join(target for target, *_ in compiled)
-    configurations = sum(int(line[1]) for line in compiled)
-    spilling = sum(int(line[2]) for line in compiled)
+    configurations, spilling = (sum(int(line[i]) for line in compiled) for i in (1, 2))
     return [
         f"**Derived and compiled**, not timed: a block of {table.title} ({derived.versions(static)}).",
-        "\n".join("| " + " | ".join(line) + " |" for line in lines),
+        tables.markdown(table),
         f"{configurations} kernel configurations compiled for {targets}; hot ones that spill registers: {spilling}.",
     ]

@@ -1,4 +1,4 @@
-"""What was measured, read back: one :class:`Device` for each folder of result files."""
+"""Result files, read back: one :class:`Device` for each folder."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cells, networks
-from benchmarks.cells import Row
+from benchmarks import measurements, networks
+from benchmarks.measurements import Row
+from benchmarks.suites import SUITES
 
-SUITES = ("throughput", "latency", "memory", "kernels", "waterfall", "accuracy")  # in the order in which they are shown
 USUAL_SIZE = 224  # pixels
 
 
@@ -28,39 +28,39 @@ class Device:
 
     @property
     def about(self) -> Row:
-        """Name, type and what bears on its speed, as the newest run found it."""
+        """Return name, type and settings that bear on its speed, as the newest run found them."""
         runs = [run for content in self.files.values() for run in content["runs"]]
         about: Row = max(runs, key=lambda run: run["started"])["device"]
         return about
 
     @property
     def name(self) -> str:
-        """What tells it from other devices."""
-        return cells.identity(self.about)
+        """Return what tells it from other devices."""
+        return measurements.identity(self.about)
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is a GPU."""
+        """Return whether it is a GPU."""
         return bool(self.about["type"] == "cuda")
 
     def rows(self, suite: str, **fields: Any) -> list[Row]:
-        """The suite's rows that have these values."""
-        found = self.files[suite]["cells"] if suite in self.files else []
+        """Return the suite's rows that have these values."""
+        found = self.files[suite]["measurements"] if suite in self.files else []
         return [row for row in found if all(row.get(name) == value for name, value in fields.items())]
 
     def done(self, suite: str, **fields: Any) -> list[Row]:
-        """Those of :meth:`rows` that have a result."""
+        """Return those of :meth:`rows` that have a result."""
         return self.rows(suite, status="ok", **fields)
 
     def runs(self, suite: str) -> list[tuple[Row, int]]:
-        """The suite's runs and how many rows each has, without those that have none (any more)."""
+        """Return the suite's runs that have rows, and how many."""
         if suite not in self.files:
             return []
         numbers = [row["run"] for row in self.rows(suite)]
         return [(run, numbers.count(i)) for i, run in enumerate(self.files[suite]["runs"]) if i in numbers]
 
     def settings(self) -> list[str]:
-        """What bears on its speed, in words: threads, driver, power limit, clocks."""
+        """Describe what bears on its speed: threads, driver, power limit, clocks."""
         about: Row = {
             key: value
             for key, value in self.about.items()
@@ -71,19 +71,19 @@ class Device:
         return [f"{key.replace('_', ' ')} {value}" for key, value in about.items()]
 
     def origin(self, suite: str) -> str:
-        """Versions and commits of the suite's rows, in one line of small print."""
+        """Return versions and commits of the suite's rows in one line."""
         runs = [run for run, _ in self.runs(suite)]
         parts = []
         for name in dict.fromkeys(name for run in runs for name in run["versions"]):
             found = dict.fromkeys(run["versions"].get(name) for run in runs)
             parts.append(f"{name} {' and '.join(version for version in found if version)}")
         commits = dict.fromkeys(short_commit(run) for run in runs)
-        wanted = ("torch ", "triton ", "timm ", "torchvision ", "transformers ")
-        return ", ".join([*(part for part in parts if part.startswith(wanted)), f"commit {' and '.join(commits)}"])
+        shown = ("torch ", "triton ", "timm ", "torchvision ", "transformers ")
+        return ", ".join([*(part for part in parts if part.startswith(shown)), f"commit {' and '.join(commits)}"])
 
 
 def read(folder: Path) -> list[Device]:
-    """The devices whose results lie in ``folder/DEVICE/SUITE.json``, or in ``folder/SUITE.json``: GPUs first.
+    """Return the devices whose results lie in ``folder/DEVICE/SUITE.json``, or in ``folder/SUITE.json``: GPUs first.
 
     Raises:
         ValueError: there is no such folder, or a file is no result file.
@@ -92,41 +92,47 @@ def read(folder: Path) -> list[Device]:
         raise ValueError(f"there is no folder {folder}")
     devices = []
     for place in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]:
-        paths = {name: place / f"{name}.json" for name in SUITES}
-        files = {name: cells.load(path) for name, path in paths.items() if path.exists()}
-        files = {name: content for name, content in files.items() if content["cells"]}
+        paths = {name: place / f"{name}.json" for name in (suite.name for suite in SUITES)}
+        files = {name: measurements.load(path) for name, path in paths.items() if path.exists()}
+        files = {name: content for name, content in files.items() if content["measurements"]}
         if files:
             devices.append(Device(place.resolve().name, files))
     return sorted(devices, key=lambda device: not device.is_gpu)
 
 
 def short_commit(run: Row) -> str:
-    """The commit that a run measured, as people write it."""
+    """Return the short form of the commit that a run measured."""
     commit, dirty, _ = (run["commit"] or "unknown").partition("-dirty")
     return commit[:12] + dirty
 
 
 def is_ours(row: Row) -> bool:
-    """Whether fastvit is the contender, in whatever way."""
+    """Return whether fastvit is the contender, in whatever way."""
     return str(row["contender"]).partition("-")[0] == "fastvit"
 
 
 def is_floor(row: Row) -> bool:
-    """Whether it is what the shapes cost at least, and no contender."""
+    """Return whether the row is the floor and no library."""
     return bool(row["contender"] == "floor")
 
 
 def usual_size(rows: Sequence[Row]) -> int:
-    """The image size to show where one must do: 224, or the nearest that was measured."""
+    """Return the one image size to show: 224, or the nearest measured one."""
     size: int = min((row["size"] for row in rows), key=lambda size: (abs(size - USUAL_SIZE), size))
     return size
 
 
 def distinct(rows: Sequence[Row], *fields: str) -> list[tuple[Any, ...]]:
-    """The values of ``fields`` that occur together, in the rows' order."""
+    """Return the values of ``fields`` that occur together, in the rows' order."""
     return list(dict.fromkeys(tuple(row[field] for field in fields) for row in rows))
 
 
+def grouped(rows: Sequence[Row], *fields: str) -> list[tuple[tuple[Any, ...], list[Row]]]:
+    """Return (values of ``fields``, rows with these values) in the rows' order."""
+    keys = distinct(rows, *fields)
+    return [(key, [row for row in rows if tuple(row[field] for field in fields) == key]) for key in keys]
+
+
 def title(row: Row) -> str:
-    """The row's model as papers write it."""
+    """Return the row's model as papers write it."""
     return networks.title(row["model"])

@@ -1,36 +1,34 @@
-"""Roofline plots: what kernels reach under a device's ceilings, measured; where a block's launches stand, derived."""
+"""Roofline plots: kernels under a device's measured ceilings, and a block's launches under data sheets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.cells import Row
 from benchmarks.report import style
-from benchmarks.report.results import Device, distinct, is_ours
-from benchmarks.report.style import C, Plot
+from benchmarks.report.results import Device, grouped, is_ours
+from benchmarks.report.style import MARKERS, C
 
 OPS = {"attention": "ours", "linear": "resnet", "mlp": "purple", "layer_norm": "green", "patch_embed": "red"}
 EXTRAS = {"": "o", "norm": "s", "residual": "^", "gelu": "D"}
 
 
 def measured(device: Device, heading: str, small: Callable[[str], str]) -> Figure | None:
-    """TFLOP/s against FLOPs per byte for every op and contender, a panel for every dtype and direction."""
+    """Draw TFLOP/s against FLOPs per byte of every op and contender, a panel for each dtype and direction."""
     rows = [row for row in device.done("kernels") if row["flops"]]
     if not rows:
         return None
-    keys = distinct(rows, "dtype", "direction")
+    keys = grouped(rows, "dtype", "direction")
     note = (
         "Full: fastvit. Hollow: the others. Lines: the ceilings, measured in the same run. LayerNorm counts no FLOPs."
     )
     figure, axes = style.panels(heading, small(note), [4.2] * len(keys), 2)
-    for ax, key in zip(axes, keys, strict=True):
-        group = [row for row in rows if (row["dtype"], row["direction"]) == key]
+    for ax, (key, group) in zip(axes, keys, strict=True):
         peak, bandwidth = (max(row[name] for row in group) for name in ("peak_tflops_per_s", "copy_gb_per_s"))
         intensity = [row["flops"] / row["bytes"] for row in group]
         x = np.geomspace(min(intensity) / 2, max(*intensity, 1e3 * peak / bandwidth) * 2, 200)
@@ -49,49 +47,36 @@ def measured(device: Device, heading: str, small: Callable[[str], str]) -> Figur
 
 
 def _look(op: str) -> tuple[str, str]:
-    """Colour and marker: an op has a colour, and what it is fused with a marker."""
+    """Return (colour, marker): the op decides the colour, and its fusion the marker."""
     base, _, extra = op.partition("+")
     return C[OPS.get(base, "sky")], EXTRAS.get(extra, "P")
 
 
-def by_data_sheet(static: Mapping[str, Any], folder: Path) -> Plot | None:
-    """The GPUs' data-sheet rooflines with the launches of a block at their FLOPs per byte, into ``folder``."""
+def by_data_sheet(static: Mapping[str, Any]) -> Figure | None:
+    """Draw the GPUs' data-sheet rooflines with a block's launches at their FLOPs per byte; None without launches."""
     launches = [one for one in static.get("work", ()) if one["times"] > 1 and one["flops"]]
     if not launches:
         return None
-    with style.context():
-        return style.save(_sheets(static["data_sheets"], launches), folder / "roofline.png")
-
-
-def _sheets(sheets: Sequence[Row], launches: Sequence[Row]) -> Figure:
     small = (
         "Derived from data sheets and from the launches' shapes, not measured: each input is read once, each output "
         "written once. LayerNorm, which counts no FLOPs, is not shown."
     )
     figure, (ax,) = style.panels("Where a block's launches stand under each GPU's roofline (derived)", small, [5.2], 1)
-    intensity = [one["flops"] / one["bytes"] for one in launches]
-    low, high = min(intensity) / 3, max(intensity) * 1.6
-    x = np.geomspace(low, high, 400)
-    for sheet in sheets:
-        roof = np.minimum(sheet["flops_per_s"], sheet["bytes_per_s"] * x) / 1e12
-        ax.plot(x, roof, color=C["faint"], linewidth=1.0)
-        points = [min(sheet["flops_per_s"], sheet["bytes_per_s"] * place) / 1e12 for place in intensity]
-        ax.scatter(intensity, points, s=22, color=C["ours"], zorder=3)
+    intensity = np.array([one["flops"] / one["bytes"] for one in launches])
+    x = np.geomspace(intensity.min() / 3, intensity.max() * 1.6, 400)
+    colors = ("ours", "red", "resnet", "green", "purple", "sky", "faint", "ink")
+    sheets = sorted(static["data_sheets"], key=lambda sheet: -sheet["flops_per_s"])
+    for sheet, color in zip(sheets, cycle(colors), strict=False):
+        flops, bandwidth = sheet["flops_per_s"] / 1e12, sheet["bytes_per_s"] / 1e12
+        label = f"{sheet['gpu']}, {flops:,.0f} TFLOP/s, {1e3 * bandwidth:,.0f} GB/s"
+        ax.plot(x, np.minimum(flops, bandwidth * x), color=C[color], linewidth=1.3, label=label)
+        for place, marker in zip(intensity, MARKERS, strict=False):
+            ax.scatter(place, min(flops, bandwidth * place), 34, color=C[color], marker=marker, zorder=3)
+    for one, marker in zip(launches, MARKERS, strict=False):
+        label = f"{str(one['kernel']).partition('_')[0]}, {one['flops'] / 1e9:,.0f} GFLOP"
+        ax.scatter([], [], 34, color=C["ink"], marker=marker, label=label)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _log(ax)
-    bottom, top = ax.get_ylim()
-    bottom /= 8  # room for the launches' names
-    ax.set_ylim(bottom, top)
-    ax.set_xlim(low, high)
-    ends = [style.log_place(sheet["flops_per_s"] / 1e12, bottom, top) for sheet in sheets]
-    for sheet, place in zip(sheets, style.spread_out(ends, 0.043), strict=True):
-        text = f" {sheet['gpu']}, {sheet['flops_per_s'] / 1e12:,.0f} TFLOP/s, {sheet['bytes_per_s'] / 1e9:,.0f} GB/s"
-        ax.text(1.0, place, text, va="center", fontsize=9, transform=ax.transAxes)
-    tops = [style.log_place(place, low, high) for place in intensity]
-    for one, place, label in zip(launches, intensity, style.spread_out(tops, 0.024), strict=True):
-        ax.axvline(place, color=C["ours"], linewidth=0.7, linestyle=":")
-        name = str(one["kernel"]).partition("_")[0]
-        text = f"{name}, {one['flops'] / 1e9:,.0f} GFLOP"
-        ax.text(label - 0.003, 0.02, text, rotation=90, fontsize=9, color=C["ours"], ha="right", transform=ax.transAxes)
     return figure
 
 

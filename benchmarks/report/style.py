@@ -1,11 +1,10 @@
-"""How plots look: colours, the frame of a figure, rows of bars, and the files that become of it."""
+"""The look of plots: colours, the frame of a figure, rows of bars, and the files of a figure."""
 
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -25,7 +24,7 @@ COLORS = {
     "grid": ("#e4e7eb", "#323b45"),
     "ours": ("#2a6fdb", "#6ea8ff"),
     "gain": ("#dbe6f8", "#274b80"),
-    "peer": ("#9aa5b1", "#7b8794"),
+    "other": ("#9aa5b1", "#7b8794"),
     "resnet": ("#d9912b", "#e8b15c"),
     "floor": ("#d5dae0", "#47515c"),
     "green": ("#0b8a6a", "#3fc09c"),
@@ -34,15 +33,13 @@ COLORS = {
     "sky": ("#3aa5d9", "#7cc8ee"),
 }
 C = {name: light for name, (light, _) in COLORS.items()}
+MARKERS = "osD^vPX*<>ph"
 WIDTH = 13.0  # inches
 FONT = "DejaVu Sans"  # comes with matplotlib
 SIMILAR = f"'{FONT}', Verdana, sans-serif"  # as wide, where a browser has no DejaVu
-FILES: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "fastvit",  # the same file every time
-}
-RC: dict[Any, Any] = {
-    **FILES,
     "font.family": FONT,
     "text.color": C["ink"],
     "axes.labelcolor": C["faint"],
@@ -72,7 +69,7 @@ RC: dict[Any, Any] = {
 
 
 def panels(title: str, small: str, heights: Sequence[float], columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure with small print below, and a panel for each of ``heights`` (inches) in rows of ``columns``."""
+    """Make a figure with small print below and a panel for each of ``heights`` (inches) in rows of ``columns``."""
     columns = min(columns, len(heights))
     rows = [max(heights[i : i + columns]) for i in range(0, len(heights), columns)]
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.09)
@@ -85,24 +82,24 @@ def panels(title: str, small: str, heights: Sequence[float], columns: int) -> tu
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar: how long, what stands at its end, and the thin line over it."""
+    """A bar, the text at its end, and a thin line over it."""
 
     label: str
     value: float | None  # None: no bar, only the text
     text: str
-    color: str = "peer"
+    color: str = "other"
     span: tuple[float, float] | None = None  # the thin line
     lower: float | None = None  # from here on the bar is lighter
     bold: bool = False
 
     @property
     def light(self) -> str:
-        """The colour of its lighter part."""
+        """Return the colour of its lighter part."""
         return "gain" if self.color == "ours" else "floor"
 
 
 def bars(ax: Axes, rows: Sequence[Bar], label: str) -> None:
-    """Bars from the left, the first on top."""
+    """Draw bars from the left, the first on top."""
     top = max([max(row.value or 0, *(row.span or (0,))) for row in rows] + [1e-12])
     for y, row in enumerate(rows):
         weight = "bold" if row.bold else "normal"
@@ -127,42 +124,29 @@ def bars(ax: Axes, rows: Sequence[Bar], label: str) -> None:
     ax.grid(axis="y", visible=False)
 
 
-def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places from 0 to 1 for labels near the ``wanted`` ones, in their order, no two closer than ``gap``."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    groups: list[tuple[float, list[int]]] = []  # (middle, members from below)
-    for i in order:
-        groups.append((wanted[i], [i]))
-        while len(groups) > 1:
-            (low, under), (high, above) = groups[-2:]
-            if high - low >= gap * (len(under) + len(above)) / 2:
-                break
-            both = under + above
-            groups[-2:] = [(sum(wanted[j] for j in both) / len(both), both)]
-    places = [0.0] * len(wanted)
-    for middle, members in groups:
-        half = gap * (len(members) - 1) / 2
-        bottom = max(min(middle, 1 - half), half) - half
-        for k, i in enumerate(members):
-            places[i] = bottom + gap * k
-    return places
+def bar_panels(heading: str, small: str, groups: Sequence[tuple[str, Sequence[Bar], str]], columns: int = 2) -> Figure:
+    """Draw a panel of bars for every (title, bars, axis label), the long ones first."""
+    groups = sorted(groups, key=lambda group: -len(group[1]))  # neighbours are as high
+    lengths = [len(rows) for _, rows, _ in groups]
+    figure, axes = panels(heading, small, [0.8 + 0.27 * length for length in lengths], columns)
+    for i, (ax, (name, rows, label)) in enumerate(zip(axes, groups, strict=True)):
+        bars(ax, rows, label)
+        beside = lengths[i - i % columns :][:columns]
+        ax.set_ylim(max(beside) - 0.4, -0.6)  # as thick bars as in the panel beside it
+        ax.set_title(name)
+    return figure
 
 
 def log_ticks(axis: Axis, form: str) -> None:
-    """Ticks at 1, 2 and 5 times powers of ten on a logarithmic axis, written as ``form`` says."""
+    """Set ticks at 1, 2 and 5 times powers of ten on a logarithmic axis, in the format ``form``."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: format(value, form)))
 
 
-def log_place(value: float, low: float, high: float) -> float:
-    """Where a value stands on a logarithmic axis from ``low`` to ``high``: 0 to 1."""
-    return math.log(value / low) / math.log(high / low)
-
-
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure as a file and as what a page can hold."""
+    """A drawn figure as a PNG file and as an SVG element for a page."""
 
     path: Path  # the PNG
     svg: str
@@ -170,7 +154,7 @@ class Plot:
 
 
 def save(figure: Figure, path: Path) -> Plot:
-    """Write ``figure`` to ``path``, a PNG; the same bytes for the same figure."""
+    """Write ``figure`` to ``path``, a PNG. The same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.draw_without_rendering()  # lays it out
     figure.set_layout_engine("none")  # once
@@ -178,27 +162,11 @@ def save(figure: Figure, path: Path) -> Plot:
     text = io.StringIO()
     figure.savefig(text, format="svg")
     title = figure.get_suptitle()
-    return Plot(path, _inline(text.getvalue(), _name(path), title), title)
-
-
-def drawn(draw: Callable[[Path], None], path: Path, title: str) -> Plot:
-    """The same of what ``draw`` writes into a file, a PNG or an SVG by its name."""
-    svg = path.with_suffix(".svg")
-    with matplotlib.rc_context(FILES):
-        draw(path)
-        draw(svg)
-    text = svg.read_text()
-    svg.unlink()
-    return Plot(path, _inline(text, _name(path), title), title)
-
-
-def _name(path: Path) -> str:
-    """A plot's name on a page."""
-    return f"{path.parent.name}-{path.stem}"
+    return Plot(path, _inline(text.getvalue(), f"{path.parent.name}-{path.stem}", title), title)
 
 
 def _inline(svg: str, name: str, title: str) -> str:
-    """An SVG file as a part of a page: no prologue, names of its own, and colours that follow the page's."""
+    """Turn an SVG file into an element of a page: no prologue, names of its own, the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
@@ -213,5 +181,5 @@ def _inline(svg: str, name: str, title: str) -> str:
 
 
 def context() -> Any:
-    """What to draw in."""
+    """Return a context manager that sets the look of the figures drawn inside."""
     return matplotlib.rc_context(RC)

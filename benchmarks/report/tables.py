@@ -1,31 +1,42 @@
-"""Rows as tables: on a terminal, and in Markdown."""
+"""Results as tables of text: on a terminal and in Markdown. (:mod:`benchmarks.report.page` has them in HTML.)"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from benchmarks.cells import Row
+from benchmarks.measurements import Row
 
 Columns = Sequence[tuple[str, str | Callable[[Row], str]]]
+NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+[x%]?|-")
 
-# How a field is written, by its name's ending or by its whole name.
+# The format of a field, by its whole name or by the end of its name.
 FORMS: dict[str, Callable[[float], str]] = {
     "_bytes": lambda value: f"{value / 2**20:,.0f}",
     "_per_s": lambda value: f"{value:.3g}" if value < 1000 else f"{value:,.0f}",
     "_s": lambda value: f"{1e3 * value:.3g}" if value < 1 else f"{1e3 * value:,.0f}",
-    "_us": lambda value: f"{1e6 * value:,.1f}",
-    "_error": lambda value: f"{value:.1e}",
-    "_diff": lambda value: f"{value:.1e}",
+    "_error": "{:.1e}".format,
+    "_diff": "{:.1e}".format,
     "images_per_s": lambda value: f"{value:.2f}" if value < 100 else f"{value:,.0f}",
     "spread": lambda value: f"± {50 * value:.0f}%",
-    "ratio": lambda value: f"{value:.2f}",
-    "_ratio": lambda value: f"{value:.2f}",
-    "_percent": lambda value: f"{value:.0f}%",
+    "ratio": "{:.2f}".format,
+    "_percent": "{:.0f}%".format,
 }
 
 
+class Table(NamedTuple):
+    """A table of text."""
+
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    left: Sequence[bool]  # whether a column is set to the left: words are, numbers are not
+    title: str = ""
+    notes: Sequence[str] = ()  # numbered from 1
+
+
 def text(row: Row, field: str | Callable[[Row], str]) -> str:
-    """One field of a row; "-" where it has no value."""
+    """Format one field of a row; "-" where it has no value."""
     if callable(field):
         return field(row)
     value = row.get(field)
@@ -39,56 +50,43 @@ def text(row: Row, field: str | Callable[[Row], str]) -> str:
     return f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
 
 
-def set_left(rows: Sequence[Row], columns: Columns) -> list[bool]:
-    """Whether a column is set to the left: words are, numbers are not."""
-    return [callable(field) or any(isinstance(row.get(field), str) for row in rows) for _, field in columns]
-
-
-def terminal(rows: Sequence[Row], columns: Columns) -> str:
-    """The rows for a terminal; one without a result is followed by its reason."""
-    header = [title for title, _ in columns]
-    body = [[text(row, field) for _, field in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    left = set_left(rows, columns)
-
-    def line(cells: Sequence[str]) -> str:
-        parts = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True)]
-        return "  ".join(parts).rstrip()
-
-    lines = [line(header), line(["-" * width for width in widths])]
-    for row, cells in zip(rows, body, strict=True):
-        lines.append(line(cells))
-        if row["status"] != "ok":
-            lines.append(f"    {row['status']}: {row['reason']}")
-    return "\n".join(lines)
-
-
-def noted(rows: Sequence[Row], columns: Columns) -> tuple[list[list[str]], list[str]]:
-    """The cells of every row, and the reasons of those without a result.
-
-    Such a row ends with its status and the number of its reason, counted from 1.
-    """
-    cells, reasons = [], []
+def of_rows(rows: Sequence[Row], columns: Columns) -> Table:
+    """Make a table of rows. A row without a result ends with its status and the number of the note with the reason."""
+    lines, notes = [], list(dict.fromkeys(row["reason"] for row in rows if row["status"] != "ok"))
     for row in rows:
         line = [text(row, field) for _, field in columns]
         if row["status"] != "ok":
-            if row["reason"] not in reasons:
-                reasons.append(row["reason"])
-            line[-1] = f"{row['status']} [{reasons.index(row['reason']) + 1}]"
-        cells.append(line)
-    return cells, reasons
+            line[-1] = f"{row['status']} [{notes.index(row['reason']) + 1}]"
+        lines.append(line)
+    left = [callable(field) or any(isinstance(row.get(field), str) for row in rows) for _, field in columns]
+    return Table([title for title, _ in columns], lines, left, notes=notes)
 
 
-def markdown(rows: Sequence[Row], columns: Columns) -> str:
-    """The rows for README.md; below them the reasons of those without a result."""
-    body, reasons = noted(rows, columns)
-    header = [title for title, _ in columns]
-    lines = [header, [":--" if to_left else "--:" for to_left in set_left(rows, columns)], *body]
-    table = ["| " + " | ".join(_one_line(cell) for cell in cells) + " |" for cells in lines]
-    notes = [f"{i}. {_one_line(reason)}" for i, reason in enumerate(reasons, 1)]
-    return "\n".join([*table, *(["", *notes] if notes else [])])
+def of_texts(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """Make a table of text; columns in which every line is a number are set to the right."""
+    left = [not all(NUMBER.fullmatch(cell) for cell in column) for column in zip(*lines, strict=True)]
+    return Table(header, lines, left, title)
+
+
+def terminal(table: Table) -> str:
+    """Format a table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(table.header, *table.lines, strict=True)]
+    shown = [
+        "  ".join(f"{cell:{'<' if left else '>'}{w}}" for cell, w, left in zip(line, widths, table.left, strict=True))
+        for line in (table.header, ["-" * width for width in widths], *table.lines)
+    ]
+    notes = [f"[{i}] {note}" for i, note in enumerate(table.notes, 1)]
+    return "\n".join([*([table.title] if table.title else []), *(line.rstrip() for line in shown), *notes])
+
+
+def markdown(table: Table) -> str:
+    """Format a table, without its title, for a Markdown page."""
+    lines = [table.header, [":--" if left else "--:" for left in table.left], *table.lines]
+    shown = ["| " + " | ".join(_one_line(cell) for cell in cells) + " |" for cells in lines]
+    notes = [f"{i}. {_one_line(note)}" for i, note in enumerate(table.notes, 1)]
+    return "\n".join([*shown, *(["", *notes] if notes else [])])
 
 
 def _one_line(cell: str) -> str:
-    """Text that neither ends a cell of a Markdown table nor starts a tag."""
+    """Escape text that would end a cell of a Markdown table or start a tag."""
     return " ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,9 +1,8 @@
-"""What ``fastvit tune`` measures: the problems of a model, a call that poses each, and the tiles worth trying.
+"""The problems of a model, a launcher's call for each, and candidate configs. Nothing here needs a GPU.
 
-For backend ``cuda`` a "tile" is who runs a linear layer's product: {"run": "kernel"} is the one to beat.
-
-A model runs once on meta tensors, and every question that its launchers ask the tables is a problem
-(:class:`fastvit.triton.tiles.Problem`). Nothing here needs a GPU.
+A problem (:class:`fastvit.triton.tiles.Problem`) is a shape with the other keys of a tile table: a model runs once on
+meta tensors, and each lookup of its launchers is one. For backend ``cuda`` a config says which implementation runs a
+linear layer's product: {"run": "kernel"}, the default, or a library's.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ SLACK = 1.75  # candidates are tried up to this many times the least time that t
 # --- problems -------------------------------------------------------------------------------------------------
 
 
-def problems(
+def find_problems(
     model: nn.Module, images: Tensor, arch: int, *, training: bool, backend: str = "triton"
 ) -> dict[Problem, Row]:
-    """What ``model`` asks the tables for ``images`` (both on meta) on ``arch``, and the derived tiles it gets."""
+    """Return the problems of ``model`` on ``images`` (both on meta) on ``arch``, with their derived tiles."""
     with extension.rehearse(), compile_report.trace(arch, backend), tiles.asked() as found:
         if training:
             logits = model.train()(images)
@@ -53,37 +52,37 @@ def problems(
 
 
 @dataclass(frozen=True)
-class Example:
-    """A launcher's call that asks for the tile of one problem and for no other."""
+class LauncherCall:
+    """A launcher's call that looks up the tile of one problem and of no other."""
 
     launcher: Callable[..., Any]
     arguments: dict[str, Any]
     written: tuple[str, ...] = ()  # arguments that the launcher writes
 
     def run(self, tile: Row | None = None) -> list[Tensor]:
-        """Call the launcher; everything that it wrote."""
+        """Call the launcher and return every tensor that it wrote."""
         out = self.launcher(**self.arguments, tile=tile)
         returned = [] if out is None else [out] if isinstance(out, Tensor) else [t for t in out if t is not None]
         return [*returned, *(self.arguments[name] for name in self.written)]
 
-    def in_float32(self) -> Example:
-        """The same call on the same values."""
+    def in_float32(self) -> LauncherCall:
+        """Return the same call on the same values in float32."""
 
         def wide(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.float() if value.is_floating_point() else value
             return torch.float32 if isinstance(value, torch.dtype) else value
 
-        return Example(self.launcher, {name: wide(value) for name, value in self.arguments.items()}, self.written)
+        return LauncherCall(self.launcher, {name: wide(value) for name, value in self.arguments.items()}, self.written)
 
 
-def example(problem: Problem, dtype: torch.dtype, device: torch.device | str) -> Example:
-    """A call with random operands in ``dtype`` on ``device`` (or meta) that poses ``problem``."""
+def launcher_call(problem: Problem, dtype: torch.dtype, device: torch.device | str) -> LauncherCall:
+    """Make a call with random operands in ``dtype`` on ``device`` (or meta) that looks up ``problem``."""
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    make: dict[str, Callable[..., Example]] = {
+    make: dict[str, Callable[..., LauncherCall]] = {
         "linear": _linear,
         "attention": _attention,
         "patch_embed": _patch_embed,
@@ -92,34 +91,34 @@ def example(problem: Problem, dtype: torch.dtype, device: torch.device | str) ->
     return make[problem.family](random, size=problem.size, **problem.fields)
 
 
-def poses(problem: Problem, dtype: torch.dtype, arch: int) -> bool:
-    """Whether :func:`example` asks the problem's own question: only odd layouts of operands have no example."""
+def is_reproducible(problem: Problem, dtype: torch.dtype, arch: int) -> bool:
+    """Return whether :func:`launcher_call` looks up this problem: calls with odd operand layouts have no copy."""
     with extension.rehearse(), launch.record(arch), tiles.asked() as found:
-        example(problem, dtype, "meta").run()
+        launcher_call(problem, dtype, "meta").run()
     return any((p.family, p.dtype, p.key) == (problem.family, problem.dtype, problem.key) for p in found)
 
 
 def _linear(
     random: Any, size: int, op: str, allows: str, activation: str | None, scaled: bool, residual: bool, n: int, k: int
-) -> Example:
+) -> LauncherCall:
     if op == "weight":
-        return Example(linear_weight_gradient, {"dout": random(size, n), "x": random(size, k)})
+        return LauncherCall(linear_weight_gradient, {"dout": random(size, n), "x": random(size, k)})
     arguments: dict[str, Any] = {"activation": activation}
     if op == "input":
         preact = None if activation is None else random(size, n)
         gamma = random(k) if scaled else None
         arguments |= {"dout": random(size, k), "weight": random(k, n), "preact": preact, "gamma": gamma}
-        return Example(linear_input_gradient, arguments)
+        return LauncherCall(linear_input_gradient, arguments)
     arguments |= {
         "x": random(size, k),
         "weight": random(n, k),
         "bias": random(n),
         "save_preact": activation is not None,
     }
-    return Example(linear_forward, {**arguments, "residual": random(size, n) if residual else None})
+    return LauncherCall(linear_forward, {**arguments, "residual": random(size, n) if residual else None})
 
 
-def _attention(random: Any, size: int, kernel: str, heads: int, head_dim: int, owned: int, length: int) -> Example:
+def _attention(random: Any, size: int, kernel: str, heads: int, head_dim: int, owned: int, length: int) -> LauncherCall:
     queries, keys = (length, owned) if kernel == "key_value_gradient" else (owned, length)
 
     def operands() -> tuple[Tensor, ...]:
@@ -130,21 +129,21 @@ def _attention(random: Any, size: int, kernel: str, heads: int, head_dim: int, o
     q, k, v = operands()
     scale = head_dim**-0.5
     if kernel == "forward":
-        return Example(attention_forward, {"q": q, "k": k, "v": v, "scale": scale})
+        return LauncherCall(attention_forward, {"q": q, "k": k, "v": v, "scale": scale})
     dq, dk, dv = operands()
     # Random scores have a variance of one: with this log-sum-exp their probabilities sum to about one.
     lse = torch.full((size, heads, queries), math.log(keys) + 0.5, device=q.device)
     arguments = {"dout": random(size, queries, heads, head_dim), "q": q, "k": k, "v": v, "lse": lse, "scale": scale}
     if kernel == "query_gradient":
         arguments |= {"dlse": None, "out": random(size, queries, heads, head_dim), "dq": dq}
-        return Example(attention_query_gradient, arguments, ("dq",))
+        return LauncherCall(attention_query_gradient, arguments, ("dq",))
     delta = random(size, heads, queries, dtype=torch.float32)
-    return Example(attention_key_value_gradient, {**arguments, "delta": delta, "dk": dk, "dv": dv}, ("dk", "dv"))
+    return LauncherCall(attention_key_value_gradient, {**arguments, "delta": delta, "dk": dk, "dv": dv}, ("dk", "dv"))
 
 
 def _patch_embed(
     random: Any, size: int, kernel: str, pixels: str, dim: int, channels: int, patch_height: int, patch_width: int
-) -> Example:
+) -> LauncherCall:
     """Square images of at most 14 x 14 patches with one prefix token: as many as make ``size`` rows, nearly."""
     grid = min(14, math.isqrt(max(size - 1, 1)))
     batch, tokens = max(1, size // (grid * grid + 1)), grid * grid + 1
@@ -158,12 +157,12 @@ def _patch_embed(
     if kernel == "forward":
         arguments |= {"images": images, "weight": weight, "bias": random(dim)}
         arguments |= {"pos_embed": random(1, tokens, dim), "prefix_tokens": random(1, 1, dim)}
-        return Example(patch_embed_forward, arguments)
+        return LauncherCall(patch_embed_forward, arguments)
     arguments |= {"dout": random(batch, tokens, dim), "prefix": 1}
     if kernel == "weight_gradient":
-        return Example(patch_embed_weight_gradient, {**arguments, "images": images, "weight_shape": weight.shape})
+        return LauncherCall(patch_embed_weight_gradient, {**arguments, "images": images, "weight_shape": weight.shape})
     arguments |= {"weight": weight, "image_shape": images.shape, "dtype": weight.dtype}
-    return Example(patch_embed_image_gradient, arguments)
+    return LauncherCall(patch_embed_image_gradient, arguments)
 
 
 def _cuda(
@@ -176,39 +175,41 @@ def _cuda(
     saves: bool,
     n: int,
     k: int,
-) -> Example:
+) -> LauncherCall:
     if op == "weight":
         arguments = {"dout": random(size, n), "x": random(size, k), "need_bias": saves}
         if scaled:
             arguments |= {"weight": random(n, k), "gamma": random(n)}
-        return Example(cuda_linear.linear_weight_gradient, arguments)
+        return LauncherCall(cuda_linear.linear_weight_gradient, arguments)
     if op == "input":
         preact = None if activation is None else random(size, 2 * n if activation == "swiglu" else n)
         arguments = {"dout": random(size, k), "weight": random(k, n), "gamma": random(k) if scaled else None}
-        return Example(cuda_linear.linear_input_gradient, {**arguments, "preact": preact, "activation": activation})
+        return LauncherCall(
+            cuda_linear.linear_input_gradient, {**arguments, "preact": preact, "activation": activation}
+        )
     arguments = {"x": random(size, k), "weight": random(n, k), "bias": random(n), "activation": activation}
     if op == "normed":  # rows that lie two deviations from zero: a mean is what folding has to take off
         norm = (random(k), random(k), 1e-6)
-        return Example(cuda_linear.linear_normed_forward, {**arguments, "x": arguments["x"] + 2, "norm": norm})
+        return LauncherCall(cuda_linear.linear_normed_forward, {**arguments, "x": arguments["x"] + 2, "norm": norm})
     if residual is not None:
         wide = {"dtype": torch.float32} if residual == "float32" else {}
         arguments |= {"residual": random(size, n, **wide), "gamma": random(n) if scaled else None}
-    return Example(cuda_linear.linear_forward, {**arguments, "save_preact": saves})
+    return LauncherCall(cuda_linear.linear_forward, {**arguments, "save_preact": saves})
 
 
 # --- candidates ----------------------------------------------------------------------------------------------
 
 
 def shared_bytes(arch: int) -> int:
-    """Shared memory that one program may use on ``arch``, or on the nearest older architecture that is known."""
+    """Return the shared memory of one program on ``arch``, or on the nearest older known architecture."""
     return compile_report.SHARED_KIB[max(known for known in compile_report.SHARED_KIB if known <= arch)] * 1024
 
 
-def candidates(problem: Problem, arch: int, programs: int) -> list[Row]:
-    """Tiles to try, the most promising first: what the kernel allows and a simple model of time does not rule out.
+def candidate_configs(problem: Problem, arch: int, programs: int) -> list[Row]:
+    """Return configs to try, the most promising first: those that the kernel allows and a simple time model keeps.
 
     Args:
-        problem: what to tile.
+        problem: the shape and the keys.
         arch: the compute capability, for the limit of shared memory.
         programs: the GPU's multiprocessors.
     """
@@ -239,7 +240,7 @@ def candidates(problem: Problem, arch: int, programs: int) -> list[Row]:
 
 
 def _product_tiles(m: int, n: int, length: int | None, dtype: str, arch: int, programs: int) -> list[Row]:
-    """Tiles of a product with (m, n) results, whose sum is split over programs where its ``length`` is given.
+    """Return tiles of a product with (m, n) results; with a ``length``, programs share each sum.
 
     They are those within SLACK of the least predicted time: whole waves of tiles, each of which costs its products
     and the loads for them.
@@ -290,15 +291,15 @@ def _attention_tile(rows: int, block: int, piece: int, head_piece: int, warps: i
     return {"rows": rows, "block": block, "piece": piece, "head_piece": head_piece, "warps": warps, "stages": stages}
 
 
-def refusal(problem: Problem, dtype: torch.dtype, tile: Row, arch: int) -> str | None:
-    """Compile a candidate (into Triton's cache, where the launch will find it): why it is out, or None."""
+def rejection(problem: Problem, dtype: torch.dtype, tile: Row, arch: int) -> str | None:
+    """Compile a candidate (into Triton's cache, where the launch finds it); return why it is rejected, or None."""
     if problem.family == "cuda":  # compiled long ago
         return None
     try:
         with launch.record(arch) as launches:
-            example(problem, dtype, "meta").run(tile)
+            launcher_call(problem, dtype, "meta").run(tile)
         compiled = compile_report.compile_launch(launches[0], arch)
-    except Exception as error:  # the compiler's word on a tile is a result, whatever its type
+    except Exception as error:  # a compiler's error of any type rejects the tile
         return f"{type(error).__name__}: {error}".splitlines()[0]
     if compiled.spill_bytes:
         return f"spills {compiled.spill_bytes} bytes"

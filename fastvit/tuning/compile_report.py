@@ -1,7 +1,7 @@
-"""What can be known about the kernels without a GPU: launches, bytes, FLOPs, and the compiler's own report.
+"""Launches, bytes, FLOPs and the compiler's report of the Triton kernels, without a GPU.
 
-Models run here on meta tensors: every op's launcher is called and its launches are collected instead of run,
-for any architecture. Each launch can then be compiled for that architecture, exactly as a GPU would get it.
+Models run on meta tensors: launchers record their launches instead of running them, for any architecture. Each launch
+can then be compiled for that architecture, exactly as a GPU would get it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,19 +43,19 @@ class AtenOp:
 
 @dataclass
 class Trace:
-    """What ran inside :func:`trace`: kernel launches, and the ATen ops that are neither views nor allocations."""
+    """The kernel launches inside :func:`trace`, and the ATen ops that are neither views nor allocations."""
 
     launches: list[Any] = field(default_factory=list)
     aten: list[AtenOp] = field(default_factory=list)
 
     @property
     def count(self) -> int:
-        """Launches plus ATen ops, as ``launches_per_block`` counts them."""
+        """Return launches plus ATen ops, as ``launches_per_block`` counts them."""
         return len(self.launches) + len(self.aten)
 
     @property
     def moved(self) -> int:
-        """Bytes moved if each of these reads its inputs once and writes its outputs once."""
+        """Return the bytes moved if each reads its inputs once and writes its outputs once."""
         return sum(moved(one) for one in self.launches) + sum(op.moved for op in self.aten)
 
 
@@ -107,7 +106,7 @@ VARIATIONS = (
 
 
 def launches(workload: Workload, arch: int) -> Trace:
-    """One training step of the workload at depth 2: every launch of the whole model (its blocks are alike)."""
+    """Record a training step of the workload at depth 2: every launch of the whole model (its blocks are alike)."""
     from fastvit.models import create_model
 
     model = create_model(workload.model, depth=2, device="meta", dtype=workload.dtype, **workload.options)
@@ -151,7 +150,7 @@ ATTENTIONS = (
 
 
 def attention_launches(call: Attention, arch: int) -> Trace:
-    """Forward and backward of one of :data:`ATTENTIONS`, with every gradient."""
+    """Record forward and backward of one of :data:`ATTENTIONS`, with every gradient."""
     (h, w), heads, batch = call.window, 12, 8
     tokens = h * w + 1
     meta: dict[str, Any] = {"device": "meta"}
@@ -198,7 +197,7 @@ class _Tracer(TorchDispatchMode):
 
 @contextmanager
 def without_notes() -> Iterator[None]:
-    """Neither log nor keep what runs unfused inside: hooks that only look are nobody's fallback."""
+    """Neither log nor keep fallbacks inside: hooks that only watch change no user's model."""
     noted, disabled = dict(backends._fallbacks), backends.log.disabled
     backends.log.disabled = True
     try:
@@ -211,7 +210,7 @@ def without_notes() -> Iterator[None]:
 
 @contextmanager
 def trace(arch: int, backend: str = "triton") -> Iterator[Trace]:
-    """Run models on meta tensors inside, as on a GPU of compute capability ``arch`` (90 for Hopper).
+    """Record what models on meta tensors run inside, as on a GPU of compute capability ``arch`` (90 for Hopper).
 
     With the backend "cuda" no launch is recorded, and :func:`fastvit.cuda.extension.rehearse` must be on.
     """
@@ -223,7 +222,7 @@ def trace(arch: int, backend: str = "triton") -> Iterator[Trace]:
 
 
 def distinct_bytes(tree: Any) -> int:
-    """Bytes of the tensors in nested arguments, each tensor once, and of an expanded one only what is in memory."""
+    """Return the bytes of the tensors in nested arguments, each once, and of an expanded one those in memory."""
     seen: dict[tuple[Any, ...], int] = {}
     for t in tree_leaves(tree):
         t = getattr(t, "base", t)  # a tensor descriptor's tensor
@@ -235,12 +234,12 @@ def distinct_bytes(tree: Any) -> int:
 
 
 def moved(launch: Any) -> int:
-    """Bytes that a launch moves if it reads every input once and writes every output once."""
+    """Return the bytes that a launch moves if it reads every input once and writes every output once."""
     return distinct_bytes(launch.args)
 
 
 def flops(launch: Any) -> int:
-    """FLOPs of a forward kernel's matrix products, 2 for each multiply-add; 0 where it has none.
+    """Return the FLOPs of a forward kernel's matrix products, 2 for each multiply-add; 0 where it has none.
 
     Raises:
         LookupError: a kernel with products that has no formula here (those of backward passes).
@@ -253,13 +252,13 @@ def flops(launch: Any) -> int:
             return 4 * args["q_ptr"].numel() * args["k_ptr"].shape[1]
         case "patch_embed_forward_kernel":
             return 2 * args["images_ptr"].numel() * args["D"]
-    if "PRECISION" in args:  # every kernel with a product is told its precision
+    if "PRECISION" in args:  # of a product; every kernel with one has it
         raise LookupError(f"fastvit.tuning.compile_report.flops has no formula for {name}")
     return 0
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes that ``run`` keeps for its backward: unique storages, without those of ``model``'s parameters."""
+    """Return the bytes that ``run`` keeps for backward: unique storages without ``model``'s parameters."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
     alive = []  # a storage must not be freed and its address reused while we count
@@ -292,23 +291,24 @@ class Compiled:
     cubin: bytes = field(repr=False)
 
     def instructions(self) -> set[str]:
-        """The SASS mnemonics in the binary (HMMA, HGMMA...), without modifiers."""
+        """Return the SASS mnemonics in the binary (HMMA, HGMMA...), without modifiers."""
         text = _cuobjdump("-sass", self.cubin)
         return set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text, re.MULTILINE))
 
 
 def _cuobjdump(flag: str, cubin: bytes) -> str:
-    import triton
+    from triton import knobs
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [knobs.nvidia.cuobjdump.path, flag, file.name], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def _specialise(launch: Any, arch: int) -> tuple[Any, ...]:
-    """(target, options, signature, constants, attributes) of a launch: what Triton's JIT would compile."""
+    """Return (target, options, signature, constants, attributes) that Triton's JIT would compile for a launch."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -322,7 +322,7 @@ def _specialise(launch: Any, arch: int) -> tuple[Any, ...]:
 
 
 def configuration(launch: Any) -> tuple[Any, ...]:
-    """What a table chooses: the kernel, its numeric compile-time constants, the element size, warps and stages.
+    """Return the choice of a table: the kernel, its numeric constants, the element size, warps and stages.
 
     Launches of one configuration differ by their epilogue and by the divisibility of their sizes only.
     """
@@ -336,13 +336,13 @@ def configuration(launch: Any) -> tuple[Any, ...]:
 
 
 def specialisation(launch: Any, arch: int) -> str:
-    """What Triton's JIT tells launches apart by: equal ones share one compilation."""
+    """Return the key of Triton's JIT: launches with equal keys share one compilation."""
     _, options, signature, constants, attributes = _specialise(launch, arch)
     return repr((launch.kernel.fn.__name__, options, signature, constants, attributes))
 
 
 def distinct(launches: Iterable[Any], arch: int) -> list[Any]:
-    """The launches that compile to different code, in order of first appearance."""
+    """Return the launches that compile to different code, in order of first appearance."""
     seen: dict[str, Any] = {}
     for one in launches:
         seen.setdefault(specialisation(one, arch), one)

@@ -22,17 +22,17 @@ class Flops(NamedTuple):
     """FLOPs of one pass over a batch."""
 
     forward: int
-    backward: int  # 0 where it was not asked for
+    backward: int  # 0 without training
     parts: dict[str, int]  # the forward's by the model's children ("patch_embed", "blocks", "head"); they sum to it
 
     @property
     def total(self) -> int:
-        """Forward and backward."""
+        """Return forward and backward together."""
         return self.forward + self.backward
 
 
 def count(model: nn.Module, image_size: Size | None = None, batch: int = 1, training: bool = False) -> Flops:
-    """Count the FLOPs of a model that takes images, wherever its weights are; nothing is computed.
+    """Count the FLOPs of a model that takes images, on meta tensors: nothing is computed.
 
     The counter watches modules with hooks, and a watched ViT computes every token: the counts are the nominal ones,
     without the class token's saving (see :func:`vit_formula`).
@@ -81,7 +81,7 @@ def vit_formula(
     gated: bool = False,
     class_token_only: bool = False,
 ) -> dict[str, int]:
-    """The forward FLOPs of a Vision Transformer for one image, by part, from its sizes. Heads do not matter.
+    """Return the forward FLOPs of a Vision Transformer for one image, by part, from its sizes. Heads do not matter.
 
     With N patches of K pixels, T = N + prefix_tokens, width D, L blocks and an MLP of M hidden features, in
     multiply-adds: N K D, then in each block T D 3D (qkv), T T D (scores), T T D (values), T D D (projection),

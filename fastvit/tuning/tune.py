@@ -1,11 +1,11 @@
 """``fastvit tune``: measure tiles on this GPU and write them to a table that goes before the derived ones.
 
-With ``--backend cuda`` what is measured is who runs each product of a linear layer: the kernel or cuBLASLt.
+With ``--backend cuda`` it measures each product of a linear layer by the kernel and by cuBLASLt.
 
-For each problem of a model the candidates are compiled ahead in other processes (what spills or does not fit is
-dropped), run on random data, held against the same launcher in float32, and timed beside the derived tile: replays of
-a CUDA graph whose calls rotate through more memory than the L2 cache holds. The table is written after every problem,
-and a problem that is in it is not measured again, so a run may be interrupted at any time.
+Other processes compile the candidates of each problem ahead and reject those that spill or do not fit. The rest run on
+random data, are checked against the same launcher in float32, and are timed beside the derived tile: replays of a CUDA
+graph whose calls rotate through more memory than the L2 cache holds. Each finished problem is written to the table and
+is not measured again, so a run may be interrupted at any time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ from fastvit import env
 from fastvit.cuda import extension
 from fastvit.triton import launch, tiles
 from fastvit.triton.tiles import Problem, Row
-from fastvit.tuning.candidates import Example, candidates, example, poses, problems, refusal
+from fastvit.tuning.candidates import (
+    LauncherCall,
+    candidate_configs,
+    find_problems,
+    is_reproducible,
+    launcher_call,
+    rejection,
+)
 
 GAIN = 0.02  # a tile must be faster than the derived one by this, and by more than the spread of the timings
 FINALISTS = 4  # candidates that are timed beside the derived tile for SECONDS
@@ -45,7 +52,7 @@ SECONDS = 0.5
 ORDER = 2.0**-14  # of the largest value: what two orders of summation in float32 may differ by
 
 
-# --- right, and how fast --------------------------------------------------------------------------------------
+# --- accuracy and time --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -59,24 +66,24 @@ def _poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _outputs(call: Example, tile: Row | None) -> list[Tensor]:
+def _outputs(call: LauncherCall, tile: Row | None) -> list[Tensor]:
     for name in call.written:
         call.arguments[name].fill_(torch.nan)
     with _poisoned():
         return [t.detach().clone() for t in call.run(tile)]
 
 
-class Judge:
-    """Whether a candidate is right: its error is at most twice the derived tile's, both against float32.
+class AccuracyCheck:
+    """Accepts a candidate whose error is at most twice the derived tile's, both against float32.
 
-    The judge of 16-bit results is the same launcher on the same values in float32, whose kernels the tests hold
+    The reference of 16-bit results is the same launcher on the same values in float32, whose kernels the tests hold
     against float64. Of float32 results it is the derived tile itself, up to another order of summation.
 
     cuBLASLt may have twice the error of that: where a kernel rounds once, it rounds in between too, as eager PyTorch
     does (a gradient before it is multiplied by GELU's slope, say).
     """
 
-    def __init__(self, call: Example, derived: Row) -> None:
+    def __init__(self, call: LauncherCall, derived: Row) -> None:
         self.call = call
         shipped = _outputs(call, derived)
         wide = call.in_float32()
@@ -88,8 +95,8 @@ class Judge:
                 raise ArithmeticError(f"the derived tile {derived} gives values that are not finite")
             self.allowed.append(2 * error + ORDER * largest)
 
-    def objection(self, tile: Row) -> str | None:
-        """Why ``tile`` is wrong, or None."""
+    def failure(self, tile: Row) -> str | None:
+        """Return why ``tile`` is wrong, or None."""
         roundings = 2 if tile.get("run") == "library" else 1
         for ours, exact, once in zip(_outputs(self.call, tile), self.exact, self.allowed, strict=True):
             allowed = once * roundings
@@ -99,19 +106,19 @@ class Judge:
         return None
 
 
-def _copies(call: Example, device: torch.device) -> int:
-    """How many sets of operands to rotate through, so that none is still in the L2 cache when its turn comes."""
+def _copies(call: LauncherCall, device: torch.device) -> int:
+    """Return how many sets of operands to rotate through, so that the L2 cache holds none when its turn comes."""
     if device.type == "cpu":
         return 1
     held = sum(t.numel() * t.element_size() for t in call.arguments.values() if isinstance(t, Tensor))
     return min(max(math.ceil(3 * torch.cuda.get_device_properties(device).L2_cache_size / held), 1), 64)
 
 
-def _clock(calls: Sequence[Example], tile: Row, device: torch.device) -> Callable[[], float]:
-    """A function that runs all calls with ``tile`` and returns the seconds of one: a CUDA graph, without the host."""
+def _clock(calls: Sequence[LauncherCall], tile: Row, device: torch.device) -> Callable[[], float]:
+    """Return a function that runs all calls with ``tile``, in a CUDA graph, and returns the seconds of one."""
     for call in calls:
         call.run(tile)
-    if device.type == "cpu":  # in the interpreter: a rehearsal, whose times mean nothing
+    if device.type == "cpu":  # in the interpreter, where times mean nothing
 
         def by_the_wall() -> float:
             begun = time.perf_counter()
@@ -138,7 +145,7 @@ def _clock(calls: Sequence[Example], tile: Row, device: torch.device) -> Callabl
 
 
 def interleaved(clocks: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:
-    """Samples of each clock, round by round so that drift hits all alike, for about ``seconds``: 3 to 200 rounds."""
+    """Sample each clock, round by round so that drift hits all alike, for about ``seconds``: 3 to 200 rounds."""
     once = sum(clock() for clock in clocks)
     rounds = min(max(int(seconds / max(once, 1e-6)), 3), 200)
     samples: list[list[float]] = [[] for _ in clocks]
@@ -150,13 +157,13 @@ def interleaved(clocks: Sequence[Callable[[], float]], seconds: float) -> list[l
 
 
 def spread(samples: Sequence[float]) -> float:
-    """(80th - 20th percentile) / median."""
+    """Return (80th - 20th percentile) / median."""
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
     return (fifths[3] - fifths[0]) / statistics.median(samples)
 
 
-def worth_it(samples: Sequence[float], derived: Sequence[float]) -> bool:
-    """Whether a tile is faster than the derived one by more than GAIN and by more than the timings scatter."""
+def is_faster(samples: Sequence[float], derived: Sequence[float]) -> bool:
+    """Return whether a tile is faster than the derived one by more than GAIN and by more than the timings scatter."""
     noise = max(GAIN, spread(samples), spread(derived))
     return statistics.median(samples) * (1 + noise) < statistics.median(derived)
 
@@ -164,30 +171,30 @@ def worth_it(samples: Sequence[float], derived: Sequence[float]) -> bool:
 def measure(
     problem: Problem, dtype: torch.dtype, derived: Row, found: Iterable[tuple[Row, str | None]], device: torch.device
 ) -> Row:
-    """The table's row for a problem.
+    """Measure a problem and return its row of the table.
 
     Args:
-        problem, dtype: what is measured.
+        problem, dtype: the shape and keys, and the operands' dtype.
         derived: the tile to beat.
-        found: candidates, each with the reason why it is out, or None.
-        device: where.
+        found: candidates, each with the reason why it is rejected, or None.
+        device: a CUDA device, or the CPU in Triton's interpreter.
     """
     derived = {name: derived[name] for name in tiles.TILES[problem.family]}
-    call = example(problem, dtype, device)
-    calls = [call, *(example(problem, dtype, device) for _ in range(_copies(call, device) - 1))]
-    judge = Judge(call, derived)
+    call = launcher_call(problem, dtype, device)
+    calls = [call, *(launcher_call(problem, dtype, device) for _ in range(_copies(call, device) - 1))]
+    check = AccuracyCheck(call, derived)
     screened: list[tuple[float, Row]] = []
     refused: dict[str, int] = {}
     for tile, reason in found:
         if reason is None:
             try:
-                reason = judge.objection(tile)
+                reason = check.failure(tile)
                 if reason is None:
                     clock = _clock(calls, tile, device)
                     screened.append((min(clock() for _ in range(3)), tile))
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # Triton's own refusals are of many types; a tile that can't run is out
+            except Exception as error:  # Triton's errors are of many types
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if reason is not None:
             word = reason.split(" ")[0].rstrip(":")
@@ -197,7 +204,7 @@ def measure(
     samples = interleaved([_clock(calls, tile, device) for tile in finalists], SECONDS)
     medians = [statistics.median(s) for s in samples]
     best = min(range(len(finalists)), key=lambda i: medians[i])
-    if not worth_it(samples[best], samples[0]):
+    if not is_faster(samples[best], samples[0]):
         best = 0
     return {
         "size": problem.size,
@@ -217,7 +224,7 @@ def measure(
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this is run from, or None in an installation."""
+    """Return the commit of this checkout, or None in an installation."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         run = subprocess.run(command, capture_output=True, text=True)
@@ -238,7 +245,7 @@ class Table:
 
     @classmethod
     def open(cls, path: Path, gpu: str, arch: int, command: str = "") -> Table:
-        """The table at ``path`` with what it has; a table that can't be used is set aside (``.refused``)."""
+        """Open the table at ``path``; a table that can't be used is set aside (``.refused``)."""
         try:
             rows = tiles.read(path, gpu)
         except tiles.TableError as error:
@@ -250,7 +257,7 @@ class Table:
 
     @cached_property
     def head(self) -> dict[str, Any]:
-        """What was measured, on what, with what."""
+        """Return the table's head: the GPU, versions, commit and command."""
         return {
             "format": tiles.FORMAT,
             "gpu": self.gpu,
@@ -262,7 +269,7 @@ class Table:
         }
 
     def add(self, problem: Problem, row: Row) -> None:
-        """Write the table with one more row: a reader sees the old one or the new one."""
+        """Write the table with one more row; a reader sees the old table or the new one."""
         self.rows[problem] = row
         families: dict[str, dict[str, list[Row]]] = {}
         for known in sorted(self.rows, key=lambda p: (str(p.key), p.size)):
@@ -285,24 +292,30 @@ def _lines(rows: list[Row]) -> str:
     return ",\n    ".join(map(json.dumps, rows))
 
 
-Asked = dict[Problem, tuple[torch.dtype, Row]]  # problems with their dtype and derived tile
+Problems = dict[Problem, tuple[torch.dtype, Row]]  # with their dtype and derived tile
 
 
-def tune(asked: Asked, table: Table, device: torch.device, *, most: int | None = None, budget: float = math.inf) -> int:
+def tune(
+    problems: Problems, table: Table, device: torch.device, *, most: int | None = None, budget: float = math.inf
+) -> int:
     """Measure the problems that ``table`` does not have yet, and return how many are left.
 
     Args:
-        asked: the problems.
-        table: where rows go, one by one.
+        problems: with their dtypes and derived tiles.
+        table: gets the rows, one by one.
         device: a CUDA device, or the CPU in Triton's interpreter.
         most: at most so many candidates a problem.
         budget: seconds after which no further problem is begun.
     """
     end = time.monotonic() + budget
     programs = launch.multiprocessors(torch.empty(0, device=device))
-    open_ones = {p: value for p, value in asked.items() if p not in table.rows}
+    open_ones = {p: value for p, value in problems.items() if p not in table.rows}
     tried = {
-        p: [tile for tile in candidates(p, table.arch, programs) if any(tile[name] != derived[name] for name in tile)]
+        p: [
+            tile
+            for tile in candidate_configs(p, table.arch, programs)
+            if any(tile[name] != derived[name] for name in tile)
+        ]
         for p, (_, derived) in open_ones.items()
     }
     tried = {p: found[:most] for p, found in tried.items()}
@@ -314,7 +327,9 @@ def tune(asked: Asked, table: Table, device: torch.device, *, most: int | None =
         compiling: dict[Problem, list[Future[str | None]]] = {}
         if pool is not None:
             for problem, (dtype, _) in compiled_here.items():
-                compiling[problem] = [pool.submit(refusal, problem, dtype, tile, table.arch) for tile in tried[problem]]
+                compiling[problem] = [
+                    pool.submit(rejection, problem, dtype, tile, table.arch) for tile in tried[problem]
+                ]
         left = len(open_ones)
         with tqdm(total=sum(map(len, tried.values())), unit="tile", dynamic_ncols=True) as bar:
 
@@ -338,10 +353,10 @@ def tune(asked: Asked, table: Table, device: torch.device, *, most: int | None =
     return left
 
 
-def render(asked: Iterable[Problem], table: Table) -> str:
-    """What tuning bought, problem by problem."""
+def render(problems: Iterable[Problem], table: Table) -> str:
+    """Format the gain of tuning, problem by problem."""
     lines = [f"{'derived us':>10} {'best us':>9} {'gain':>6}  problem: tile where it is not the derived one"]
-    for problem in asked:
+    for problem in problems:
         row = table.rows.get(problem)
         if row is not None:
             gain = row["derived_us"] / row["us"] - 1
@@ -350,18 +365,18 @@ def render(asked: Iterable[Problem], table: Table) -> str:
     return "\n".join(lines)
 
 
-def asked_by(
+def problems_of(
     models: Sequence[str],
     batches: Sequence[int],
     dtypes: Sequence[torch.dtype],
     steps: Sequence[bool],
     arch: int,
     backend: str = "triton",
-) -> Asked:
-    """The problems of models by name; ``steps`` says of each pass whether it is a training step."""
+) -> Problems:
+    """Return the problems of models by name; ``steps`` has True for a training step, False for inference."""
     from fastvit.models import ViT, create_model
 
-    found: Asked = {}
+    found: Problems = {}
     for name in models:
         if not isinstance(create_model(name, device="meta"), ViT):
             raise ValueError(f"{name!r} is no Vision Transformer: its kernels are PyTorch's, which have no tiles here")
@@ -369,25 +384,28 @@ def asked_by(
         model = create_model(name, depth=2, device="meta", dtype=dtype)  # blocks are alike, but the last may differ
         for batch, training in product(batches, steps):
             images = torch.empty(batch, 3, *model.patch_embed.img_size, device="meta", dtype=dtype)
-            for problem, derived in problems(model, images, arch, training=training, backend=backend).items():
+            for problem, derived in find_problems(model, images, arch, training=training, backend=backend).items():
                 if problem in found:
                     continue
-                if poses(problem, dtype, arch):
+                if is_reproducible(problem, dtype, arch):
                     found[problem] = dtype, derived
                 else:
-                    print(f"{problem} stays derived: its operands lie in a way that has no example", file=sys.stderr)
+                    print(
+                        f"{problem} keeps its derived tile: no call reproduces the layout of its operands",
+                        file=sys.stderr,
+                    )
     return found
 
 
-def place(out: str | None, gpu: str) -> Path:
-    """The table's file: ``out``, or in the folder ``out`` (default: the user's cache) the one named after the GPU."""
+def table_path(out: str | None, gpu: str) -> Path:
+    """Return the table's file: ``out``, or in the folder ``out`` (default: the user's cache) one by the GPU's name."""
     if out is not None and out.endswith(".json"):
         return Path(out)
     return (tiles.cache_folder() if out is None else Path(out)) / f"{tiles.slug(gpu)}.json"
 
 
-def _cuda_refuses(arguments: Any) -> str | None:
-    """Why the choices of backend cuda can't be measured (or listed) as asked, or None."""
+def _cuda_unavailable(arguments: Any) -> str | None:
+    """Return why backend cuda can't be measured (or listed) with these arguments, or None."""
     if "float32" in arguments.dtype:
         return "its products are float16 and bfloat16; --dtype float32 has none"
     if arguments.dry_run:
@@ -404,11 +422,11 @@ def main(arguments: Any) -> int:
     if not (arguments.dry_run and arguments.arch) and not (torch.cuda.is_available() or launch.INTERPRETING):
         print(
             "fastvit tune needs a CUDA device, and PyTorch sees none. `fastvit tune --dry-run --arch 90` lists what "
-            "would be measured; with TRITON_INTERPRET=1 a rehearsal runs on the CPU.",
+            "would be measured; with TRITON_INTERPRET=1 it runs on the CPU, without meaningful times.",
             file=sys.stderr,
         )
         return 2
-    if arguments.backend == "cuda" and (missing := _cuda_refuses(arguments)):
+    if arguments.backend == "cuda" and (missing := _cuda_unavailable(arguments)):
         print(f"fastvit tune --backend cuda can't run: {missing}", file=sys.stderr)
         return 2
     device = torch.device("cpu" if launch.INTERPRETING or not torch.cuda.is_available() else "cuda")
@@ -417,27 +435,27 @@ def main(arguments: Any) -> int:
     dtypes = [getattr(torch, name) for name in arguments.dtype]
     steps = [arguments.training] if arguments.training is not None else [False, True]
     try:
-        asked = asked_by(arguments.models, arguments.batch, dtypes, steps, arch, arguments.backend)
+        problems = problems_of(arguments.models, arguments.batch, dtypes, steps, arch, arguments.backend)
     except ValueError as error:  # an unknown model
         print(f"fastvit tune: {error}", file=sys.stderr)
         return 2
     if arguments.dry_run:
         programs = launch.multiprocessors(here if here.is_cuda else here.to("meta"))
-        counts = {problem: len(candidates(problem, arch, programs)[: arguments.most]) for problem in asked}
+        counts = {problem: len(candidate_configs(problem, arch, programs)[: arguments.most]) for problem in problems}
         for problem, count in counts.items():
             print(f"{count:>4}  {problem}")
         print(f"{sum(counts.values()):>4}  candidates for {len(counts)} problems on sm_{arch}")
         return 0
     gpu = launch.device_name(here)
-    assert gpu is not None  # nothing is assumed here
-    table = Table.open(place(arguments.out, gpu), gpu, arch, shlex.join(["fastvit", *sys.argv[1:]]))
+    assert gpu is not None
+    table = Table.open(table_path(arguments.out, gpu), gpu, arch, shlex.join(["fastvit", *sys.argv[1:]]))
     try:
-        left = tune(asked, table, device, most=arguments.most, budget=arguments.budget)
+        left = tune(problems, table, device, most=arguments.most, budget=arguments.budget)
     except KeyboardInterrupt:
         print(
             f"interrupted; {table.path} has {len(table.rows)} problems, and the same command goes on", file=sys.stderr
         )
         return 130
-    print(render(asked, table))
+    print(render(problems, table))
     print(f"{table.path}: {len(table.rows)} problems" + (f"; {left} left: run the same again" if left else ""))
     return 1 if left else 0

@@ -175,7 +175,7 @@ def folds(tmp_path, monkeypatch):
     def answer(call: Any) -> None:
         with tiles.asked() as found:
             call()
-        table = tune.Table(tune.place(None, "interpreter"), "interpreter", 80)
+        table = tune.Table(tune.table_path(None, "interpreter"), "interpreter", 80)
         for problem in found:
             if problem.fields["op"] == "normed":
                 table.add(problem, {"size": problem.size, "key": problem.fields, "tile": {"run": "folded"}})
@@ -227,6 +227,6 @@ def test_inference_folds_where_a_table_says_so(
         wide = {**plain, "x": args["x"].float()}  # a float32 stream would be rounded before its mean is off
         merged = {**plain, "residual": torch.randn(2, 9, 64).to(dtype)}
         for given in (wide, merged):
-            folds(lambda given=given: ops.linear(**given))  # nothing is asked, so nothing is answered
+            folds(lambda given=given: ops.linear(**given))  # nothing is problem_, so nothing is answered
             check_op(ops.linear, reference.linear, given)
     assert calls == []

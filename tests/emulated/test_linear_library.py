@@ -52,7 +52,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answer(found: dict[Problem, Any], run: str) -> tune.Table:
     """A table in the cache that says ``run`` to these problems; "kernel" where that is no answer."""
-    table = tune.Table(tune.place(None, "interpreter"), "interpreter", 80)
+    table = tune.Table(tune.table_path(None, "interpreter"), "interpreter", 80)
     for problem in found:
         runs = tiles.RUNS[problem.fields["op"]]
         tile = {"run": run if run in runs else "kernel"}
@@ -68,7 +68,7 @@ def answer(found: dict[Problem, Any], run: str) -> tune.Table:
 def test_ops_by_a_table_that_says_library(
     case: Case, dtype: torch.dtype, no_kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward and every gradient; what is asked again is answered by the table, and no kernel runs."""
+    """Forward and every gradient; what is problems again is answered by the table, and no kernel runs."""
     with fastvit.backend("cuda"):
         with monkeypatch.context() as patch, tiles.asked() as found:
             # the kernels, which run where nothing is measured
@@ -175,43 +175,43 @@ def test_every_combination_is_a_problem_of_its_own() -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> tune.Asked:
+def problems(monkeypatch: pytest.MonkeyPatch) -> tune.Problems:
     monkeypatch.setattr(tune, "SECONDS", 0)
     options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 1, "num_classes": 16}
-    found: tune.Asked = {}
+    found: tune.Problems = {}
     for more in ({}, {"init_values": 0.1, "mlp_layer": fastvit.layers.SwiGLU}):
         for training in (False, True):
             model = fastvit.ViT(**options, **more, device="meta", dtype=torch.bfloat16)
             images = torch.empty(2, 3, 8, 8, device="meta", dtype=torch.bfloat16, requires_grad=training)
-            problems = candidates.problems(model, images, 80, training=training, backend="cuda")
-            found |= {problem: (torch.bfloat16, tile) for problem, tile in problems.items()}
+            some = candidates.find_problems(model, images, 80, training=training, backend="cuda")
+            found |= {problem: (torch.bfloat16, tile) for problem, tile in some.items()}
     return found
 
 
-def test_every_product_of_a_model_is_posed_and_judged(asked: tune.Asked) -> None:
-    assert {p.family for p in asked} == {"cuda"}
-    assert {p.fields["op"] for p in asked} == set(tiles.RUNS)
-    assert {p.fields["activation"] for p in asked} == {None, "gelu", "swiglu"}
-    for problem, (dtype, derived) in asked.items():
+def test_every_product_of_a_model_has_a_call_and_passes_its_check(problems: tune.Problems) -> None:
+    assert {p.family for p in problems} == {"cuda"}
+    assert {p.fields["op"] for p in problems} == set(tiles.RUNS)
+    assert {p.fields["activation"] for p in problems} == {None, "gelu", "swiglu"}
+    for problem, (dtype, derived) in problems.items():
         assert derived == KERNEL
-        assert candidates.poses(problem, dtype, 80), str(problem)
-        judge = tune.Judge(candidates.example(problem, dtype, CPU), derived)
-        tried = candidates.candidates(problem, 80, 3)
+        assert candidates.is_reproducible(problem, dtype, 80), str(problem)
+        check = tune.AccuracyCheck(candidates.launcher_call(problem, dtype, CPU), derived)
+        tried = candidates.candidate_configs(problem, 80, 3)
         assert [tile["run"] for tile in tried] == list(tiles.RUNS[problem.fields["op"]])
-        assert judge.objection(tried[1]) is None, str(problem)
+        assert check.failure(tried[1]) is None, str(problem)
 
 
-def test_a_library_that_is_wrong_is_an_objection(asked: tune.Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_wrong_fails(problems: tune.Problems, monkeypatch: pytest.MonkeyPatch) -> None:
     right = cublas._product
-    problem = next(p for p in asked if p.fields["op"] == "input")
-    judge = tune.Judge(candidates.example(problem, torch.bfloat16, CPU), KERNEL)
+    problem = next(p for p in problems if p.fields["op"] == "input")
+    check = tune.AccuracyCheck(candidates.launcher_call(problem, torch.bfloat16, CPU), KERNEL)
     monkeypatch.setattr(cublas, "_product", lambda a, b, dtype: 1.02 * right(a, b, dtype))
-    assert "wrong by" in str(judge.objection({"run": "library"}))
+    assert "wrong by" in str(check.failure({"run": "library"}))
 
 
-def test_a_run_writes_what_a_launch_then_reads(asked: tune.Asked, folder: Path) -> None:
-    some = {p: asked[p] for p in list(asked)[:3]}
-    table = tune.Table.open(tune.place(None, "interpreter"), "interpreter", 80)
+def test_a_run_writes_what_a_launch_then_reads(problems: tune.Problems, folder: Path) -> None:
+    some = {p: problems[p] for p in list(problems)[:3]}
+    table = tune.Table.open(tune.table_path(None, "interpreter"), "interpreter", 80)
     assert table.path.is_relative_to(folder)
     assert tune.tune(some, table, CPU) == 0
     read = tiles.read(table.path, "interpreter")
@@ -219,7 +219,7 @@ def test_a_run_writes_what_a_launch_then_reads(asked: tune.Asked, folder: Path) 
     for problem, row in read.items():
         assert row["timed"] == 1 and row["refused"] == {}
         with tiles.asked() as taken:
-            candidates.example(problem, torch.bfloat16, CPU).run()
+            candidates.launcher_call(problem, torch.bfloat16, CPU).run()
         assert taken[problem] == row["tile"]
     sources = tiles.sources("interpreter")
     assert f"backend cuda, kernel or cuBLASLt, measured, 3 problems: {table.path}" in sources

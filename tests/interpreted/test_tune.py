@@ -32,35 +32,35 @@ def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def asked() -> tune.Asked:
+def problems() -> tune.Problems:
     options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 16}
     model = fastvit.ViT(**options, device="meta", dtype=DTYPE)
     images = torch.empty(2, 3, 8, 8, device="meta", dtype=DTYPE, requires_grad=True)
-    found = candidates.problems(model, images, 80, training=True)
+    found = candidates.find_problems(model, images, 80, training=True)
     return {problem: (DTYPE, tile) for problem, tile in found.items()}
 
 
-def one_of_each(asked: tune.Asked) -> tune.Asked:
+def one_of_each(problems: tune.Problems) -> tune.Problems:
     """The first problem of every kernel."""
     found: dict[tuple[object, ...], Problem] = {}
-    for problem in asked:
+    for problem in problems:
         found.setdefault((problem.family, problem.key[0]), problem)
-    return {problem: asked[problem] for problem in found.values()}
+    return {problem: problems[problem] for problem in found.values()}
 
 
-def test_every_kernel_is_posed_and_judged(asked: tune.Asked) -> None:
-    """The derived tile passes its own judge, and so does the first candidate: the examples are sound."""
-    some = one_of_each(asked)
+def test_every_kernel_has_a_call_and_passes_its_check(problems: tune.Problems) -> None:
+    """The derived tile passes its own check, and so does the last candidate: the calls are sound."""
+    some = one_of_each(problems)
     assert len(some) == 9  # three of linear, of attention and of patch embedding
     for problem, (dtype, derived) in some.items():
-        assert candidates.poses(problem, dtype, 80)
-        judge = tune.Judge(candidates.example(problem, dtype, CPU), derived)
-        assert judge.objection(candidates.candidates(problem, 80, 3)[-1]) is None, str(problem)
+        assert candidates.is_reproducible(problem, dtype, 80)
+        check = tune.AccuracyCheck(candidates.launcher_call(problem, dtype, CPU), derived)
+        assert check.failure(candidates.candidate_configs(problem, 80, 3)[-1]) is None, str(problem)
 
 
-def test_a_run_writes_resumes_and_is_used(asked: tune.Asked) -> None:
-    table = tune.Table.open(tune.place(None, "interpreter"), "interpreter", 80, "fastvit tune")
-    linear = {p: v for p, v in asked.items() if p.family == "linear" and p.key[0] in ("forward", "weight")}
+def test_a_run_writes_resumes_and_is_used(problems: tune.Problems) -> None:
+    table = tune.Table.open(tune.table_path(None, "interpreter"), "interpreter", 80, "fastvit tune")
+    linear = {p: v for p, v in problems.items() if p.family == "linear" and p.key[0] in ("forward", "weight")}
     first, second = list(linear)[:2]
 
     assert tune.tune({first: linear[first]}, table, CPU, most=2, budget=0) == 1  # nothing is begun
@@ -89,7 +89,7 @@ def test_a_launch_takes_the_measured_tile() -> None:
     ((problem, before),) = derived.items()
     tile = {"form": "pointer", "block_m": 32, "block_n": 64, "block_k": 16, "parts": 2, "warps": 4, "stages": 2}
     assert before["block_m"] != 32
-    table = tune.Table(tune.place(None, "interpreter"), "interpreter", 80)
+    table = tune.Table(tune.table_path(None, "interpreter"), "interpreter", 80)
     row = {"size": problem.size, "key": problem.fields, "tile": tile, "us": 1.0, "derived": before, "derived_us": 2.0}
     table.add(problem, row)
     with tiles.asked() as measured:

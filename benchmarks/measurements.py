@@ -1,14 +1,15 @@
-"""What is measured, one cell at a time, and where it is kept: a JSON file that grows cell by cell."""
+"""A measurement, and the JSON file of a device and suite that stores them one by one."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,44 +18,49 @@ from typing import Any
 from fastvit import env
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"  # what is committed, a folder for every device
+RESULTS = ROOT / "benchmarks" / "results"  # committed, a folder for each device
 MEASURED = ("fastvit", "kernels", "csrc", "benchmarks")  # the code whose change makes a result another's
 Row = dict[str, Any]
 
 
 class Unavailable(RuntimeError):
-    """A contender can't take part here, for a reason that is no defect; the message is the reason."""
+    """A contender can't run here, for a reason that is no defect; the message is the reason."""
 
 
-class CellFailed(RuntimeError):
-    """A cell has no result; the message says why."""
+class MeasurementFailed(RuntimeError):
+    """A measurement gave no result; the message says why."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One measurement: who does what.
+class Measurement:
+    """A contender in a setting.
 
     Args:
-        contender: who.
-        what: (name, value) pairs, the same for every cell that it is compared with: model, size, dtype, ...
+        contender: its name.
+        setting: (name, value) pairs of model, size, dtype, ...: the same for all measurements that are compared.
     """
 
     contender: str
-    what: tuple[tuple[str, Any], ...]
+    setting: tuple[tuple[str, Any], ...]
 
     def __getitem__(self, name: str) -> Any:
-        return dict(self.what)[name]
+        return dict(self.setting)[name]
 
     def __str__(self) -> str:
-        return " ".join([*(str(value) for _, value in self.what), self.contender])
+        return " ".join([*(str(value) for _, value in self.setting), self.contender])
 
     def row(self) -> Row:
-        """The fields by which a row of the file is this cell's."""
-        return {**dict(self.what), "contender": self.contender}
+        """Return the fields that identify the measurement's row in the file."""
+        return {**dict(self.setting), "contender": self.contender}
+
+
+def grid(**values: Sequence[Any]) -> list[tuple[tuple[str, Any], ...]]:
+    """Return the settings of every combination of values; the last name varies fastest."""
+    return [tuple(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
 def commit() -> str | None:
-    """The commit that is measured, with ``-dirty`` where its code differs from it; None outside a clone."""
+    """Return the checked-out commit, with ``-dirty`` where the code differs from it; None outside a clone."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -67,17 +73,17 @@ def commit() -> str | None:
 
 
 def identity(device: Row) -> str:
-    """What results of one device are told from another's by: its name, and a CPU's instructions, which names hide."""
+    """Return what identifies a device in results: its name, and a CPU's instructions, which names hide."""
     return " ".join(filter(None, (device["name"], device.get("instructions"))))
 
 
 def slug(device: str) -> str:
-    """A device's name as a folder's: "NVIDIA H200" is nvidia-h200."""
+    """Return a device's name as a folder name: "NVIDIA H200" gives nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def code() -> str:
-    """A digest of the code that is measured: what draws and describes results is left out of it."""
+    """Return a digest of the code that the benchmarks measure, without the code that draws results."""
     digest = hashlib.sha256()
     for folder in MEASURED:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -90,13 +96,13 @@ def code() -> str:
 
 
 class Store:
-    """``FOLDER/NAME.json``: the cells measured so far, on one device.
+    """``FOLDER/NAME.json``: the finished measurements of a suite on one device.
 
-    The file is replaced as a whole after every cell, so it is never half written. A cell counts as finished when
-    it was measured by this very code and these versions; another's is measured again and replaced.
+    The file is replaced as a whole after every measurement, so it is never half written. A measurement is finished if
+    this code and these versions took it; another's is taken again and replaced.
 
     Raises:
-        ValueError: the file is of another device, or no such file at all.
+        ValueError: the file holds another device's results, or is no result file.
     """
 
     def __init__(self, folder: Path, name: str, device: str, command: str) -> None:
@@ -111,7 +117,7 @@ class Store:
             "device": found,
             "tiles": env.tiles(),
         }
-        self.content: dict[str, Any] = {"suite": name, "device": identity(found), "runs": [], "cells": []}
+        self.content: dict[str, Any] = {"suite": name, "device": identity(found), "runs": [], "measurements": []}
         if self.path.exists():
             self.content = load(self.path)
             if self.content["device"] != identity(found):
@@ -122,57 +128,54 @@ class Store:
         self.number = len(self.content["runs"])
         self.device = device
 
-    def finished(self, cell: Cell, retry: bool = False) -> bool:
-        """Whether the cell's row is there, measured by this code; with ``retry`` a row without a result is not."""
-        row = self.row(cell)
+    def finished(self, measurement: Measurement, retry: bool = False) -> bool:
+        """Return whether this code took the measurement; with ``retry``, a row without a result does not count."""
+        row = self.row(measurement)
         if row is None or (retry and row["status"] != "ok"):
             return False
         return all(self.content["runs"][row["run"]][key] == self.run[key] for key in ("code", "versions"))
 
-    def row(self, cell: Cell) -> Row | None:
-        """The cell's row, if it has one."""
-        wanted = cell.row()
-        rows: list[Row] = self.content["cells"]
-        return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+    def row(self, measurement: Measurement) -> Row | None:
+        """Return the measurement's row, or None."""
+        fields = measurement.row()
+        rows: list[Row] = self.content["measurements"]
+        return next((row for row in rows if all(row.get(key) == value for key, value in fields.items())), None)
 
-    def add(self, cell: Cell, row: Row) -> None:
-        """Keep ``row`` as the cell's, on disk."""
-        cells, runs = self.content["cells"], self.content["runs"]
+    def add(self, measurement: Measurement, row: Row) -> None:
+        """Write ``row`` as the measurement's to the file."""
+        measurements, runs = self.content["measurements"], self.content["runs"]
         if len(runs) == self.number:
             runs.append(self.run)
         if self.device == "cuda":
             self.run["device_after"] = env.device(self.device)  # clocks and power while it is warm
-        old = self.row(cell)
-        new = {**cell.row(), **row, "run": self.number}
-        if old is None:
-            cells.append(new)
-        else:
-            cells[cells.index(old)] = new
+        new, old = {**measurement.row(), **row, "run": self.number}, self.row(measurement)
+        place = len(measurements) if old is None else measurements.index(old)
+        measurements[place : place + 1] = [new]
         temporary = self.path.with_suffix(".json.part")
         temporary.write_text(json.dumps(self.content, indent=1) + "\n")
         os.replace(temporary, self.path)
 
     def export(self) -> Path:
-        """Write the cells beside the JSON as CSV, one line each, and return its path."""
+        """Write the measurements beside the JSON as CSV, one line each, and return its path."""
         path = self.path.with_suffix(".csv")
         with path.open("w", newline="") as file:
-            columns = list(dict.fromkeys(key for row in self.content["cells"] for key in row))
+            columns = list(dict.fromkeys(key for row in self.content["measurements"] for key in row))
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(self.content["cells"])
+            writer.writerows(self.content["measurements"])
         return path
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file's content.
+    """Return a result file's content.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is no result file.
     """
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no result file: {error}") from error
-    if not isinstance(content, Mapping) or not {"suite", "device", "runs", "cells"} <= content.keys():
-        raise ValueError(f"{path} is no result file: it has no suite, device, runs and cells")
+    if not isinstance(content, Mapping) or not {"suite", "device", "runs", "measurements"} <= content.keys():
+        raise ValueError(f"{path} is no result file: it has no suite, device, runs and measurements")
     return dict(content)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvit
+from benchmarks import op_impls
 from fastvit import ops
 from fastvit.cuda import extension
 from fastvit.ops import backends
@@ -27,53 +28,17 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative error of an op's res
 MODEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}  # of logits: roundings add up (the tests hold models closer)
 MODEL = "vit_small_patch16_224"
 B = 64 if DEVICE.type == "cuda" else 1
-T, D, H = 197, 768, 12
-
-Random = Callable[..., nn.Parameter]  # of a shape; a Parameter, since oneDNN packs nothing else
-
-CASES: dict[str, Callable[[Random], dict[str, Any]]] = {
-    "patch_embed": lambda random: {
-        "images": random(B, 3, 224, 224).detach(),
-        "weight": random(D, 3, 16, 16, scale=0.02),
-        "bias": random(D),
-        "pos_embed": random(1, T, D),
-        "prefix_tokens": random(1, 1, D),
-    },
-    "layer_norm": lambda random: {"x": random(B, T, D), "weight": random(D), "bias": random(D)},
-    "linear norm": lambda random: {
-        "x": random(B, T, D),
-        "weight": random(3 * D, D, scale=0.02),
-        "bias": random(3 * D),
-        "norm": (random(D), random(D), 1e-6),
-    },
-    "linear activation": lambda random: {
-        "x": random(B, T, D),
-        "weight": random(4 * D, D, scale=0.02),
-        "bias": random(4 * D),
-        "activation": "gelu",
-    },
-    "linear residual": lambda random: {
-        "x": random(B, T, D),
-        "weight": random(D, D, scale=0.02),
-        "bias": random(D),
-        "residual": random(B, T, D),
-    },
-    "mlp": lambda random: {
-        "x": random(B, T, D),
-        "fc1_weight": random(4 * D, D, scale=0.02),
-        "fc1_bias": random(4 * D),
-        "fc2_weight": random(D, 4 * D, scale=0.02),
-        "fc2_bias": random(D),
-        "norm": (random(D), random(D), 1e-6),
-        "residual": random(B, T, D),
-    },
-    "attention": lambda random: {name: random(B, T, H, D // H) for name in "qkv"},
-    "attention_qkvpacked": lambda random: {"qkv": random(B, T, 3, H, D // H)},
+SIZES = op_impls.sizes("vit_base_patch16_224", 224, B)
+NAMES = ("patch_embed", "layer_norm", "linear+norm", "linear+gelu", "linear+residual", "mlp", "attention")
+CASES = {name: op_impls.CASES[name] for name in NAMES} | {
+    "attention q, k, v": op_impls.Case(
+        "attention", lambda random, s: {name: random(B, s.tokens, s.heads, s.width // s.heads) for name in "qkv"}
+    )
 }
 
 
 def clock() -> float:
-    """Seconds; on a GPU, after its work is done. pytest-benchmark reads it before and after each round."""
+    """Return seconds; on a GPU, after its work is done. pytest-benchmark reads it before and after each round."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -90,42 +55,42 @@ def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _arguments(case: str, dtype: str) -> dict[str, Any]:
-    """The case's arguments, alike in every run."""
+    """Return the case's arguments, alike in every run."""
     torch.manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> nn.Parameter:
         return nn.Parameter((torch.randn(shape, device=DEVICE) * scale).to(DTYPES[dtype]))
 
-    return CASES[case](random)
+    return CASES[case].arguments(random, SIZES)
 
 
 def _op(case: str) -> str:
-    return case.split()[0]
+    return CASES[case].op
 
 
 def _backends(op: str, gradients: bool) -> list[str]:
-    """The backends that can differ from one another on this device."""
+    """Return the backends that differ from one another on this device."""
     if DEVICE.type == "cuda":
         return ["reference", "triton"] if extension.MISSING else ["reference", "triton", "cuda"]
     return ["reference", "onednn"] if op in backends.ONEDNN_OPS and not gradients else ["reference"]
 
 
-def _cells(gradients: bool) -> list[tuple[str, str, str]]:
+def _cases(gradients: bool) -> list[tuple[str, str, str]]:
     return [(case, d, backend) for case in CASES for d in DTYPES for backend in _backends(_op(case), gradients)]
 
 
-def _time(benchmark: Any, run: Callable[[], object], what: str, dtype: str, backend: str) -> None:
-    """Time ``run``, which has run before, in the group of ``what`` and ``dtype``."""
-    name = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "cpu"
-    benchmark.group = f"{what}, {dtype}"
+def _time(benchmark: Any, run: Callable[[], object], name: str, dtype: str, backend: str) -> None:
+    """Time ``run``, which has run before, in the group of ``name`` and ``dtype``."""
+    device = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "cpu"
+    benchmark.group = f"{name}, {dtype}"
     benchmark.extra_info.update(
-        backend=backend, device=name, batch=B, threads=torch.get_num_threads(), torch=torch.__version__
+        backend=backend, device=device, batch=B, threads=torch.get_num_threads(), torch=torch.__version__
     )
     benchmark(run)
 
 
 def _check(run: Callable[[], Tensor], tolerance: float) -> None:
-    """That ``run`` gives what it gives on the reference."""
+    """Check ``run`` against its result on the reference."""
     got = run().float()
     with fastvit.backend("reference"):
         expected = run().float()
@@ -133,7 +98,7 @@ def _check(run: Callable[[], Tensor], tolerance: float) -> None:
     assert error <= tolerance, f"relative error {error:.1e} against the reference: not worth timing"
 
 
-@pytest.mark.parametrize(("case", "dtype", "backend"), _cells(gradients=False))
+@pytest.mark.parametrize(("case", "dtype", "backend"), _cases(gradients=False))
 def test_forward(benchmark: Any, case: str, dtype: str, backend: str) -> None:
     arguments = _arguments(case, dtype)
 
@@ -146,11 +111,10 @@ def test_forward(benchmark: Any, case: str, dtype: str, backend: str) -> None:
         _time(benchmark, run, f"{case} forward", dtype, backend)
 
 
-@pytest.mark.parametrize(("case", "dtype", "backend"), _cells(gradients=True))
+@pytest.mark.parametrize(("case", "dtype", "backend"), _cases(gradients=True))
 def test_backward(benchmark: Any, case: str, dtype: str, backend: str) -> None:
     arguments = _arguments(case, dtype)
-    values = [t for value in arguments.values() for t in (value if isinstance(value, tuple) else (value,))]
-    leaves = [t for t in values if isinstance(t, Tensor) and t.requires_grad]
+    leaves = op_impls.leaves(arguments)
     with fastvit.backend(backend):
         out = getattr(ops, _op(case))(**arguments)
     upstream = torch.randn_like(out)

@@ -1,7 +1,7 @@
-"""What is known without a GPU: launches, bytes, FLOPs, roofline floors, and the compiler's report on every kernel.
+"""``python -m benchmarks static``: launches, bytes, FLOPs, floors and the compiler's report, without a GPU.
 
-Nothing here is timed, so two runs write the same bytes. :func:`run` fails where a limit is passed, or where a figure
-is worse than in the committed ``results/static.json``.
+Nothing here is timed, so two runs write the same bytes. :func:`gate` fails where a figure passes a limit or is worse
+than in the committed ``results/static.json``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import torch
 import triton
 from tqdm import tqdm
 
-from benchmarks import static_chart
-from benchmarks.cells import RESULTS
-from benchmarks.static_counts import BATCH, MODEL, REFERENCE, derive
+from benchmarks.measurements import RESULTS
+from benchmarks.suites.static_counts import derive
 from fastvit.triton import launch
 from fastvit.tuning import compile_report
 
@@ -45,7 +44,7 @@ Task = tuple[int, int, tuple[int, ...]]  # architecture, index of the workload, 
 
 
 def _tasks(architectures: Iterable[int], workloads: int) -> Iterator[Task]:
-    """One launch of every configuration, by the first workload that has it."""
+    """Yield one launch of every configuration, by the first workload that has it."""
     for arch in architectures:
         known: set[Any] = set()
         for index in range(workloads):
@@ -57,7 +56,7 @@ def _tasks(architectures: Iterable[int], workloads: int) -> Iterator[Task]:
 
 
 def _compile(task: Task) -> list[dict[str, Any]]:
-    """The compiler's report on a task's launches, which are recorded again here: they do not travel."""
+    """Return the compiler's report on a task's launches, recorded again here: they can't be pickled."""
     arch, index, positions = task
     workload = compile_report.WORKLOADS[index]
     launches = compile_report.launches(workload, arch).launches
@@ -78,7 +77,7 @@ def _compile(task: Task) -> list[dict[str, Any]]:
 
 
 def compile_kernels(quick: bool = False) -> list[dict[str, Any]]:
-    """Compile every configuration of every workload for every architecture, on all cores (quick: see :func:`run`)."""
+    """Compile every configuration of every workload for every architecture, on all cores (see :func:`collect`)."""
     tasks = [
         task
         for task in (_tasks((90,), 1) if quick else _tasks(launch.ARCHITECTURES, len(compile_report.WORKLOADS)))
@@ -106,7 +105,7 @@ def compile_kernels(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def limits(found: dict[str, Any]) -> list[str]:
-    """The limits that are passed, whatever the baseline says."""
+    """Return the figures that pass a limit, whatever the baseline says."""
     failures = []
     if found["launches_per_block"] > MAX_LAUNCHES_PER_BLOCK:
         failures.append(f"launches_per_block: {found['launches_per_block']}, at most {MAX_LAUNCHES_PER_BLOCK} allowed")
@@ -123,7 +122,7 @@ def limits(found: dict[str, Any]) -> list[str]:
 
 
 def figures(found: dict[str, Any]) -> dict[str, float]:
-    """The figures that the baseline holds, by name; less is better in all. Of the kernels, the most of each."""
+    """Return the figures of the baseline, by name; less is better in all. Of the kernels, the most of each."""
     held = {
         "launches_per_block": found["launches_per_block"],
         "saved_bytes_ratio_to_timm": round(found["saved_bytes_ratio_to_timm"], 6),
@@ -142,7 +141,7 @@ def figures(found: dict[str, Any]) -> dict[str, float]:
 
 
 def compare(held: dict[str, float], baseline: dict[str, float], complete: bool) -> tuple[list[str], list[str]]:
-    """(what fails, what got better) against the baseline.
+    """Return (worse figures, better figures) than the baseline's.
 
     A ``complete`` run fails as well where it has a figure that the baseline lacks, or lacks one that it has.
     """
@@ -159,51 +158,36 @@ def compare(held: dict[str, float], baseline: dict[str, float], complete: bool) 
     return worse, better
 
 
-def _versions() -> dict[str, str]:
-    return {"timm": timm.__version__, "torch": torch.__version__, "triton": triton.__version__}
-
-
-def run(out: Path, *, quick: bool = False, accept: bool = False) -> int:
-    """Write static.json, static.csv and static.png into ``out`` and compare with the baseline.
-
-    Args:
-        out: a folder; made where it is not there.
-        quick: ViT-B/16 alone, and only sm_90.
-        accept: rewrite the baseline.
-
-    Returns:
-        The exit status: 1 where a limit is passed or a figure is worse than the baseline.
+def collect(quick: bool = False) -> dict[str, Any]:
+    """Count and compile everything; return the content of static.json. quick: ViT-B/16 alone, and only sm_90.
 
     Raises:
-        ValueError: quick and accept, which would drop most of the baseline.
         RuntimeError: TRITON_INTERPRET=1.
     """
-    if quick and accept:
-        raise ValueError("--accept needs a complete run: leave --quick out")
     if launch.INTERPRETING:
         raise RuntimeError("TRITON_INTERPRET=1 is set: Triton interprets kernels and can't compile them; unset it")
-    found = {"versions": _versions(), **derive(quick), "kernels": compile_kernels(quick)}
+    versions = {"timm": timm.__version__, "torch": torch.__version__, "triton": triton.__version__}
+    return {"versions": versions, **derive(quick), "kernels": compile_kernels(quick)}
+
+
+def write(found: dict[str, Any], out: Path) -> list[Path]:
+    """Write static.json and static.csv (the kernels) into a folder, and return their paths."""
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=1) + "\n"
-    (out / "static.json").write_text(text)
+    (out / "static.json").write_text(json.dumps(found, indent=1) + "\n")
     with (out / "static.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(found["kernels"][0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(found["kernels"])
-    static_chart.draw(found, MODEL, BATCH, out / "static.png")
-    print(summary(found))
-    print(f"wrote {out / 'static.json'}, {out / 'static.csv'} and {out / 'static.png'}")
+    return [out / "static.json", out / "static.csv"]
 
+
+def gate(found: dict[str, Any], complete: bool) -> int:
+    """Print what passes a limit or is worse than the baseline; return the exit status, 1 where anything is."""
     failures = limits(found)
-    held = figures(found)
-    if accept:
-        BASELINE.write_text(text)
-        print(f"wrote {BASELINE}")
-    else:
-        worse, better = against_baseline(held, found["versions"]["triton"], complete=not quick)
-        failures += worse
-        if better:
-            print("Better than the baseline; `python -m benchmarks static --accept` keeps it:", *better, sep="\n  ")
+    worse, better = against_baseline(figures(found), found["versions"]["triton"], complete)
+    failures += worse
+    if better:
+        print("Better than the baseline; `python -m benchmarks static --accept` keeps it:", *better, sep="\n  ")
     if failures:
         print("Failed:", *failures, sep="\n  ")
     return 1 if failures else 0
@@ -218,41 +202,3 @@ def against_baseline(held: dict[str, float], triton_version: str, complete: bool
         print(f"The baseline is for triton {theirs}, this is {triton_version}: kernels are not compared")
         held, kept = ({k: v for k, v in d.items() if not k.startswith("sm_")} for d in (held, kept))
     return compare(held, kept, complete)
-
-
-def summary(found: dict[str, Any]) -> str:
-    """The figures that matter, for a terminal."""
-    block = found["saved_bytes_per_image"]["block"]
-    lines = [
-        f"launches per block: {found['launches_per_block']} (timm eager: {found['timm_eager']['plain']['launches']})",
-        f"bytes moved per block, batch {BATCH}: {found['bytes_per_block']['forward']['plain'] / 1e9:.2f} GB "
-        f"(timm eager: {found['timm_eager']['plain']['bytes'] / 1e9:.2f} GB)",
-        "kept for backward, of timm's: "
-        + ", ".join(f"{row['ratio']:.3f} {name}" for name, row in block.items())
-        + f" ({MODEL}'s block)",
-        "",
-        f"{'kernels':10}{'configurations':>15}{'registers':>11}{'hot spills':>12}{'shared KiB':>12}",
-    ]
-    for target in dict.fromkeys(row["target"] for row in found["kernels"]):
-        rows = [row for row in found["kernels"] if row["target"] == target]
-        spilling = sum(row["hot"] and row["spill_bytes"] > 0 for row in rows)
-        most = [max(row[key] for row in rows) for key in ("registers", "shared_bytes")]
-        lines.append(f"{target:10}{len(rows):15}{most[0]:11}{spilling:12}{most[1] / 1024:12.0f}")
-    gpus = dict.fromkeys(row["gpu"] for row in found["floors"])
-    lines += [
-        "",
-        f"Images/s at batch {BATCH} if every launch ran at its data sheet's peak: limits, not measured",
-        f"{'':24}{'GFLOPs':>8}" + "".join(f"{gpu:>15}" for gpu in gpus),
-    ]
-    for model, counts in found["flops_per_image"].items():
-        floors = [row for row in found["floors"] if row["model"] == model and row["batch"] == BATCH]
-        cells = "".join(f"{row['images_per_s']:15,.0f}" for row in floors)
-        lines.append(f"{model:24}{counts['forward'] / 1e9:8.1f}{cells}")
-    lines += [
-        "",
-        f"{'table 6':18}{'epochs':>7}{'exaFLOPs':>10}{'paper':>8}{'deviation':>11} (paper's unit: {REFERENCE} agrees)",
-    ]
-    for row in found["table6"]:
-        counts = f"{row['exaflops']:10.0f}{row['paper_exaflops']:8}"
-        lines.append(f"{row['model']:18}{row['epochs']:7}{counts}{row['deviation']:+11.1%}")
-    return "\n".join(lines) + "\n"

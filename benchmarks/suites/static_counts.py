@@ -1,4 +1,4 @@
-"""What follows from shapes: launches, bytes, memory for backward, FLOPs, floors, and table 6 of the ViT paper."""
+"""Counts from shapes: launches, bytes, memory for backward, FLOPs, floors, and table 6 of the ViT paper."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _images(name: str, batch: int) -> Tensor:
 
 
 def _tokens(model: Any, batch: int, **options: Any) -> Tensor:
-    """What enters the model's blocks."""
+    """Return the input of the model's blocks."""
     shape = batch, model.patch_embed.num_patches + model.num_prefix_tokens, model.embed_dim
     return torch.empty(shape, dtype=DTYPE, **options)
 
@@ -95,7 +95,7 @@ def _training_step(block: nn.Module, x: Tensor, arch: int = 90) -> compile_repor
 
 
 def launches_and_bytes(models: Iterable[str]) -> dict[str, Any]:
-    """Launches of a block (the most over architectures, with LayerScale or not) and of the models, and bytes moved."""
+    """Count launches of a block (the most over architectures and LayerScale) and of the models, and bytes moved."""
     blocks = {}
     for name, options in SCALES.items():
         model = _meta(MODEL, depth=1, **options)
@@ -120,7 +120,7 @@ def launches_and_bytes(models: Iterable[str]) -> dict[str, Any]:
 
 
 def _waterfall(module: nn.Module, x: Tensor, fusions: Fusions) -> list[dict[str, Any]]:
-    """Launches and bytes of our forward with every op apart, then with one fusion after the other."""
+    """Count launches and bytes of our forward with every op apart, then with one fusion after the other."""
     hooks = {
         name: [module.get_submodule(path).register_forward_hook(lambda *_: None) for path in paths]
         for name, paths in fusions
@@ -146,7 +146,7 @@ def _cost(trace: compile_report.Trace) -> dict[str, int]:
 
 
 def timm_eager() -> dict[str, dict[str, int]]:
-    """Launches and bytes of timm's eager forward, its ATen ops that are not views: of the block and of the model."""
+    """Count launches and bytes of timm's eager forward, its ATen ops but views: of the block and of the model."""
     found = {}
     for name, options in SCALES.items():
         with _fake_timm(MODEL, depth=1, **options) as model:
@@ -159,7 +159,7 @@ def timm_eager() -> dict[str, dict[str, int]]:
 
 @contextmanager
 def _fake_timm(name: str, **options: Any) -> Iterator[Any]:
-    """timm's model, whose ops run inside as on a CPU, but on tensors without data."""
+    """Yield timm's model, whose ops run inside as on a CPU, but on tensors without data."""
     model = timm.create_model(name, device="meta", dtype=DTYPE, **options)
     with FakeTensorMode():
         for module in model.modules():
@@ -169,13 +169,13 @@ def _fake_timm(name: str, **options: Any) -> Iterator[Any]:
 
 
 def _saved(model: nn.Module, x: Tensor) -> int:
-    """Bytes that the forward keeps for backward, per item of the batch."""
+    """Return the bytes that the forward keeps for backward, per item of the batch."""
     with fastvit.backend("triton" if x.is_meta else "auto"):
         return compile_report.saved_bytes(model, partial(model, x.detach().requires_grad_())) // x.shape[0]
 
 
 def saved(models: Iterable[str]) -> dict[str, Any]:
-    """Bytes kept for backward per image, ours beside timm's: of the block, and of whole models."""
+    """Count bytes kept for backward per image, ours beside timm's: of the block, and of whole models."""
     found: dict[str, dict[str, dict[str, Any]]] = {"block": {}, "model": {}}
 
     def note(kind: str, name: str, ours: int, timms: int) -> None:
@@ -184,20 +184,20 @@ def saved(models: Iterable[str]) -> dict[str, Any]:
     for name, options in SCALES.items():
         model = _meta(MODEL, depth=1, **options)
         ours = _saved(model.blocks[0], _tokens(model, 2, device="meta"))
-        with _fake_timm(MODEL, depth=1, **options) as peer:
-            timms = _saved(peer.blocks[0], _tokens(peer, 2))
+        with _fake_timm(MODEL, depth=1, **options) as contender:
+            timms = _saved(contender.blocks[0], _tokens(contender, 2))
         note("block", name, ours, timms)
     for name in models:
         images = _images(name, 2)
         ours = _saved(_meta(name), images)
-        with _fake_timm(name) as peer:
-            timms = _saved(peer, torch.empty(images.shape, dtype=DTYPE))
+        with _fake_timm(name) as contender:
+            timms = _saved(contender, torch.empty(images.shape, dtype=DTYPE))
         note("model", name, ours, timms)
     return {"saved_bytes_per_image": found, "saved_bytes_ratio_to_timm": found["block"]["plain"]["ratio"]}
 
 
 def compute(models: Iterable[str]) -> dict[str, Any]:
-    """FLOPs per image of each model, and its floor on each GPU by data sheet."""
+    """Count FLOPs per image of each model, and its floor on each GPU by data sheet."""
     counts, floors = {}, []
     for name in models:
         model = flops.count(_meta(name), training=True)
@@ -221,7 +221,7 @@ def compute(models: Iterable[str]) -> dict[str, Any]:
 
 
 def table6(rows: Sequence[Row6] = TABLE6) -> list[dict[str, Any]]:
-    """The paper's exaFLOPs of pre-training beside ours: 3 forwards an image, 2 FLOPs a multiply-add.
+    """Return the paper's exaFLOPs of pre-training beside ours: 3 forwards an image, 2 FLOPs a multiply-add.
 
     The paper does not define its unit, so deviations are from its figures divided by the factor that makes
     :data:`REFERENCE` agree.
@@ -242,7 +242,7 @@ def table6(rows: Sequence[Row6] = TABLE6) -> list[dict[str, Any]]:
 
 
 def derive(quick: bool = False) -> dict[str, Any]:
-    """Everything that needs no compiler, as static.json has it; quick: of ViT-B/16 alone."""
+    """Count everything that needs no compiler, as in static.json; quick: of ViT-B/16 alone."""
     models = (MODEL,) if quick else MODELS
     table = table6(TABLE6[:2] if quick else TABLE6)
     counted = {**launches_and_bytes(models), "timm_eager": timm_eager()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from benchmarks import measure, networks
-from benchmarks.cells import Cell, Row
+from benchmarks import measure
+from benchmarks.measurements import Measurement, Row
 from benchmarks.race import race
-from benchmarks.subjects import Expected, ModelSubject, Run, baseline, cells_by_batch, starter
-from benchmarks.suites import Bar, Options, Suite
+from benchmarks.subjects import Expected, ModelSubject, Run, baseline, measurements_by_batch, starter
+from benchmarks.suite import GPU, QUICK, Bar, Options, Suite, setting_columns
 
 SAMPLE = 0.25  # seconds of calls in a row, each timed by itself
 CALLS = (1, 50)
@@ -17,15 +18,15 @@ CALLS = (1, 50)
 class Latency(ModelSubject):
     """A :class:`benchmarks.race.Racer` whose every call is timed by itself."""
 
-    def __init__(self, cell: Cell, device: str) -> None:
-        super().__init__(cell, device)
+    def __init__(self, measurement: Measurement, device: str) -> None:
+        super().__init__(measurement, device)
         self.run: Run = lambda: None
         self.calls = 1
 
     def prepare(self, expected: Expected | None, baseline: Row | None) -> Row:
         """Check and warm up."""
-        row = self.check(expected, self.cell["batch"])
-        self.run = self.call(self.cell["batch"])
+        row = self.check(expected, self.measurement["batch"])
+        self.run = self.call(self.measurement["batch"])
         for _ in range(measure.WARM_UP):
             self.run()
         once = measure.seconds(self.run, self.device)
@@ -33,12 +34,12 @@ class Latency(ModelSubject):
         return row
 
     def sample(self) -> list[float]:
-        """The durations of several calls, the host waiting for each."""
+        """Time several calls, the host waiting for each."""
         self.run()  # the clocks and caches that another process left
         return [measure.seconds(self.run, self.device) for _ in range(self.calls)]
 
 
-def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tuple[Cell, Row]]:
+def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterator[tuple[Measurement, Row]]:
     return race(group, baseline(group[0]), starter(Latency, options), options.budget, bar)
 
 
@@ -51,14 +52,13 @@ SUITE = Suite(
         "cpu": Options(
             models=("vit_tiny_patch16_224", "vit_base_patch16_224"),
             batches=(1, 8),
-            peers=("timm", "timm-compile", "fastvit", "fastvit-compile", "torchvision", "huggingface"),
+            contenders=("timm", "timm-compile", "fastvit", "fastvit-compile", "torchvision", "huggingface"),
         ),
-        "cuda": Options(
-            device="cuda",
-            dtypes=("bfloat16",),
+        "cuda": replace(
+            GPU,
             models=("vit_base_patch16_224", "vit_large_patch16_224", "resnet50"),
             batches=(1, 8, 32),
-            peers=(
+            contenders=[
                 "timm",
                 "timm-graph",
                 "timm-compile",
@@ -69,20 +69,16 @@ SUITE = Suite(
                 "torchvision-graph",
                 "torchvision-compile",
                 "huggingface",
-            ),
+            ],
             budget=15.0,
         ),
-        "quick": Options(models=("vit_tiny_patch16_224",), sizes=(64,), batches=(1,), budget=1.0),
+        "quick": replace(QUICK, batches=(1,)),
     },
-    cells=cells_by_batch,
+    measurements=measurements_by_batch,
     measure=_measure,
     extras=("budget",),
     columns=(
-        ("model", lambda row: networks.title(row["model"])),
-        ("px", "size"),
-        ("dtype", "dtype"),
-        ("batch", "batch"),
-        ("contender", "contender"),
+        *setting_columns("model", "size", "dtype", "batch", "contender"),
         ("median ms", "median_s"),
         ("p99 ms", "p99_s"),
         ("spread", "spread"),

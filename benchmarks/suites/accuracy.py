@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import networks
-from benchmarks.cells import Cell, CellFailed, Row, Unavailable
-from benchmarks.race import blank
-from benchmarks.subjects import ModelSubject, baseline, cells_by_batch, starter
-from benchmarks.suites import Bar, Options, Suite
+from benchmarks.measurements import Measurement, MeasurementFailed, Row
+from benchmarks.race import alone
+from benchmarks.subjects import ModelSubject, baseline, measurements_by_batch, starter
+from benchmarks.suite import GPU, QUICK, Bar, Options, Suite, setting_columns
 
 BY_BLOCK = ("timm", "fastvit")  # libraries with forward_intermediates
 
@@ -21,8 +21,8 @@ class Accuracy(ModelSubject):
     """Errors of a model against the same network in float64."""
 
     def errors(self) -> Row:
-        """Largest and mean error of the logits, and each block's largest, relative to its largest value."""
-        batch = self.cell["batch"]
+        """Return the largest and mean error of the logits, and each block's largest, relative to its largest value."""
+        batch = self.measurement["batch"]
         exact_model = copy.deepcopy(self.network.source).to(self.device, torch.float64)
         with torch.no_grad():
             exact = exact_model(self._images(batch, torch.float64)).cpu()
@@ -43,7 +43,7 @@ class Accuracy(ModelSubject):
                 pairs = zip(ours, theirs, strict=True)
                 row["block_errors"] = [((a - b).abs().max() / b.abs().max()).item() for a, b in pairs]
         if row["max_abs_logit_error"] != row["max_abs_logit_error"]:
-            raise CellFailed("the logits are not numbers")
+            raise MeasurementFailed("the logits are not numbers")
         return row
 
     def _has_blocks(self) -> bool:
@@ -52,30 +52,26 @@ class Accuracy(ModelSubject):
 
 
 def _blocks(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """What every block puts out, float64 on the CPU: (B, tokens without the class token, D) each."""
+    """Return every block's output, float64 on the CPU: (B, tokens without the class token, D) each."""
     found = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)  # type: ignore[operator]
     return [tensor.double().cpu() for tensor in found]
 
 
-def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tuple[Cell, Row]]:
+def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterator[tuple[Measurement, Row]]:
     start, standard = starter(Accuracy, options), baseline(group[0])
-    rows: dict[Cell, Row] = {}
-    for cell in dict.fromkeys([standard, *group]):
-        bar.say(str(cell))
-        try:
-            with start(cell) as worker:
-                rows[cell] = worker.call("errors")
-        except (CellFailed, Unavailable) as error:
-            rows[cell] = blank(error)
+    rows: dict[Measurement, Row] = {}
+    for measurement in dict.fromkeys([standard, *group]):
+        bar.say(str(measurement))
+        row = rows[measurement] = alone(start(measurement), "errors")
         eager = rows[standard].get("max_abs_logit_error")
-        if rows[cell]["status"] == "ok" and eager is not None:
-            rows[cell]["error_ratio"] = rows[cell]["max_abs_logit_error"] / eager
-        if cell in group:
+        if row["status"] == "ok" and eager is not None:
+            row["error_ratio"] = row["max_abs_logit_error"] / eager
+        if measurement in group:
             bar.update(2)
-            yield cell, rows[cell]
+            yield measurement, row
 
 
-EVERYONE = (
+ALL = [
     "timm",
     "timm-autocast",
     "timm-compile",
@@ -86,7 +82,7 @@ EVERYONE = (
     "fastvit-autocast",
     "torchvision",
     "huggingface",
-)
+]
 SUITE = Suite(
     name="accuracy",
     help="errors of logits and blocks against float64, beside eager's",
@@ -94,28 +90,22 @@ SUITE = Suite(
     "and dtype, and how many times timm's eager error that is; for timm and fastvit also the error after every block, "
     "relative to its largest value.",
     defaults={
-        "cpu": Options(peers=tuple(peer for peer in EVERYONE if peer != "fastvit-cuda"), batches=(2,)),
-        "cuda": Options(
-            device="cuda",
+        "cpu": Options(contenders=tuple(name for name in ALL if name != "fastvit-cuda"), batches=(2,)),
+        "cuda": replace(
+            GPU,
             dtypes=("float32", "bfloat16", "float16"),
-            models=("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"),
             batches=(8,),
-            peers=tuple(peer for peer in EVERYONE if peer != "fastvit-onednn"),
+            contenders=tuple(name for name in ALL if name != "fastvit-onednn"),
         ),
-        "quick": Options(
-            models=("vit_tiny_patch16_224",),
-            sizes=(64,),
-            batches=(2,),
-            peers=("timm", "fastvit-reference", "fastvit-onednn", "fastvit-triton", "torchvision", "huggingface"),
+        "quick": replace(
+            QUICK,
+            contenders=("timm", "fastvit-reference", "fastvit-onednn", "fastvit-triton", "torchvision", "huggingface"),
         ),
     },
-    cells=cells_by_batch,
+    measurements=measurements_by_batch,
     measure=_measure,
     columns=(
-        ("model", lambda row: networks.title(row["model"])),
-        ("px", "size"),
-        ("dtype", "dtype"),
-        ("contender", "contender"),
+        *setting_columns("model", "size", "dtype", "contender"),
         ("largest logit", "max_abs_logit"),
         ("max error", "max_abs_logit_error"),
         ("mean error", "mean_abs_logit_error"),

@@ -1,20 +1,21 @@
-"""``python -m benchmarks waterfall``: what every fusion brings, switched on one after the other in one model."""
+"""``python -m benchmarks waterfall``: the gain of every fusion, switched on one after the other in one model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 import fastvit
 from benchmarks import networks
-from benchmarks.cells import Cell, Row
 from benchmarks.contenders import LIBRARIES, WAYS, Contender, Library
+from benchmarks.measurements import Measurement, Row, grid
 from benchmarks.networks import Network
 from benchmarks.race import race
 from benchmarks.subjects import starter
-from benchmarks.suites import Bar, Options, Suite
-from benchmarks.throughput import Throughput
+from benchmarks.suite import GPU, QUICK, Bar, Options, Suite, setting_columns
+from benchmarks.suites.throughput import Throughput
 from fastvit.ops.backends import ONEDNN_OPS, OPS
 
 # By device; each has all that stand before it. The first is plain PyTorch with every token computed to the end.
@@ -26,7 +27,7 @@ BACKEND = {"cpu": "onednn", "cuda": "triton"}
 
 
 def step_of(op: str) -> str:
-    """The step that switches an op on."""
+    """Return the step that switches an op on."""
     return "attention" if op.startswith(("attention", "rotate")) else op
 
 
@@ -46,9 +47,9 @@ class EveryToken(nn.Module):
 class Step(Throughput):
     """A model with the fusions up to a step."""
 
-    def __init__(self, cell: Cell, device: str, batches: Sequence[int]) -> None:
-        self.steps = STEPS[device][: STEPS[device].index(cell.contender) + 1]
-        super().__init__(cell, device, batches)
+    def __init__(self, measurement: Measurement, device: str, batches: Sequence[int]) -> None:
+        self.steps = STEPS[device][: STEPS[device].index(measurement.contender) + 1]
+        super().__init__(measurement, device, batches)
         fused = [op for op in OPS if step_of(op) in self.steps]
         fastvit.backend(BACKEND[device], only=fused)  # for good: the process is this step's alone
 
@@ -62,12 +63,11 @@ class Step(Throughput):
         return model if "class-token" in self.steps else EveryToken(model)
 
 
-def _cells(options: Options) -> list[Cell]:
+def _measurements(options: Options) -> list[Measurement]:
     steps = STEPS[options.device]
-    for peer in options.peers:
-        if peer not in steps:
-            raise ValueError(f"no step {peer!r} on a {options.device}; accepted: {', '.join(steps)}")
-    found = []
+    for name in options.contenders:
+        if name not in steps:
+            raise ValueError(f"no step {name!r} on a {options.device}; accepted: {', '.join(steps)}")
     for model in options.models:
         if networks.family(model) != "vit":
             raise ValueError(
@@ -75,45 +75,34 @@ def _cells(options: Options) -> list[Cell]:
             )
         for size in options.sizes:
             networks.check_size(model, size)
-            for dtype in options.dtypes:
-                what = (("model", model), ("size", size), ("mode", "inference"), ("dtype", dtype))
-                found += [Cell(step, what) for step in steps if step in options.peers]
-    return found
+    settings = grid(model=options.models, size=options.sizes, mode=["inference"], dtype=options.dtypes)
+    return [Measurement(step, setting) for setting in settings for step in steps if step in options.contenders]
 
 
-def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tuple[Cell, Row]]:
+def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterator[tuple[Measurement, Row]]:
     start = starter(Step, options, options.batches)
-    for cell, row in race(group, Cell("reference", group[0].what), start, options.budget, bar):
+    for measurement, row in race(group, Measurement("reference", group[0].setting), start, options.budget, bar):
         if row["status"] == "ok":
             row["images_per_s"] = row["batch"] / row["median_s"]
-        yield cell, row
+        yield measurement, row
 
 
 SUITE = Suite(
     name="waterfall",
-    help="what every fusion brings, one after the other",
+    help="the gain of every fusion, one after the other",
     description="Images per second of one model in inference, in steps: first every op by PyTorch and all tokens "
     "computed to the end; then one op after the other on oneDNN (on a GPU, in Triton), the class token alone in the "
-    "last block, and on a GPU a CUDA graph. Each step has all that stand before it. --peers takes steps.",
+    "last block, and on a GPU a CUDA graph. Each step has all that stand before it. --contenders takes steps.",
     defaults={
-        "cpu": Options(peers=STEPS["cpu"]),
-        "cuda": Options(
-            device="cuda",
-            dtypes=("bfloat16",),
-            models=("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"),
-            batches=(256,),
-            peers=STEPS["cuda"],
-            budget=20.0,
-        ),
-        "quick": Options(models=("vit_tiny_patch16_224",), sizes=(64,), batches=(2,), peers=STEPS["cpu"], budget=1.0),
+        "cpu": Options(contenders=STEPS["cpu"]),
+        "cuda": replace(GPU, batches=(256,), contenders=STEPS["cuda"], budget=20.0),
+        "quick": replace(QUICK, contenders=STEPS["cpu"]),
     },
-    cells=_cells,
+    measurements=_measurements,
     measure=_measure,
     extras=("budget",),
     columns=(
-        ("model", lambda row: networks.title(row["model"])),
-        ("px", "size"),
-        ("dtype", "dtype"),
+        *setting_columns("model", "size", "dtype"),
         ("step", "contender"),
         ("batch", "batch"),
         ("images/s", "images_per_s"),

@@ -1,4 +1,8 @@
-"""The ops as a Vision Transformer calls them, and who else can compute each: the same arguments for all."""
+"""The ops as a Vision Transformer calls them, and every library's implementation of each, on the same arguments.
+
+A new implementation is a function (op, arguments) -> function in one of the tables :data:`COMMON`, :data:`LINEAR`,
+:data:`ATTENTION`, :data:`BIASED` and :data:`PACKED`; a new op is an entry of :data:`CASES`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
 from benchmarks import networks
-from benchmarks.cells import Unavailable
+from benchmarks.measurements import Unavailable
 from benchmarks.roofline import Work
 from fastvit import ops, reference
 from fastvit.cuda import cublas
@@ -30,13 +34,13 @@ from fastvit.tuning import compile_report
 Arguments = dict[str, Any]
 Random = Callable[..., nn.Parameter]  # of a shape; a Parameter, since oneDNN packs nothing else
 Function = Callable[..., Any]  # takes the arguments, returns a tensor or several
-Make = Callable[[str, Arguments], Function]  # from the op's name and the arguments that it will take
+Make = Callable[[str, Arguments], Function]  # (name of the op, its arguments) -> implementation
 
 BASELINE = "torch"
 
 
 class Sizes(NamedTuple):
-    """What the shapes of a Vision Transformer's ops are made of."""
+    """The sizes that make up the shapes of a Vision Transformer's ops."""
 
     batch: int
     pixels: int
@@ -48,7 +52,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(model: str, pixels: int, batch: int) -> Sizes:
-    """The sizes of a model by name, on square images of so many pixels or the next smaller number that patches divide.
+    """Return a model's sizes on square images of ``pixels``, or of the next smaller number that patches divide.
 
     Raises:
         ValueError: no Vision Transformer has the name, or the images are too small for it.
@@ -70,7 +74,7 @@ def sizes(model: str, pixels: int, batch: int) -> Sizes:
     )
 
 
-# --- who computes ---------------------------------------------------------------------------------------------
+# --- implementations ---------------------------------------------------------------------------------------------
 
 
 def _eager(op: str, arguments: Arguments) -> Function:
@@ -142,41 +146,44 @@ def _xformers(op: str, arguments: Arguments) -> Function:
 
 
 def _varlen(op: str, arguments: Arguments) -> Function:
-    """PyTorch's attention for sequences of different lengths, here all of one."""
+    """PyTorch's attention for sequences of different lengths: packed ones, or a batch of one length."""
     qkv = arguments["qkv"]
     if qkv.device.type != "cuda":
         raise Unavailable("varlen_attn runs on CUDA devices only")
     if qkv.dtype == torch.float32:
         raise Unavailable("varlen_attn takes float16 and bfloat16")
-    batch, tokens, _, heads, dim = qkv.shape
-    starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=qkv.device)
+    batch, tokens = qkv.shape[:2]
+    starts = arguments.get("cu_seqlens")
+    if starts is None:
+        starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=qkv.device)
+    longest = arguments.get("max_seqlen", tokens)
 
-    def run(qkv: Tensor) -> Tensor:
+    def run(qkv: Tensor, **_: Any) -> Tensor:
         q, k, v = qkv.flatten(0, 1).unbind(1)
-        out = varlen_attn(q, k, v, starts, starts, tokens, tokens)
+        out = varlen_attn(q, k, v, starts, starts, longest, longest)
         assert isinstance(out, Tensor)
-        return out.view(batch, tokens, heads, dim)
+        return out.unflatten(0, (batch, tokens))
 
     return run
 
 
-# --- attention with something added to its scores, or with several images in one row --------------------------
+# --- attention with a bias or mask, or with several images in one row --------------------------
 
 
 def _score(arguments: Arguments) -> Callable[..., Tensor]:
-    """What flex_attention makes of a score s of image b, head h, query i and key j."""
+    """Return flex_attention's score_mod, of a score s of image b, head h, query i and key j."""
     bias, table, mask = (arguments.get(name) for name in ("bias", "rel_pos_table", "key_mask"))
     if bias is not None:
         return lambda s, b, h, i, j: s + bias[0, h, i, j]
     if table is not None:
-        rows = reference.table_rows(table.shape[0], arguments["window"], table.device)  # once for all calls, as timm's
+        rows = reference.table_rows(table.shape[0], arguments["window"], table.device)  # once for all calls, as in timm
         return lambda s, b, h, i, j: s + table[rows[i, j], h]
     assert mask is not None
     return lambda s, b, h, i, j: torch.where(mask[b, j], s, -torch.inf)
 
 
 def flex(arguments: Arguments, attend: Function) -> Function:
-    """flex_attention, compiled or not, on the arguments of :func:`fastvit.ops.attention_qkvpacked`."""
+    """Call flex_attention, compiled or not, on the arguments of :func:`fastvit.ops.attention_qkvpacked`."""
     options: Arguments = {}
     if "cu_seqlens" in arguments:
         starts, total = arguments["cu_seqlens"], arguments["qkv"].shape[1]
@@ -200,23 +207,6 @@ def _flex(op: str, arguments: Arguments) -> Function:
     return flex(arguments, torch.compile(flex_attention, dynamic=False))
 
 
-def _varlen_packed(op: str, arguments: Arguments) -> Function:
-    """PyTorch's attention for sequences of different lengths."""
-    qkv = arguments["qkv"]
-    if qkv.device.type != "cuda":
-        raise Unavailable("varlen_attn runs on CUDA devices only")
-    if qkv.dtype == torch.float32:
-        raise Unavailable("varlen_attn takes float16 and bfloat16")
-
-    def run(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        q, k, v = qkv[0].unbind(1)
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        assert isinstance(out, Tensor)
-        return out[None]
-
-    return run
-
-
 def _cublaslt(op: str, arguments: Arguments) -> Function:
     """cuBLASLt with its own epilogues where PyTorch reaches them, and PyTorch's kernels for the rest."""
     if tensors(arguments)[0].device.type != "cuda":
@@ -225,9 +215,9 @@ def _cublaslt(op: str, arguments: Arguments) -> Function:
 
 
 def with_epilogues(op: str) -> Function:
-    """``linear`` or ``mlp`` by ``addmm`` with a bias, ``_addmm_activation`` and the like: as backend cuda's library.
+    """Return ``linear`` or ``mlp`` by ``addmm``, ``_addmm_activation`` and the like: backend cuda's library path.
 
-    Backward, whose own kernels are autograd's, the pre-activation is kept: ``_addmm_activation`` has no derivative.
+    Autograd differentiates them. With gradients the pre-activation is kept: ``_addmm_activation`` has no derivative.
     """
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor, *, norm: reference.Norm | None = None, **rest: Any) -> Tensor:
@@ -276,25 +266,25 @@ ATTENTION: dict[str, Make] = {  # torch.compile has nothing to fuse in it
 
 _SDPA = {name: make for name, make in ATTENTION.items() if name.startswith("sdpa")}  # the reference ends in it
 BIASED = {BASELINE: _eager, **_SDPA, "flex": _flex, **OURS}
-PACKED = {BASELINE: _eager, "flex": _flex, "xformers": _xformers, "varlen": _varlen_packed, **OURS}
+PACKED = {BASELINE: _eager, "flex": _flex, "xformers": _xformers, "varlen": _varlen, **OURS}
 
-# --- what is computed -----------------------------------------------------------------------------------------
+# --- ops and arguments -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op with the arguments that a model gives it.
+    """An op with a model's arguments.
 
     Args:
         op: the function's name in :mod:`fastvit.ops` and :mod:`fastvit.reference`.
-        arguments: makes them; random and of no other scale than a model's.
-        rivals: who can compute it, by name; the first is the baseline.
+        arguments: makes random ones of a model's scale.
+        impls: its implementations by name; the first is the baseline.
         flops: of the forward, from the sizes, where PyTorch's counter can't know them; a backward has 5/2 of them.
     """
 
     op: str
     arguments: Callable[[Random, Sizes], Arguments]
-    rivals: Mapping[str, Make] = field(default_factory=lambda: COMMON)
+    impls: Mapping[str, Make] = field(default_factory=lambda: COMMON)
     flops: Callable[[Sizes], int] | None = None
 
 
@@ -346,27 +336,27 @@ def _qkv(random: Random, s: Sizes) -> Arguments:
 
 
 def _table(random: Random, s: Sizes) -> Arguments:
-    """BEiT's: a learned table of relative positions, and a class token."""
+    """BEiT's learned table of relative positions, with a class token."""
     side = s.pixels // s.patch
     table = random((2 * side - 1) ** 2 + 3, s.heads)
     return {"qkv": random(s.batch, side**2 + 1, 3, s.heads, s.width // s.heads), "rel_pos_table": table,
             "window": (side, side)}  # fmt: skip
 
 
-def _distances(random: Random, s: Sizes) -> Arguments:
-    """The ViT paper's relative positions: a key for each distance along the sequence, the same for all heads."""
+def _relative_keys(random: Random, s: Sizes) -> Arguments:
+    """The ViT paper's relative position keys: one for each distance along the sequence, shared by all heads."""
     return {**_qkv(random, s), "rel_pos_keys": random(2 * s.tokens - 1, s.width // s.heads)}
 
 
 def _masked(random: Random, s: Sizes) -> Arguments:
     """From a quarter of the keys to all of them, by image."""
-    given = _qkv(random, s)
-    kept = torch.arange(s.batch, device=given["qkv"].device) % 4 + 1
-    return {**given, "key_mask": torch.arange(s.tokens, device=kept.device) < (kept * s.tokens / 4).ceil()[:, None]}
+    arguments = _qkv(random, s)
+    kept = torch.arange(s.batch, device=arguments["qkv"].device) % 4 + 1
+    return {**arguments, "key_mask": torch.arange(s.tokens, device=kept.device) < (kept * s.tokens / 4).ceil()[:, None]}
 
 
 def _lengths(s: Sizes) -> list[int]:
-    """Tokens of each image of a mix such as NaFlex's: on average about the model's, the most eight times the fewest."""
+    """Return tokens of each image of a mix such as NaFlex's: about the model's on average, from 1/4 to 2 times."""
     return [math.ceil(s.tokens * (0.25, 2.0, 0.5, 1.25)[image % 4]) for image in range(s.batch)]
 
 
@@ -392,7 +382,7 @@ CASES = {
         {**BIASED, "xformers": _xformers},
     ),
     "attention+table": Case("attention_qkvpacked", _table, BIASED),
-    "attention+distances": Case("attention_qkvpacked", _distances, {BASELINE: _eager, **_SDPA, **OURS}),
+    "attention+distances": Case("attention_qkvpacked", _relative_keys, {BASELINE: _eager, **_SDPA, **OURS}),
     "attention+mask": Case("attention_qkvpacked", _masked, BIASED),
     "attention+packed": Case(
         "attention_qkvpacked", _packed, PACKED, lambda s: 4 * s.width * sum(n * n for n in _lengths(s))
@@ -417,17 +407,17 @@ CASES = {
 
 
 def tensors(found: Any) -> list[Tensor]:
-    """The tensors in nested arguments or results, each once."""
+    """Return the tensors in nested arguments or results, each once."""
     return list({id(t): t for t in tree_leaves(found) if isinstance(t, Tensor)}.values())
 
 
 def leaves(arguments: Arguments) -> list[Tensor]:
-    """The tensors of which the gradient is wanted."""
+    """Return the tensors that require a gradient."""
     return [t for t in tensors(arguments) if t.requires_grad]
 
 
 def shapes(case: Case, s: Sizes, dtype: torch.dtype) -> Arguments:
-    """The arguments without data."""
+    """Return the arguments without data."""
 
     def empty(*shape: int, scale: float = 1.0) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
@@ -436,10 +426,10 @@ def shapes(case: Case, s: Sizes, dtype: torch.dtype) -> Arguments:
 
 
 def work(case: Case, s: Sizes, dtype: torch.dtype, *, backward: bool) -> Work:
-    """What has to be done at least: FLOPs of the matrix products, and bytes.
+    """Return the least work: FLOPs of the matrix products, and bytes.
 
-    FLOPs are those that PyTorch's counter finds by the formulas of :mod:`fastvit.ops.flops`. Bytes are those of every
-    input read once and every output written once. A backward pass reads the outputs' gradients and the arguments and
+    PyTorch's counter counts FLOPs by the formulas of :mod:`fastvit.ops.flops`. Bytes count every input read once and
+    every output written once. A backward pass reads the outputs' gradients and the arguments and
     writes the arguments' gradients; a residual has no part in it, for its gradient is the outputs' own.
     """
     arguments = shapes(case, s, dtype)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from benchmarks import measure, networks
-from benchmarks.cells import Cell, CellFailed, Row, Unavailable
-from benchmarks.race import blank
-from benchmarks.subjects import ModelSubject, cells_by_batch, starter
-from benchmarks.suites import CPU_DTYPES, Bar, Options, Suite
+from benchmarks.measurements import Measurement, Row
+from benchmarks.race import alone
+from benchmarks.subjects import ModelSubject, measurements_by_batch, starter
+from benchmarks.suite import BOTH_MODES, CPU_DTYPES, GPU, QUICK, Bar, Options, Suite, setting_columns
 
 LARGEST = 1 << 15  # PyTorch has kernels with the batch in the grid's y, which ends below 1 << 16
 PRECISION = 32  # the bisection ends when it knows the largest batch to one part in this many
@@ -19,8 +20,8 @@ PRECISION = 32  # the bisection ends when it knows the largest batch to one part
 class Memory(ModelSubject):
     """Peak bytes of a step, and the largest batch whose step fits."""
 
-    def __init__(self, cell: Cell, device: str, limit: float | None) -> None:
-        super().__init__(cell, device)
+    def __init__(self, measurement: Measurement, device: str, limit: float | None) -> None:
+        super().__init__(measurement, device)
         self.limit = None if limit is None else int(limit * 2**30)
         if self.device.type == "cuda" and self.limit is not None:
             total = torch.cuda.get_device_properties(self.device).total_memory
@@ -29,8 +30,8 @@ class Memory(ModelSubject):
         self.ended: str | None = None  # why a batch was too large, where it was not memory
 
     def measure(self) -> Row:
-        """Bytes at the cell's batch, and the bisection."""
-        batch = self.cell["batch"]
+        """Measure bytes at the measurement's batch, and bisect the largest batch."""
+        batch = self.measurement["batch"]
         self.held = self.first_calls(batch)
         row: Row = {
             "status": "ok",
@@ -50,8 +51,8 @@ class Memory(ModelSubject):
         return row
 
     def _activations(self) -> int:
-        """Bytes that the forward pass of a step leaves for the backward pass, the logits included."""
-        inputs, kept = self._images(self.cell["batch"]), []
+        """Return the bytes that the forward pass of a step leaves for the backward pass, the logits included."""
+        inputs, kept = self._images(self.measurement["batch"]), []
 
         def forward() -> None:
             with self.contender.context(self.dtype, self.device):
@@ -60,13 +61,13 @@ class Memory(ModelSubject):
         return measure.memory(forward, self.device)[1]
 
     def _limit(self) -> int:
-        """Bytes that may be used: those that were given, or all that the device has."""
+        """Return the bytes that may be used: the option's, or all of the device's."""
         if self.limit is not None:
             return self.limit
         return torch.cuda.get_device_properties(self.device).total_memory
 
     def _fits(self, batch: int) -> bool:
-        """Whether a step on ``batch`` images stays under the limit: on a GPU tried, on a CPU counted."""
+        """Return whether a step on ``batch`` images stays under the limit: on a GPU tried, on a CPU counted."""
         try:
             run = self.call(batch)
             if self.device.type == "cuda":
@@ -85,7 +86,7 @@ class Memory(ModelSubject):
                 torch.cuda.empty_cache()
 
     def _bisect(self) -> tuple[int, int | None]:
-        """(a batch that fits, the smallest one tried that does not), by doubling and then halving the gap."""
+        """Return (a batch that fits, the smallest tried one that does not), by doubling and then halving the gap."""
         fits, fails, batch = 0, None, 1
         while fails is None and batch <= LARGEST:
             fits, fails = (batch, None) if self._fits(batch) else (fits, batch)
@@ -98,17 +99,13 @@ class Memory(ModelSubject):
         return fits, fails
 
 
-def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tuple[Cell, Row]]:
+def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterator[tuple[Measurement, Row]]:
     start = starter(Memory, options, options.limit)
-    for cell in group:
-        bar.say(str(cell))
-        try:
-            with start(cell) as worker:
-                row = worker.call("measure")
-        except (CellFailed, Unavailable) as error:
-            row = blank(error)
+    for measurement in group:
+        bar.say(str(measurement))
+        row = alone(start(measurement), "measure")
         bar.update(2)
-        yield cell, row
+        yield measurement, row
 
 
 SUITE = Suite(
@@ -121,37 +118,24 @@ SUITE = Suite(
         "cpu": Options(
             dtypes=CPU_DTYPES[-1:],
             models=("vit_small_patch16_224", "resnet50"),
-            peers=("timm", "fastvit", "torchvision", "huggingface"),
-            modes=("inference", "training"),
+            contenders=("timm", "fastvit", "torchvision", "huggingface"),
+            modes=BOTH_MODES,
             limit=0.25,
         ),
-        "cuda": Options(
-            device="cuda",
-            dtypes=("bfloat16",),
+        "cuda": replace(
+            GPU,
             models=(*networks.FIGURE_11, "resnet50"),
             batches=(64,),
-            peers=("timm", "timm-compile", "fastvit", "torchvision", "huggingface"),
-            modes=("inference", "training"),
+            contenders=("timm", "timm-compile", "fastvit", "torchvision", "huggingface"),
+            modes=BOTH_MODES,
         ),
-        "quick": Options(
-            dtypes=("float32",),
-            models=("vit_tiny_patch16_224",),
-            sizes=(64,),
-            batches=(2,),
-            modes=("inference", "training"),
-            limit=0.1,
-        ),
+        "quick": replace(QUICK, dtypes=("float32",), modes=BOTH_MODES),
     },
-    cells=cells_by_batch,
+    measurements=measurements_by_batch,
     measure=_measure,
     extras=("modes", "limit"),
     columns=(
-        ("model", lambda row: networks.title(row["model"])),
-        ("px", "size"),
-        ("mode", "mode"),
-        ("dtype", "dtype"),
-        ("contender", "contender"),
-        ("batch", "batch"),
+        *setting_columns("model", "size", "mode", "dtype", "contender", "batch"),
         ("peak MiB", "peak_bytes"),
         ("activations MiB", "activation_bytes"),
         ("largest batch", "largest_batch"),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from benchmarks import measure, networks
-from benchmarks.cells import Cell, CellFailed, Row
+from benchmarks.measurements import Measurement, MeasurementFailed, Row
 from benchmarks.race import race
-from benchmarks.subjects import Expected, ModelSubject, Run, baseline, model_cells, starter
-from benchmarks.suites import Bar, Options, Suite
+from benchmarks.subjects import Expected, ModelSubject, Run, baseline, model_measurements, starter
+from benchmarks.suite import BOTH_MODES, GPU, QUICK, Bar, Options, Suite, setting_columns
 from fastvit.ops import backends
 
 GIVE_UP = 0.97  # a batch slower than this times the best one ends the search: larger ones are no better
@@ -19,8 +20,8 @@ GIVE_UP = 0.97  # a batch slower than this times the best one ends the search: l
 class Throughput(ModelSubject):
     """A :class:`benchmarks.race.Racer`: steps on the best of several batches."""
 
-    def __init__(self, cell: Cell, device: str, batches: Sequence[int]) -> None:
-        super().__init__(cell, device)
+    def __init__(self, measurement: Measurement, device: str, batches: Sequence[int]) -> None:
+        super().__init__(measurement, device)
         self.batches = sorted(batches)
         self.run: Run = lambda: None
         self.repeats = 1
@@ -45,12 +46,12 @@ class Throughput(ModelSubject):
         return row | more
 
     def _release(self) -> None:
-        """Give the memory that nobody uses back to the GPU: other contenders are on it too."""
+        """Give unused memory back to the GPU, which other contenders share."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _best(self, batches: Sequence[int]) -> int:
-        """The quickest of ``batches`` that fit, from small to large; the smallest is halved until it fits."""
+        """Return the quickest of ``batches`` that fit, from small to large; the smallest is halved until it fits."""
         if len(batches) == 1 and self.device.type == "cpu":
             return batches[0]  # nothing to choose
         best = batches[0]
@@ -58,7 +59,7 @@ class Throughput(ModelSubject):
         while speed is None:
             best //= 2
             if not best:
-                raise CellFailed(f"out of memory at batch 1 ({self.network.size} pixels)")
+                raise MeasurementFailed(f"out of memory at batch 1 ({self.network.size} pixels)")
             speed = self._speed(best)
         for batch in [larger for larger in batches if larger > best]:
             new = self._speed(batch)
@@ -69,7 +70,7 @@ class Throughput(ModelSubject):
         return best
 
     def _speed(self, batch: int) -> float | None:
-        """Images/s of a few steps; None where they don't fit."""
+        """Return images/s of a few steps; None where they don't fit."""
         try:
             run = self.call(batch)
             run()
@@ -80,22 +81,22 @@ class Throughput(ModelSubject):
         return speed
 
     def sample(self) -> list[float]:
-        """One timing of as many steps as last :data:`measure.SLICE` seconds."""
+        """Time as many steps as last :data:`measure.SLICE` seconds."""
         self.run()  # takes memory again, and finds clocks and caches as another process left them
         found = measure.seconds(self.run, self.device, self.repeats)
         self._release()
         return [found]
 
 
-def _measure(group: Sequence[Cell], options: Options, bar: Bar) -> Iterator[tuple[Cell, Row]]:
+def _measure(group: Sequence[Measurement], options: Options, bar: Bar) -> Iterator[tuple[Measurement, Row]]:
     start = starter(Throughput, options, options.batches)
-    for cell, row in race(group, baseline(group[0]), start, options.budget, bar):
+    for measurement, row in race(group, baseline(group[0]), start, options.budget, bar):
         if row["status"] == "ok":
             row["images_per_s"] = row["batch"] / row["median_s"]
-        yield cell, row
+        yield measurement, row
 
 
-EVERYONE = (
+ALL = [
     "timm",
     "timm-compile",
     "timm-compile-max",
@@ -109,7 +110,7 @@ EVERYONE = (
     "torchvision-compile",
     "huggingface",
     "floor",
-)
+]
 SUITE = Suite(
     name="throughput",
     help="images/s at the best batch, inference and training",
@@ -119,38 +120,29 @@ SUITE = Suite(
     defaults={
         "cpu": Options(
             models=("vit_base_patch16_224", "resnet50"),
-            peers=("timm", "timm-compile", "fastvit", "fastvit-compile", "torchvision", "huggingface"),
+            contenders=("timm", "timm-compile", "fastvit", "fastvit-compile", "torchvision", "huggingface"),
         ),
-        "cuda": Options(
-            device="cuda",
-            dtypes=("bfloat16",),
+        "cuda": replace(
+            GPU,
             models=networks.FIGURE_11 + networks.RESNETS,
             sizes=(64, 128, 224, 384, 512),
             batches=(32, 64, 128, 256, 512, 1024),
-            peers=EVERYONE,
-            modes=("inference", "training"),
+            contenders=ALL,
+            modes=BOTH_MODES,
             budget=10.0,
         ),
-        "quick": Options(
+        "quick": replace(
+            QUICK,
             dtypes=("float32",),
-            models=("vit_tiny_patch16_224",),
-            sizes=(64,),
-            batches=(2,),
-            peers=("timm", "fastvit", "fastvit-reference", "torchvision", "huggingface", "floor"),
-            modes=("inference", "training"),
-            budget=1.0,
+            contenders=("timm", "fastvit", "fastvit-reference", "torchvision", "huggingface", "floor"),
+            modes=BOTH_MODES,
         ),
     },
-    cells=model_cells,
+    measurements=model_measurements,
     measure=_measure,
     extras=("modes", "budget"),
     columns=(
-        ("model", lambda row: networks.title(row["model"])),
-        ("px", "size"),
-        ("mode", "mode"),
-        ("dtype", "dtype"),
-        ("contender", "contender"),
-        ("batch", "batch"),
+        *setting_columns("model", "size", "mode", "dtype", "contender", "batch"),
         ("images/s", "images_per_s"),
         ("spread", "spread"),
         ("x baseline", "ratio"),
