@@ -93,7 +93,7 @@ def test_what_is_refused() -> None:
         ({"pos_embed": "none", "pos_embed_at": "layers"}, "pos_embed_at='layers' with pos_embed='none'; accepted"),
         ({"pos_embed": "relative", "pos_embed_at": "shared"}, "pos_embed_at='shared' with pos_embed='relative'"),
         ({"pos_embed": "learn_2d", "embed_dim": 27, "num_heads": 3}, "embed_dim must be even, got 27"),
-        ({"pos_embed": "relative", "dynamic_img_size": True}, "distances in one grid: not with dynamic_img_size"),
+        ({"pos_embed": "relative", "dynamic_img_size": True}, "keys for one grid: .* with dynamic_img_size"),
         ({"pos_embed": "relative", "patch_drop_rate": 0.5}, "not with patch_drop_rate"),
         ({"pos_embed": "relative", "attn_layer": Attention}, "not with an attn_layer"),
         ({"pos_embed": "relative", "use_rel_pos_bias": True}, "not with biases by relative position"),

@@ -18,20 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops, reference
-from fastvit.layers import (
-    Attention,
-    AttentionPoolLatent,
-    AttentionPoolPrr,
-    BeitAttention,
-    BeitBlock,
-    Block,
-    Positions,
-    RelativeAttention,
-)
-from fastvit.layers.attention import head_norm
+from fastvit.layers import RelativeAttention, TokenContext
+from fastvit.layers.block import run_block
 from fastvit.layers.patch_embed import image_size
 from fastvit.models import ViT
-from fastvit.models.axial import AxialBlock
 
 ROWS = 64  # rows of attention that are in memory at once
 
@@ -241,17 +231,11 @@ def _read(model: ViT, tokens: Tensor) -> Tensor:
 
 def _read_by_attention(pool: Any, x: Tensor) -> Tensor:
     """(B, T): how much of each of the tokens x (B, T, D) an attention pool reads, the mean over its heads."""
-    if type(pool) not in (AttentionPoolLatent, AttentionPoolPrr):
+    if not hasattr(pool, "queries_and_keys"):
         raise TypeError(
             f"the pool is a {type(pool).__name__}; accepted: fastvit.layers' AttentionPoolLatent or AttentionPoolPrr"
         )
-    heads = (pool.num_heads, pool.head_dim)
-    if type(pool) is AttentionPoolLatent:
-        q = pool.q(pool.latent).unflatten(-1, heads).expand(x.shape[0], -1, -1, -1)
-        k = pool.kv(x).unflatten(-1, (2, *heads))[:, :, 0]
-    else:
-        k = x.unflatten(-1, heads)
-        q = k[:, :1] if pool.pool == "token" else k
+    q, k = pool.queries_and_keys(x)
     _, lse = ops.attention(q, k, k, return_lse=True)
     alike = torch.full(q.shape[:2], 1 / q.shape[1], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     return _through(_Heads(q, k, lse, {}), alike)
@@ -277,34 +261,21 @@ def _each_block(model: ViT, images: Tensor, look: Callable[[_Heads], _Result]) -
     """look(the heads of a block) for every block, as the images go through the model; and the tokens that come out."""
     found = []
     with _evaluated(model), torch.no_grad():
-        x, told = model._tokens(images)
+        x, context = model.embed(images)
         for i, block in enumerate(model.blocks):
-            found.append(look(_heads(block, i, x, **told)))
-            x = block(x, **told)
+            found.append(look(_heads(block, i, x, context)))
+            x = run_block(block, x, context)
     return found, x
 
 
-def _heads(block: Any, index: int, x: Tensor, positions: Positions | None = None) -> _Heads:
-    """The queries and keys that a block makes of its input x (B, T, D), and their log-sum-exp."""
-    if isinstance(block, AxialBlock):
-        raise TypeError(
-            "attention along rows and columns has no map of T x T weights; accepted: attention of all tokens"
-        )
-    attn: Any = getattr(block, "attn", None)
-    # Another class may do anything with its norm and qkv.
-    if type(block) not in (Block, BeitBlock) or type(attn) not in (Attention, BeitAttention, RelativeAttention):
-        raise TypeError(
-            f"block {index} is a {type(block).__name__} with {type(attn).__name__} for its attention; "
-            "accepted: fastvit.layers' Block or BeitBlock with Attention, BeitAttention or RelativeAttention"
-        )
-    relative = attn._relative(positions)
-    x = positions.before(x, index) if positions is not None and positions.added else x
-    qkv = attn._project_in(x, block.norm1).unflatten(-1, (3, attn.num_heads, attn.head_dim))
-    q, k, v = qkv.unbind(2)
-    q, k = head_norm(attn.q_norm, q), head_norm(attn.k_norm, k)
-    if positions is not None and positions.rope is not None:
-        q, k = ops.rotate(q, k, *positions.rope)
-    options = {"scale": attn.scale, **relative.options()}
+def _heads(block: Any, index: int, x: Tensor, context: TokenContext) -> _Heads:
+    """Return the queries and keys that a block makes of its input x (B, T, D), and their log-sum-exp."""
+    if not hasattr(block, "attention_inputs"):
+        raise TypeError(f"block {index} is a {type(block).__name__}; accepted: fastvit.layers' Block or BeitBlock")
+    try:
+        q, k, v, options = block.attention_inputs(x, context)
+    except TypeError as error:
+        raise TypeError(f"block {index} is {error}") from None
     _, lse = ops.attention(q, k, v, return_lse=True, **options)
     return _Heads(q, k, lse, options)
 
