@@ -173,7 +173,7 @@ class Attention(nn.Module):
                 out = self._attend(leading(q, keep, context.sequences), k, v, options, relative, context)
             if keep is None:
                 out = leading(out, context.keep, context.sequences)
-        return self._project(out, residual)
+        return fuse.linear(self.proj, out.flatten(2), norm=self.norm, dropout=self.proj_drop, residual=residual)
 
     def heads(self, x: Tensor, norm: nn.Module | None, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values of norm(x), (B, T, H, d) each, as the scores are taken of them."""
@@ -294,11 +294,6 @@ class Attention(nn.Module):
             else:
                 options |= between(sequences.leading(keep), sequences)
         return options
-
-    def _project(self, out: Tensor, residual: Residual | None) -> Tensor:
-        """Return the projection of heads (B, T, H, d) to (B, T, D), in the residual."""
-        norm = None if fuse.is_identity(self.norm) else self.norm
-        return fuse.linear(self.proj, out.flatten(2), norm=norm, dropout=self.proj_drop, residual=residual)
 
     def _unfused(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """Return causal attention, or attention with its weights open to hooks. All (B, T, H, d)."""

@@ -50,7 +50,8 @@ class AxialAttention(Attention):
             out = self._fused(ops.attention_qkvpacked, [qkv], qkv[:, :, 0], options, {}, None)
         else:
             out = self._attend(*self._rotated(qkv, NO_CONTEXT), options, {}, NO_CONTEXT)
-        return self._project(leading(self._patches(out, window), context.keep), residual)
+        out = leading(self._patches(out, window), context.keep).flatten(2)
+        return fuse.linear(self.proj, out, norm=self.norm, dropout=self.proj_drop, residual=residual)
 
     def heads(self, x: Tensor, norm: nn.Module | None, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
         """Raise a TypeError: there is no attention of all tokens."""

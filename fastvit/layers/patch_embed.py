@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,18 +78,34 @@ def normalised(
 
 @torch.fx.wrap
 def accept(
-    images: Tensor, channels: int, patch: tuple[int, int], size: tuple[int, int] | None, strict: bool, pad: bool
-) -> Tensor:
-    """Return the images, padded with ``pad``, or raise a ValueError that says what is accepted.
+    images: Tensor,
+    channels: int,
+    patch: tuple[int, int],
+    size: tuple[int, int] | None,
+    strict: bool,
+    pad: bool,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError that says what is accepted.
 
     Args:
-        images: (B, C, H, W) floating, or uint8 (B, C, H, W) / (B, H, W, C).
+        images: (B, C, H, W) floating, or uint8 (B, C, H, W) / (B, H, W, C), which stays uint8 unless it is padded.
         channels: C.
         patch: (height, width) of a patch.
         size: the model's (height, width), or None for any.
         strict: whether only ``size`` is accepted.
         pad: fill up to whole patches at the bottom and on the right with zeros.
+        mean, std: C values in 0..1 units, of uint8 images alone: None is returned for floating ones.
+        dtype: of uint8 images that are padded.
     """
+    if images.dtype != torch.uint8:
+        mean = std = None  # normalised already
+    elif pad:
+        images, mean, std = normalised(images, channels, mean, std, dtype), None, None
+    elif images.ndim == 4:
+        known_statistics(mean, std)
     if images.ndim != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, {channels}, H, W)")
     if not (images.is_floating_point() or images.dtype == torch.uint8):
@@ -109,34 +126,12 @@ def accept(
         raise ValueError(f"the image is {height}x{width}: it is empty")
     if not pad:
         fits("the image's size", (height, width), patch)
-        return images
+        return images, mean, std
     down, right = -height % patch[0], -width % patch[1]
-    return F.pad(images, (0, right, 0, down)) if down or right else images  # uint8 was converted before
+    return (F.pad(images, (0, right, 0, down)) if down or right else images), mean, std
 
 
-@torch.fx.wrap
-def to_op(
-    images: Tensor,
-    channels: int,
-    patch: tuple[int, int],
-    size: tuple[int, int] | None,
-    strict: bool,
-    pad: bool,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Return images, mean and std as ops.patch_embed takes them: uint8 images as they are unless they are padded."""
-    if images.dtype != torch.uint8:
-        mean = std = None  # normalised already
-    elif pad:
-        images, mean, std = normalised(images, channels, mean, std, dtype), None, None
-    elif images.ndim == 4:
-        known_statistics(mean, std)
-    return accept(images, channels, patch, size, strict, pad), mean, std
-
-
-def is_fused(layer: nn.Module) -> bool:
+def is_fused(layer: Any) -> bool:
     """Return whether a patch embedding is ours, a plain strided convolution as in ops.patch_embed and nothing after."""
     return fuse.is_fusable(layer, PatchEmbed) and layer.is_plain() and fuse.is_identity(layer.norm)
 
@@ -227,16 +222,12 @@ class PatchEmbed(nn.Module):
             return -(-img_size[0] // self.patch_size[0]), -(-img_size[1] // self.patch_size[1])
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
-    def accept(self, images: Tensor) -> Tensor:
-        """Return the images, padded with ``dynamic_img_pad``, or raise a ValueError; see :func:`accept`."""
-        return accept(images, self.in_chans, self.patch_size, self.img_size, self.strict_img_size, self.dynamic_img_pad)
-
-    def to_op(
+    def accept(
         self, images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
     ) -> tuple[Tensor, tuple[float, ...] | None, tuple[float, ...] | None]:
-        """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError; see :func:`to_op`."""
+        """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError; see :func:`accept`."""
         size, strict, pad = self.img_size, self.strict_img_size, self.dynamic_img_pad
-        return to_op(images, self.in_chans, self.patch_size, size, strict, pad, mean, std, self.proj.weight.dtype)
+        return accept(images, self.in_chans, self.patch_size, size, strict, pad, mean, std, self.proj.weight.dtype)
 
     def is_plain(self) -> bool:
         """Return whether the projection is the strided convolution that ops.patch_embed computes."""
@@ -261,7 +252,7 @@ class PatchEmbed(nn.Module):
             if self.is_plain():
                 return self.norm(ops.patch_embed_packed(images, self.proj.weight, self.proj.bias))
             return self.norm(self.proj(images.patches()).flatten(1).unsqueeze(0))
-        images = self.accept(images)
+        images, _, _ = self.accept(images, None, None)
         if self.is_plain():
             x = ops.patch_embed(images, self.proj.weight, self.proj.bias)  # (B, N, D)
             if not self.flatten:

@@ -279,7 +279,7 @@ class HybridEmbed(nn.Module):
 
     def accept(self, images: Tensor) -> Tensor:
         """The images, or a ValueError that says what is accepted: any size whose feature map is whole patches."""
-        images = accept(images, self.in_chans, (1, 1), self.img_size, self.strict_img_size, False)
+        images, _, _ = accept(images, self.in_chans, (1, 1), self.img_size, self.strict_img_size, False)
         return images if self.dynamic_img_pad else _whole(images, self.patch_size, self.reduction)
 
     def forward(self, images: Tensor) -> Tensor:
