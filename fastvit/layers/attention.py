@@ -165,7 +165,8 @@ class Attention(nn.Module):
         if keep is not None and context.rope is None and fuse.is_fusable(self.qkv, nn.Linear):
             out = self._attend(*self._leading_qkv(x, norm, keep, context.sequences), options, relative, context)
         else:
-            qkv = self._qkv(x, norm)
+            qkv = fuse.linear(self.qkv, x, norm=norm, bias=self._qkv_bias())
+            qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
             if options is not None and keep is None and self._is_plain(context):
                 out = self._fused(ops.attention_qkvpacked, [qkv], qkv[:, :, 0], options, relative, context.batches)
             else:
@@ -177,7 +178,8 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor, norm: nn.Module | None, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values of norm(x), (B, T, H, d) each, as the scores are taken of them."""
-        return self._rotated(self._qkv(x, norm), context)
+        qkv = fuse.linear(self.qkv, x, norm=norm, bias=self._qkv_bias())
+        return self._rotated(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)), context)
 
     def relative_options(self, context: TokenContext) -> dict[str, Any]:
         """Return the arguments of ops.attention for scores by relative position; none where there are no such."""
@@ -188,11 +190,6 @@ class Attention(nn.Module):
     def _qkv_bias(self) -> Tensor | None:
         """Return a bias of queries, keys and values (3 * H * d,) that the matrix does not hold itself."""
         return None
-
-    def _qkv(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        """Return the projection of norm(x) to queries, keys and values, (B, T, 3, H, d)."""
-        qkv = fuse.linear(self.qkv, x, norm=norm, bias=self._qkv_bias())
-        return qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _leading_qkv(
         self, x: Tensor, norm: nn.Module | None, keep: int, sequences: Sequences | None

@@ -22,7 +22,7 @@ class Windowed:
     relative_position_bias_table: nn.Parameter | None
 
     def table_for(self, window: Window) -> Tensor | None:
-        """The table ((2h-1)(2w-1)+3, H) for patches in another window too, interpolated; None without one."""
+        """Return the table ((2h-1)(2w-1)+3, H), interpolated for another window of patches; None without one."""
         table, own = self.relative_position_bias_table, self.window_size
         return None if table is None or own is None else resample_rel_pos_table(table, window, own)
 

@@ -35,7 +35,7 @@ class QuickGELU(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (...) -> (...)."""
+        """Return x * sigmoid(1.702 x), of the shape of x."""
         return x * torch.sigmoid(1.702 * x)
 
 

@@ -119,7 +119,7 @@ class SwiGLU(Mlp):
                 self.fc1.bias[half:].fill_(1.0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Also takes timm's ``SwiGLU``, whose two matrices fc1_g and fc1_x are the halves of fc1."""
+        """Take timm's ``SwiGLU`` too, whose two matrices fc1_g and fc1_x are the halves of fc1."""
         for kind in ("weight", "bias"):
             gate, value = (f"{prefix}fc1_{half}.{kind}" for half in "gx")
             if gate in state_dict and value in state_dict:

@@ -114,7 +114,7 @@ class AxisAttention(nn.Module):
         nn.init.normal_(self.rel_pos_keys, std=self.rel_pos_keys.shape[1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, lines, n, C) -> the same shape, for lines of n positions, at most ``length``."""
+        """Return attention along the lines of x (B, lines, n, C), in its shape; n is at most ``length``."""
         n = x.shape[2]
         if n > self.length:
             raise ValueError(
@@ -151,7 +151,7 @@ class AxialAttention2d(nn.Module):
         self.column, self.row = (AxisAttention(channels, n, num_heads, device, dtype) for n in size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+        """Return (B, C, ceil(H / stride), ceil(W / stride)) of x (B, C, H, W)."""
         x = self.column(x.permute(0, 3, 2, 1)).transpose(1, 2)  # (B, H, W, C)
         x = self.row(x).permute(0, 3, 1, 2)
         return F.avg_pool2d(x, self.stride, ceil_mode=True) if self.stride > 1 else x

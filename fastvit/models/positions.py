@@ -54,9 +54,7 @@ def check_relative(dynamic_img_size: bool, patch_drop: bool, windowed: bool, att
         "an attn_layer": attn_layer,
     }
     if wrong := [name for name, here in conflicts.items() if here]:
-        raise ValueError(
-            f"pos_embed='relative' has relative position keys for one grid: it can't be with {', '.join(wrong)}"
-        )
+        raise ValueError(f"pos_embed='relative' has relative position keys for one grid: not with {', '.join(wrong)}")
 
 
 def check_resize(model: nn.Module) -> None:

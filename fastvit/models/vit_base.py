@@ -140,7 +140,7 @@ class ViTBase(nn.Module):
         load_checkpoint(self, checkpoint_path, prefix=prefix)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ``nn.Module.load_state_dict``: nothing is resampled, and an error says what to do about each shape."""
+        """Load as ``nn.Module.load_state_dict``; nothing is resampled, and an error says what to do about each shape."""
         onednn.drop(self.parameters())
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -149,24 +149,24 @@ class ViTBase(nn.Module):
             raise RuntimeError(f"{error}\n{advice}" if advice else str(error)) from error
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; going to training drops the copies of weights that CPU inference keeps packed."""
+        """Set the mode as ``nn.Module.train``; training drops the copies of weights that CPU inference keeps packed."""
         if mode:
             onednn.drop(self.parameters())
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """As ``nn.Module._apply`` (``to``, ``half``, ...): moved weights leave no packed copies behind."""
+        """Apply as ``nn.Module._apply`` (``to``, ``half``, ...); moved weights leave no packed copies behind."""
         onednn.drop(self.parameters())
         return super()._apply(fn, recurse)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave out."""
+        """Return the names of parameters that weight decay should leave out."""
         learned = re.compile(r"pos_embed_2d\.|layer_pos_embed\.|.*(relative_position_bias_table|rel_pos_keys)$")
         tables = {name for name, _ in self.named_parameters() if learned.match(name)}
         return {"pos_embed", "cls_token", "reg_token", "dist_token"} | tables
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        """Return patterns that group parameters by depth, for layer-wise learning rates."""
         more = "|rel_pos_bias" * self.windowed + "|dist_token" * (self.dist_token is not None)
         more += "|layer_pos_embed" * (self.layer_pos_embed is not None)
         return {
@@ -193,7 +193,7 @@ class ViTBase(nn.Module):
         return self.head if self.head_dist is None else (self.head, self.head_dist)
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """In training, return the logits of both heads of a distilled model, for a loss of each."""
+        """Return the logits of both heads of a distilled model in training, for a loss of each."""
         self.distilled_training = enable
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -301,7 +301,7 @@ class ViTBase(nn.Module):
         norm: bool = False,
         attn_mask: Tensor | None = None,
     ) -> list[Any]:
-        """DINO's name for :meth:`forward_intermediates`: the last n blocks or those listed, NLC (NCHW: reshape)."""
+        """Return the tokens after the last n blocks or those listed, NLC or with ``reshape`` NCHW; DINO's name."""
         return self.forward_intermediates(
             x,
             n,
