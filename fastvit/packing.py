@@ -57,7 +57,7 @@ class Sequences(NamedTuple):
         return Sequences.of(cu_seqlens, self.longest + count, self.image.shape[0] + self.images * count)
 
     def without(self, count: int) -> tuple[Sequences, Tensor]:
-        """Return the sequences without each image's first ``count`` tokens, and the others' indices, (total - n * count,)."""
+        """Return the sequences without each image's first ``count`` tokens, and the indices of the others, int64."""
         cu_seqlens = self.cu_seqlens - multiples(count, self.images, self.image)
         rest = Sequences.of(cu_seqlens, self.longest - count, self.image.shape[0] - self.images * count)
         return rest, torch.arange(rest.image.shape[0], device=self.image.device) + (rest.image + 1) * count

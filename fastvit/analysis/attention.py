@@ -162,7 +162,7 @@ def rollout(model: ViT, images: Tensor) -> Rollout:
 
 
 def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
-    """Return how far each head looks, in pixels (figures 7 and 10 of the ViT paper): ``fastvit.ops.attention_distance``.
+    """Return how far each head looks, in pixels (figures 7 and 10 of the ViT paper); see ``ops.attention_distance``.
 
     Args:
         model: the ViT.

@@ -21,7 +21,7 @@ def leading(x: Tensor, tokens: int | None, sequences: Sequences | None = None) -
 
 
 def split(x: Tensor, prefix: int, sequences: Sequences | None = None) -> tuple[Tensor, Tensor]:
-    """Return each image's first ``prefix`` tokens, (B or n, prefix, D), and the others, (B, N, D) or (1, N, D) packed."""
+    """Return each image's first ``prefix`` tokens, (B or n, prefix, D), and the others, (B, N, D) or (1, N, D)."""
     if sequences is None:
         return x[:, :prefix], x[:, prefix:]
     first = leading(x, prefix, sequences)[0].unflatten(0, (sequences.images, prefix))

@@ -160,7 +160,7 @@ class Backbone(nn.Module):
         self.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the feature map of images (B, C, H, W), (B, num_features, ceil(H / reduction), ceil(W / reduction))."""
+        """Return the feature map of images (B, C, H, W): (B, C', ceil(H / reduction), ceil(W / reduction))."""
         if not self.layers:
             return self.pool(self.norm(self.conv(x)))
         x = self.stem(x)

@@ -174,7 +174,7 @@ class Head(nn.Module):
         return x
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of x (B, C, H, W), (B, num_classes), or (B, C) with ``pre_logits``; unpooled, (H, W) stays."""
+        """Return the logits (B, num_classes) of x (B, C, H, W), or (B, C) with ``pre_logits``; (H, W) stays unpooled."""
         x = self.drop(self.pool(x))
         if not pre_logits:
             x = self.fc(x)
@@ -292,7 +292,7 @@ class ResNetV2(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of a feature map, (B, num_classes), or with ``pre_logits`` what the classifier reads (B, C)."""
+        """Return the logits (B, num_classes) of a feature map, or with ``pre_logits`` the classifier's input (B, C)."""
         return self.head(x, pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class ViTBase(nn.Module):
         load_checkpoint(self, checkpoint_path, prefix=prefix)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load as ``nn.Module.load_state_dict``; nothing is resampled, and an error says what to do about each shape."""
+        """Load as ``nn.Module.load_state_dict``; nothing is resampled, and errors advise on each shape."""
         onednn.drop(self.parameters())
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
