@@ -174,7 +174,7 @@ class Head(nn.Module):
         return x
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits (B, num_classes) of x (B, C, H, W), or (B, C) with ``pre_logits``; (H, W) stays unpooled."""
+        """Return the logits (B, num_classes) of x (B, C, H, W), or (B, C) with ``pre_logits``; (H, W) if unpooled."""
         x = self.drop(self.pool(x))
         if not pre_logits:
             x = self.fc(x)

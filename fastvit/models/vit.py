@@ -182,15 +182,9 @@ class ViT(ViTBase):
         self.rope = rope
         self.windowed = use_rel_pos_bias or use_shared_rel_pos_bias
         positions.check(
-            rope=rope,
-            head_dim=head_dim,
-            windowed=self.windowed,
-            class_token=class_token,
-            reg_tokens=reg_tokens,
-            prefix=self.num_prefix_tokens,
-            patch_drop_rate=patch_drop_rate,
-            pos_embed_at=pos_embed_at,
-        )
+            rope=rope, head_dim=head_dim, windowed=self.windowed, class_token=class_token, reg_tokens=reg_tokens,
+            prefix=self.num_prefix_tokens, patch_drop_rate=patch_drop_rate, pos_embed_at=pos_embed_at,
+        )  # fmt: skip
 
         embed_options: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
         if embed_norm_layer is not None:

@@ -43,33 +43,6 @@ def _select_blocks(count: int, indices: int | Sequence[int] | None) -> list[int]
     return [i % count for i in indices]
 
 
-def _arrange(
-    found: list[tuple[Tensor, Tensor]],
-    final: Tensor | None,
-    grid: tuple[int, int] | None,
-    return_prefix_tokens: bool,
-    output_dict: bool,
-) -> Any:
-    """Return the tokens after some blocks in timm's forms; see :meth:`fastvit.ViT.forward_intermediates`.
-
-    Args:
-        found: (prefix tokens (B, P, D), patch tokens (B, N, D)) of each.
-        final: all tokens after the last norm, or None to leave them out.
-        grid: (h, w), to return patch tokens as (B, D, h, w).
-        return_prefix_tokens: return pairs (patch tokens, prefix tokens).
-        output_dict: return a dict instead.
-    """
-    prefix, patches = [first for first, _ in found], [rest for _, rest in found]
-    if grid is not None:
-        patches = [z.reshape(z.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous() for z in patches]
-    if output_dict:
-        prefixes = {"image_intermediates_prefix": prefix} if return_prefix_tokens else {}
-        features = {} if final is None else {"image_features": final}
-        return {"image_intermediates": patches, **prefixes, **features}
-    outputs: list[Any] = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else patches
-    return outputs if final is None else (final, outputs)
-
-
 class ViTBase(nn.Module):
     """The methods of a ViT around its forward pass. A subclass builds the layers, and says how images become tokens."""
 
@@ -288,9 +261,20 @@ class ViTBase(nn.Module):
             y = run_block(block, y, context, self.grad_checkpointing)
             if i in taken:
                 found.append(split(self.norm(y) if norm else y, prefix, context.sequences))
-        grid = self._grid(cast(Tensor, x)) if output_fmt == "NCHW" else None
-        final = None if intermediates_only else self.norm(y)
-        return _arrange(found, final, grid, return_prefix_tokens and prefix > 0, output_dict)
+        firsts, patches = [first for first, _ in found], [rest for _, rest in found]
+        if output_fmt == "NCHW":
+            h, w = self._grid(cast(Tensor, x))
+            patches = [z.reshape(z.shape[0], h, w, -1).permute(0, 3, 1, 2).contiguous() for z in patches]
+        return_prefix_tokens = return_prefix_tokens and prefix > 0
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": patches}
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = firsts
+            if not intermediates_only:
+                result["image_features"] = self.norm(y)
+            return result
+        outputs: list[Any] = list(zip(patches, firsts, strict=True)) if return_prefix_tokens else patches
+        return outputs if intermediates_only else (self.norm(y), outputs)
 
     def get_intermediate_layers(
         self,
