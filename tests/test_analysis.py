@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from fastvit import ViT, analysis, ops
+from fastvit import ViT, ops
+from fastvit.analysis import attention as analysis
 from fastvit.models.axial import AxialViT
 from parity import randomise
 

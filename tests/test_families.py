@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from fastvit import analysis, ops
+from fastvit import ops
+from fastvit.analysis import attention as analysis
 from fastvit.layers import BeitAttention, BeitBlock, PatchDropout, TokenContext
 from fastvit.models import ViT
 from fastvit.models.hybrid import HybridEmbed

@@ -103,7 +103,9 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             fastvit.ViT(**{**SIZES, **options})
     model = small(pos_embed="relative")
-    with pytest.raises(ValueError, match="pos_embed='relative' has keys .* build the model with the other img_s"):
+    with pytest.raises(
+        ValueError, match="pos_embed='relative' has relative position keys .* build the model with the other img_s"
+    ):
         model.set_input_size(32)
     assert model(images()).shape == (2, 5)
     for options in ({"pos_embed": "relative"}, {"pos_embed": "learn_2d"}, {"pos_embed_at": "layers"}):
