@@ -104,7 +104,7 @@ def test_what_is_refused() -> None:
             fastvit.ViT(**{**SIZES, **options})
     model = small(pos_embed="relative")
     with pytest.raises(
-        ValueError, match="pos_embed='relative' has relative position keys .* build the model with the other img_s"
+        ValueError, match="'relative' has relative position keys .* build the model with the other img_s"
     ):
         model.set_input_size(32)
     assert model(images()).shape == (2, 5)
