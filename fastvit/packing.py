@@ -20,7 +20,7 @@ Pair = tuple[int, int]
 
 
 def multiples(step: int, count: int, like: Tensor) -> Tensor:
-    """0, step, ... count * step on the device of ``like``: (count + 1,) int32."""
+    """Return 0, step, ... count * step on the device of ``like``: (count + 1,) int32."""
     return step * torch.arange(count + 1, device=like.device, dtype=torch.int32)
 
 
@@ -33,31 +33,31 @@ class Sequences(NamedTuple):
 
     @staticmethod
     def of(cu_seqlens: Tensor, longest: int, total: int) -> Sequences:
-        """From where each begins, and the number of tokens in all."""
+        """Return the sequences that begin at ``cu_seqlens``, of ``total`` tokens in all."""
         tokens = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
         return Sequences(cu_seqlens, longest, torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True))
 
     @property
     def images(self) -> int:
-        """n."""
+        """Return n, the number of images."""
         return self.cu_seqlens.shape[0] - 1
 
     def leading(self, count: int) -> Sequences:
-        """The sequences of the first ``count`` tokens of each image alone."""
+        """Return the sequences of the first ``count`` tokens of each image alone."""
         return Sequences.of(multiples(count, self.images, self.image), count, self.images * count)
 
     def leading_tokens(self, count: int) -> Tensor:
-        """Where those tokens are, (n * count,) int64."""
+        """Return the indices of each image's first ``count`` tokens, (n * count,) int64."""
         each = torch.arange(count, device=self.image.device)
         return (self.cu_seqlens[:-1].long().unsqueeze(1) + each).flatten()
 
     def with_leading(self, count: int) -> Sequences:
-        """The sequences with ``count`` tokens more in front of each image's."""
+        """Return the sequences with ``count`` tokens more in front of each image's."""
         cu_seqlens = self.cu_seqlens + multiples(count, self.images, self.image)
         return Sequences.of(cu_seqlens, self.longest + count, self.image.shape[0] + self.images * count)
 
     def without(self, count: int) -> tuple[Sequences, Tensor]:
-        """The sequences of the other tokens alone, and where those tokens are, (total - n * count,) int64."""
+        """Return the sequences without each image's first ``count`` tokens, and the indices of the others, int64."""
         cu_seqlens = self.cu_seqlens - multiples(count, self.images, self.image)
         rest = Sequences.of(cu_seqlens, self.longest - count, self.image.shape[0] - self.images * count)
         return rest, torch.arange(rest.image.shape[0], device=self.image.device) + (rest.image + 1) * count
@@ -74,21 +74,21 @@ class Layout(NamedTuple):
     column: Tensor  # (N,) int32
 
     def cu_seqlens(self, prefix: int) -> Tensor:
-        """Where each image's tokens begin if ``prefix`` others go before its patches, and the end: (n + 1,) int32."""
+        """Return where each image begins, with ``prefix`` tokens before its patches, and the end: (n + 1,) int32."""
         return self.cu_patches + multiples(prefix, self.starts.shape[0], self.image)
 
     def patch_tokens(self, prefix: int) -> Tensor:
-        """Which tokens the patches then are, (N,) int64."""
+        """Return the indices of the patches among those tokens, (N,) int64."""
         patches = torch.arange(self.image.shape[0], device=self.image.device)
         return patches + (self.image.long() + 1) * prefix
 
     def prefix_tokens(self, prefix: int) -> Tensor:
-        """Which tokens the others are, (n, prefix) int64."""
+        """Return the indices of the prefix tokens among them, (n, prefix) int64."""
         each = torch.arange(prefix, device=self.image.device)
         return self.cu_seqlens(prefix)[:-1].long().unsqueeze(1) + each
 
     def pixels(self, channels: int, patch_size: Pair) -> Tensor:
-        """Where the pixels of each patch are, (N, C, p, q) int64."""
+        """Return where the pixels of each patch are, (N, C, p, q) int64."""
 
         def along(size: int, dims: int) -> Tensor:
             return torch.arange(size, device=self.image.device).view(-1, *[1] * dims)
@@ -119,29 +119,29 @@ class PackedImages:
 
     @property
     def device(self) -> torch.device:
-        """Where all of it is."""
+        """Return the device of the pixels and the layout."""
         return self.pixels.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedImages:
-        """The same on another device."""
+        """Return the images on another device."""
         layout = Layout(*(table.to(device, non_blocking=non_blocking) for table in self.layout))
         return replace(self, pixels=self.pixels.to(device, non_blocking=non_blocking), layout=layout)
 
     def pin_memory(self) -> PackedImages:
-        """The same in pinned memory, which ``to("cuda", non_blocking=True)`` copies without waiting."""
+        """Return the images in pinned memory, which ``to("cuda", non_blocking=True)`` copies without waiting."""
         return replace(self, pixels=self.pixels.pin_memory(), layout=Layout(*(t.pin_memory() for t in self.layout)))
 
     def patches(self) -> Tensor:
-        """The pixels of every patch, (N, C, p, q)."""
+        """Return the pixels of every patch, (N, C, p, q)."""
         return self.pixels[self.layout.pixels(self.channels, self.patch_size)]
 
     def with_patches(self, patches: Tensor) -> PackedImages:
-        """The same images with other values, given patch by patch as :meth:`patches` returns them."""
+        """Return the images with other values, patch by patch as :meth:`patches` returns them."""
         pixels = patches.new_empty(self.pixels.shape)
         return replace(self, pixels=pixels.index_put((self.layout.pixels(self.channels, self.patch_size),), patches))
 
     def sequences(self, prefix: int = 0) -> Sequences:
-        """Where the tokens lie when each image's patches come after ``prefix`` tokens of its own."""
+        """Return where the tokens lie when each image's patches come after ``prefix`` tokens of its own."""
         total = self.layout.image.shape[0] + len(self) * prefix
         return Sequences.of(self.layout.cu_seqlens(prefix), self.max_patches + prefix, total)
 
@@ -209,7 +209,7 @@ def pack(images: Sequence[Tensor], patch_size: int | Pair, *, channels: int = 3,
 
 
 def _planes(name: str, image: Tensor, channels: int, patch: Pair, pad: bool) -> Tensor:
-    """The image as (C, H, W), whole patches, or a ValueError that says what is wrong with it."""
+    """Return the image as (C, H, W), whole patches, or raise a ValueError that says what is wrong with it."""
     shape = tuple(image.shape)
     if not (image.is_floating_point() or image.dtype == torch.uint8):
         raise ValueError(f"{name} has dtype {image.dtype}; accepted: floating point (normalised), or uint8")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from fastvit import ViT, analysis, ops
+from fastvit import ViT, ops
+from fastvit.analysis import attention as analysis
 from fastvit.models.axial import AxialViT
 from parity import randomise
 
@@ -291,7 +292,7 @@ def test_similarity_of_positions_that_blocks_add(kind: str, place: str, tables: 
         ({}, "no positions at all"),
         ({"rope": 100.0}, "queries and keys turned by position"),
         ({"use_shared_rel_pos_bias": True}, "biases by relative position"),
-        ({"pos_embed": "relative"}, "keys of relative distances"),
+        ({"pos_embed": "relative"}, "relative position keys"),
     ],
 )
 def test_positions_of_another_kind_are_named(options: dict[str, Any], instead: str) -> None:

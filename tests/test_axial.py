@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit.checkpoints import convert, load_checkpoint
-from fastvit.layers import Attention, Block, DropPath, Positions
+from fastvit.layers import Attention, Block, DropPath, TokenContext
 from fastvit.layers.axial import AxialAttention
 from fastvit.models.axial import AxialAttention2d, AxialResNet, AxialViT, AxisAttention
 from fastvit.resnet import ResNetV2
@@ -90,7 +90,7 @@ def test_attention_that_is_not_plain(opened: str) -> None:
         attn.fused_attn = False
     elif opened == "wrapped":
         attn.qkv = nn.Sequential(attn.qkv)
-    assert_same(model.blocks[0].row(tokens, positions=Positions(window=(1, 3))), want)
+    assert_same(model.blocks[0].row(tokens, context=TokenContext(window=(1, 3))), want)
     assert [tuple(weights.shape) for weights in seen] == ([(2, 2, 3, 3)] if opened == "hook" else [])
 
 
@@ -104,7 +104,7 @@ def test_drop_path_drops_whole_images() -> None:
     row = model.blocks[0].row.train()
     row.mlp.fc2.weight.data.zero_()
     row.mlp.fc2.bias.data.zero_()
-    changed = (row(x, positions=Positions(window=(2, 3))) != x).any(-1)
+    changed = (row(x, context=TokenContext(window=(2, 3))) != x).any(-1)
     assert torch.equal(changed.any(1), changed.all(1)) and 0 < changed.any(1).sum() < 16
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from fastvit import analysis, ops
-from fastvit.layers import BeitAttention, BeitBlock, PatchDropout
+from fastvit import ops
+from fastvit.analysis import attention as analysis
+from fastvit.layers import BeitAttention, BeitBlock, PatchDropout, TokenContext
 from fastvit.models import ViT
 from fastvit.models.hybrid import HybridEmbed
 from fastvit.tuning import flops
@@ -366,7 +367,7 @@ def test_few_queries_of_attention_without_a_key_bias() -> None:
     for parameter in attention.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(2, 7, 32, dtype=torch.float64)
-    assert_same(attention.branch(x, tokens=2), attention(x)[:, :2])
+    assert_same(attention.branch(x, context=TokenContext(keep=2)), attention(x)[:, :2])
     q, k, v = attention.qkv(x).chunk(3, -1)
     q, v = q + attention.q_bias, v + attention.v_bias
     heads = [t.unflatten(-1, (2, 16)) for t in (q, k, v)]

@@ -80,7 +80,7 @@ def test_a_key_mask_leaves_what_is_left_without_the_others() -> None:
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     kept = torch.ones(2, 17, dtype=torch.bool)
     kept[0, 9:], kept[1, 5:11] = False, False
-    tokens = model._embed(images)
+    tokens = model.embed(images)[0]
     want = [model.blocks(tokens[i : i + 1, kept[i]])[:, 0] for i in range(2)]
     got = model.forward_features(images, attn_mask=kept[:, None, None])[:, 0]
     torch.testing.assert_close(got, model.norm(torch.cat(want)), rtol=1e-9, atol=1e-11)

@@ -365,12 +365,12 @@ def test_dropped_patches_are_as_if_each_image_had_lost_them_alone(options: dict[
     torch.manual_seed(5)
     kept, after, _ = model.patch_drop.of_packed(numbers, where)
     model.eval()
-    assert model._tokens(packed)[0].shape[1] > kept.shape[1]
+    assert model.embed(packed)[0].shape[1] > kept.shape[1]
 
     alone = []
     for i in range(len(MIX)):
         own = kept[0, after.cu_seqlens[i] : after.cu_seqlens[i + 1], 0].long()
-        tokens = model._tokens(packed)[0][:, own]
+        tokens = model.embed(packed)[0][:, own]
         alone.append(model.forward_head(model.norm(model.blocks(tokens))))
     torch.testing.assert_close(logits, torch.cat(alone))
     for a, b in zip(gradients(model, logits), gradients(model, torch.cat(alone)), strict=True):

@@ -12,7 +12,7 @@ from pos_embed_cases import SIZES, H, T, W, definition, images, small
 from torch import nn
 
 import fastvit
-from fastvit.layers import Attention, Block, RelativeAttention
+from fastvit.layers import Attention, Block, RelativeAttention, TokenContext
 from fastvit.layers.resample import resample_pos_embed
 from parity import Calls, assert_same, gradients, randomise
 
@@ -93,7 +93,7 @@ def test_what_is_refused() -> None:
         ({"pos_embed": "none", "pos_embed_at": "layers"}, "pos_embed_at='layers' with pos_embed='none'; accepted"),
         ({"pos_embed": "relative", "pos_embed_at": "shared"}, "pos_embed_at='shared' with pos_embed='relative'"),
         ({"pos_embed": "learn_2d", "embed_dim": 27, "num_heads": 3}, "embed_dim must be even, got 27"),
-        ({"pos_embed": "relative", "dynamic_img_size": True}, "distances in one grid: not with dynamic_img_size"),
+        ({"pos_embed": "relative", "dynamic_img_size": True}, "keys for one grid: not with dynamic_img_size"),
         ({"pos_embed": "relative", "patch_drop_rate": 0.5}, "not with patch_drop_rate"),
         ({"pos_embed": "relative", "attn_layer": Attention}, "not with an attn_layer"),
         ({"pos_embed": "relative", "use_rel_pos_bias": True}, "not with biases by relative position"),
@@ -103,7 +103,9 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             fastvit.ViT(**{**SIZES, **options})
     model = small(pos_embed="relative")
-    with pytest.raises(ValueError, match="pos_embed='relative' has keys .* build the model with the other img_s"):
+    with pytest.raises(
+        ValueError, match="'relative' has relative position keys .* build the model with the other img_s"
+    ):
         model.set_input_size(32)
     assert model(images()).shape == (2, 5)
     for options in ({"pos_embed": "relative"}, {"pos_embed": "learn_2d"}, {"pos_embed_at": "layers"}):
@@ -125,4 +127,4 @@ def test_relative_attention_is_one_op_and_takes_masks(monkeypatch: pytest.Monkey
     calls, x = Calls(monkeypatch), torch.randn(2, 7, 32, dtype=torch.float64)
     block(x)
     assert [(name, used) for name, _, used in calls.made][1] == ("attention_qkvpacked", ("scale", "rel_pos_keys"))
-    assert_same(block(x, tokens=1), block(x)[:, :1])
+    assert_same(block(x, context=TokenContext(keep=1)), block(x)[:, :1])

@@ -2,7 +2,7 @@
 filters, how alike positions are, attention maps, attention rollout, mean attention distance.
 
 What is about attention comes out of the fused kernels: they run as in inference, save the log-sum-exp of each row, and
-the weights that are wanted are computed from it, a row or a block of rows at a time. No T x T matrix is ever in memory.
+the weights are computed from it, a row or a block of rows at a time. No T x T matrix is ever in memory.
 
 The functions take any :class:`fastvit.ViT` on any backend. The model runs in eval mode without gradients and is left as
 it was. ``fastvit inspect`` draws what they return.
@@ -18,20 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops, reference
-from fastvit.layers import (
-    Attention,
-    AttentionPoolLatent,
-    AttentionPoolPrr,
-    BeitAttention,
-    BeitBlock,
-    Block,
-    Positions,
-    RelativeAttention,
-)
-from fastvit.layers.attention import head_norm
+from fastvit.layers import RelativeAttention, TokenContext
+from fastvit.layers.block import run_block
 from fastvit.layers.patch_embed import image_size
 from fastvit.models import ViT
-from fastvit.models.axial import AxialBlock
 
 ROWS = 64  # rows of attention that are in memory at once
 
@@ -54,11 +44,11 @@ class _Heads(NamedTuple):
     options: dict[str, Any]  # the scale, and what its scores have by relative position, as ops.attention takes them
 
     def rows(self, rows: Sequence[int] | Tensor) -> Tensor:
-        """(B, H, R, T)."""
+        """Return the attention weights of some rows, (B, H, R, T)."""
         return ops.attention_rows(self.q, self.k, self.lse, rows, **self.options)
 
     def distance(self, grid: tuple[int, int], patch_size: tuple[float, float]) -> Tensor:
-        """(B, H), as ops.attention_distance, which knows no relative positions: with them by blocks of rows."""
+        """Return ops.attention_distance (B, H), with relative positions by blocks of rows."""
         if self.options.keys() == {"scale"}:
             return ops.attention_distance(self.q, self.k, self.lse, grid, patch_size=patch_size, **self.options)
         patches = torch.arange(grid[0] * grid[1], device=self.q.device)
@@ -70,7 +60,7 @@ class _Heads(NamedTuple):
 
 
 def patch_filters(model: ViT, count: int = 28) -> Tensor:
-    """The principal components of the patch embedding's filters (figure 7, left).
+    """Return the principal components of the patch embedding's filters (figure 7, left).
 
     The D filters are D points in the space of a patch's pixels; the components are that space's directions in which
     they spread most, each of length 1. Which way round a direction points is arbitrary: the largest value is positive.
@@ -95,7 +85,7 @@ def patch_filters(model: ViT, count: int = 28) -> Tensor:
 
 
 def position_similarity(model: ViT, block: int = 0) -> Tensor:
-    """The cosine of the angle between the position embeddings of every two patches (figure 7, centre).
+    """Return the cosine of the angle between the position embeddings of every two patches (figure 7, centre).
 
     Args:
         model: the ViT.
@@ -119,17 +109,17 @@ def position_similarity(model: ViT, block: int = 0) -> Tensor:
 
 
 def _other_positions(model: ViT) -> str:
-    """What a model has in place of position embeddings."""
+    """Return what a model has in place of position embeddings."""
     if model.windowed:
         return "biases by relative position"
     if model.rope is not None:
         return "queries and keys turned by position (rope)"
     relative = any(isinstance(module, RelativeAttention) for module in model.modules())
-    return "keys of relative distances" if relative else "no positions at all"
+    return "relative position keys" if relative else "no positions at all"
 
 
 def attention_maps(model: ViT, images: Tensor, rows: Sequence[int] = (0,)) -> Tensor:
-    """What some tokens attend to, in every block.
+    """Return what some tokens attend to, in every block.
 
     Args:
         model: the ViT.
@@ -149,7 +139,7 @@ def attention_maps(model: ViT, images: Tensor, rows: Sequence[int] = (0,)) -> Te
 
 
 def rollout(model: ViT, images: Tensor) -> Rollout:
-    """Attention rollout (Abnar and Zuidema, 2020; appendix D.7 of the ViT paper): where the output comes from.
+    """Compute attention rollout (Abnar and Zuidema, 2020; appendix D.7 of the ViT paper): where the output comes from.
 
     In each block the weights are averaged over the heads to A, and with the residual beside the attention to
     (A + I) / 2, whose rows sum to 1; the matrices of all blocks are multiplied. Of the product only what the head reads
@@ -172,7 +162,7 @@ def rollout(model: ViT, images: Tensor) -> Rollout:
 
 
 def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
-    """How far each head looks, in pixels (figures 7 and 10 of the ViT paper), see ``fastvit.ops.attention_distance``.
+    """Return how far each head looks, in pixels (figures 7 and 10 of the ViT paper); see ``ops.attention_distance``.
 
     Args:
         model: the ViT.
@@ -189,7 +179,7 @@ def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
 
 
 def distance_and_rollout(model: ViT, images: Tensor) -> tuple[Tensor, Rollout]:
-    """:func:`mean_attention_distance` and :func:`rollout` in one pass through the model.
+    """Compute :func:`mean_attention_distance` and :func:`rollout` in one pass through the model.
 
     Args:
         model: the ViT.
@@ -208,7 +198,7 @@ def distance_and_rollout(model: ViT, images: Tensor) -> tuple[Tensor, Rollout]:
 
 
 def _distance(model: ViT, images: Tensor) -> Callable[[_Heads], Tensor]:
-    """The distance (B, H), in pixels, of a block's heads."""
+    """Return the function that measures the distance (B, H), in pixels, of a block's heads."""
     grid = _grid(model, images)
     height, width = model.patch_embed.feat_ratio(as_scalar=False)  # pixels, through a backbone too
     patch = (float(height), float(width))
@@ -216,7 +206,7 @@ def _distance(model: ViT, images: Tensor) -> Callable[[_Heads], Tensor]:
 
 
 def _rollout(model: ViT, images: Tensor, kept: Sequence[_Heads], tokens: Tensor) -> Rollout:
-    """The rollout of what was kept of every block, and of the tokens (B, T, D) that came out of the last."""
+    """Return the rollout of the heads of every block, and of the tokens (B, T, D) that came out of the last."""
     with torch.no_grad():
         weights = _read(model, tokens)
         for heads in reversed(kept):
@@ -225,7 +215,7 @@ def _rollout(model: ViT, images: Tensor, kept: Sequence[_Heads], tokens: Tensor)
 
 
 def _read(model: ViT, tokens: Tensor) -> Tensor:
-    """(B, T): how much of each of the last block's tokens (B, T, D) the head reads, see ``Head.pool``."""
+    """Return how much of each of the last block's tokens (B, T, D) the head reads, (B, T); see ``ViT.pool``."""
     first, last = 0 if model.pool_include_prefix else model.num_prefix_tokens, tokens.shape[1]
     weights = tokens.new_zeros(tokens.shape[:2], dtype=torch.promote_types(tokens.dtype, torch.float32))
     if model.attn_pool is not None:
@@ -240,25 +230,19 @@ def _read(model: ViT, tokens: Tensor) -> Tensor:
 
 
 def _read_by_attention(pool: Any, x: Tensor) -> Tensor:
-    """(B, T): how much of each of the tokens x (B, T, D) an attention pool reads, the mean over its heads."""
-    if type(pool) not in (AttentionPoolLatent, AttentionPoolPrr):
+    """Return how much of each of the tokens x (B, T, D) an attention pool reads, the mean over its heads: (B, T)."""
+    if not hasattr(pool, "queries_and_keys"):
         raise TypeError(
             f"the pool is a {type(pool).__name__}; accepted: fastvit.layers' AttentionPoolLatent or AttentionPoolPrr"
         )
-    heads = (pool.num_heads, pool.head_dim)
-    if type(pool) is AttentionPoolLatent:
-        q = pool.q(pool.latent).unflatten(-1, heads).expand(x.shape[0], -1, -1, -1)
-        k = pool.kv(x).unflatten(-1, (2, *heads))[:, :, 0]
-    else:
-        k = x.unflatten(-1, heads)
-        q = k[:, :1] if pool.pool == "token" else k
+    q, k = pool.queries_and_keys(x)
     _, lse = ops.attention(q, k, k, return_lse=True)
     alike = torch.full(q.shape[:2], 1 / q.shape[1], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     return _through(_Heads(q, k, lse, {}), alike)
 
 
 def _through(heads: _Heads, weights: Tensor) -> Tensor:
-    """weights of the queries (B, R) times their attention, averaged over the heads: (B, T)."""
+    """Return weights of the queries (B, R) times their attention, averaged over the heads: (B, T)."""
     queries = torch.arange(weights.shape[1], device=weights.device)
     parts = [
         torch.einsum("br,bhrt->bt", weights[:, rows], heads.rows(rows)) / heads.q.shape[2]
@@ -268,50 +252,37 @@ def _through(heads: _Heads, weights: Tensor) -> Tensor:
 
 
 def _grid(model: ViT, images: Tensor) -> tuple[int, int]:
-    """(h, w): the patches of these images."""
+    """Return (h, w), the patches of these images."""
     h, w = model.patch_embed.dynamic_feat_size(image_size(images, model.in_chans))
     return h, w
 
 
 def _each_block(model: ViT, images: Tensor, look: Callable[[_Heads], _Result]) -> tuple[list[_Result], Tensor]:
-    """look(the heads of a block) for every block, as the images go through the model; and the tokens that come out."""
+    """Return look(heads) for every block, as the images go through the model, and the tokens that come out."""
     found = []
     with _evaluated(model), torch.no_grad():
-        x, told = model._tokens(images)
+        x, context = model.embed(images)
         for i, block in enumerate(model.blocks):
-            found.append(look(_heads(block, i, x, **told)))
-            x = block(x, **told)
+            found.append(look(_heads(block, i, x, context)))
+            x = run_block(block, x, context)
     return found, x
 
 
-def _heads(block: Any, index: int, x: Tensor, positions: Positions | None = None) -> _Heads:
-    """The queries and keys that a block makes of its input x (B, T, D), and their log-sum-exp."""
-    if isinstance(block, AxialBlock):
-        raise TypeError(
-            "attention along rows and columns has no map of T x T weights; accepted: attention of all tokens"
-        )
-    attn: Any = getattr(block, "attn", None)
-    # Another class may do anything with its norm and qkv.
-    if type(block) not in (Block, BeitBlock) or type(attn) not in (Attention, BeitAttention, RelativeAttention):
-        raise TypeError(
-            f"block {index} is a {type(block).__name__} with {type(attn).__name__} for its attention; "
-            "accepted: fastvit.layers' Block or BeitBlock with Attention, BeitAttention or RelativeAttention"
-        )
-    relative = attn._relative(positions)
-    x = positions.before(x, index) if positions is not None and positions.added else x
-    qkv = attn._project_in(x, block.norm1).unflatten(-1, (3, attn.num_heads, attn.head_dim))
-    q, k, v = qkv.unbind(2)
-    q, k = head_norm(attn.q_norm, q), head_norm(attn.k_norm, k)
-    if positions is not None and positions.rope is not None:
-        q, k = ops.rotate(q, k, *positions.rope)
-    options = {"scale": attn.scale, **relative.options()}
+def _heads(block: Any, index: int, x: Tensor, context: TokenContext) -> _Heads:
+    """Return the queries and keys that a block makes of its input x (B, T, D), and their log-sum-exp."""
+    if not hasattr(block, "attention_inputs"):
+        raise TypeError(f"block {index} is a {type(block).__name__}; accepted: fastvit.layers' Block or BeitBlock")
+    try:
+        q, k, v, options = block.attention_inputs(x, context)
+    except TypeError as error:
+        raise TypeError(f"block {index} is {error}") from None
     _, lse = ops.attention(q, k, v, return_lse=True, **options)
     return _Heads(q, k, lse, options)
 
 
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards every module as it was."""
+    """Put the model in eval mode, and afterwards every module back in its own."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastvit import ops
 from fastvit.integrations.twin import Twin
 from fastvit.layers import fuse
-from fastvit.layers.fuse import Merge
+from fastvit.layers.fuse import Residual
 
 fuse.remember_forward(nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
 
@@ -30,7 +30,7 @@ class EncoderBlock(nn.Module):
         return self._mlp(self._attention(input))
 
     def _attention(self, x: Tensor) -> Tensor:
-        attention, merge = self.self_attention, Merge(x, None, nn.Identity())
+        attention, residual = self.self_attention, Residual(x)
         out = attention.out_proj
         if not (
             fuse.is_fusable(attention, nn.MultiheadAttention)
@@ -42,20 +42,20 @@ class EncoderBlock(nn.Module):
         ):
             y = self.ln_1(x)
             return x + self.dropout(attention(y, y, y, need_weights=False)[0])
-        qkv = fuse.folded(ops.linear, x, attention.in_proj_weight, attention.in_proj_bias, norm=self.ln_1)
+        qkv = fuse.fused(ops.linear, x, attention.in_proj_weight, attention.in_proj_bias, norm=self.ln_1)
         options: dict[str, Any] = {}
         if attention.training and attention.dropout > 0.0:
             options = {"dropout_p": attention.dropout, "seed": torch.randint(2**63 - 1, (1,), device=x.device)}
         y = ops.attention_qkvpacked(qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim)), **options)
         assert isinstance(y, Tensor)
         if fuse.is_inactive(self.dropout):
-            return fuse.folded(ops.linear, y.flatten(2), out.weight, out.bias, merge=merge)
-        return merge.as_modules(self.dropout(fuse.folded(ops.linear, y.flatten(2), out.weight, out.bias)))
+            return fuse.fused(ops.linear, y.flatten(2), out.weight, out.bias, residual=residual)
+        return residual.as_modules(self.dropout(fuse.fused(ops.linear, y.flatten(2), out.weight, out.bias)))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        merge = Merge(x, None, nn.Identity())
+        residual = Residual(x)
         if len(self.mlp) != 5 or not fuse.is_fusable(self.mlp, type(self.mlp)):
-            return merge.as_modules(self.mlp(self.ln_2(x)))
+            return residual.as_modules(self.mlp(self.ln_2(x)))
         fc1, act, drop1, fc2, drop2 = cast(Any, self.mlp)
         activation = fuse.activation_name(act)
         if (
@@ -66,8 +66,8 @@ class EncoderBlock(nn.Module):
             and fuse.is_inactive(drop2)
         ):
             weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
-            return fuse.folded(ops.mlp, x, *weights, norm=self.ln_2, merge=merge, activation=activation)
-        return merge.as_modules(self.mlp(self.ln_2(x)))
+            return fuse.fused(ops.mlp, x, *weights, norm=self.ln_2, residual=residual, activation=activation)
+        return residual.as_modules(self.mlp(self.ln_2(x)))
 
 
 TWINS = {"torchvision.models.vision_transformer.EncoderBlock": Twin(EncoderBlock, reads=("self_attention", "mlp"))}

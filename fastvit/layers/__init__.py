@@ -10,11 +10,9 @@ from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
 from fastvit.layers.patch_embed import PatchEmbed
 from fastvit.layers.pos_embed import PosEmbed, RelativeAttention
-from fastvit.layers.positions import Positions
+from fastvit.layers.token_context import TokenContext
 
-remember_forward(
-    Attention, AxialAttention, BeitAttention, BeitBlock, Block, Blocks, Mlp, PatchEmbed, RelativeAttention, SwiGLU
-)
+remember_forward(BeitBlock, Block, Blocks, PatchEmbed)
 
 __all__ = [
     "Attention",
@@ -33,10 +31,10 @@ __all__ = [
     "PatchDropout",
     "PatchEmbed",
     "PosEmbed",
-    "Positions",
     "QuickGELU",
     "RelativeAttention",
     "RelativePositionBias",
     "SwiGLU",
+    "TokenContext",
     "Windowed",
 ]

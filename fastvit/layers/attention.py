@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from fastvit import ops, reference
 from fastvit.layers import fuse
-from fastvit.layers.fuse import Merge
+from fastvit.layers.fuse import Residual
 from fastvit.layers.mlp import Mlp
 from fastvit.layers.packed import leading, reduce_tokens
-from fastvit.layers.positions import Batches, Positions
+from fastvit.layers.token_context import NO_CONTEXT, Batches, TokenContext, with_masks
 from fastvit.packing import Sequences
 
 Window = tuple[int, int]
 
 
 def head_dim_of(width: int, num_heads: int) -> int:
-    """Width of one head, or a ValueError where the heads do not divide the width."""
+    """Return the width of one head, or raise a ValueError where the heads do not divide the width."""
     if num_heads < 1 or width % num_heads:
         fits = [n for n in range(1, min(width, 64) + 1) if width % n == 0]
         raise ValueError(
@@ -32,17 +32,17 @@ def head_dim_of(width: int, num_heads: int) -> int:
 
 
 def head_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Norm each head of x (B, T, H, d) -> (B, T, H, d)."""
+    """Return x (B, T, H, d) with each head normed."""
     if fuse.is_identity(norm):
         return x
-    given = fuse.norm_arguments(norm)
+    parameters = fuse.norm_arguments(norm)
     # A module that is not ours sees timm's layout, (B, H, T, d).
-    out: Any = ops.layer_norm(x, *given) if given else norm(x.transpose(1, 2)).transpose(1, 2)
+    out: Any = ops.layer_norm(x, *parameters) if parameters else norm(x.transpose(1, 2)).transpose(1, 2)
     return out
 
 
 def as_bias(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of F.scaled_dot_product_attention as what is added to the scores, of 4 dimensions; bool's in ``dtype``."""
+    """Return a mask of F.scaled_dot_product_attention as a bias of 4 dimensions; that of a bool mask in ``dtype``."""
     attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     if attn_mask.dtype != torch.bool:
         return attn_mask
@@ -50,51 +50,35 @@ def as_bias(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def mask_arguments(attn_mask: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """A mask for tokens x (B, T, D) as ops.attention takes it: of keys where it is one, else a bias."""
+    """Return a mask for tokens x (B, T, D) as ops.attention takes it: a key mask where it is one, else a bias."""
     if attn_mask.dtype == torch.bool and all(size == 1 for size in attn_mask.shape[:-1][-2:]):
         return {"key_mask": attn_mask.reshape(-1, attn_mask.shape[-1]).expand(x.shape[:2])}
     return {"bias": as_bias(attn_mask, x.dtype)}
 
 
 def between(queries: Sequences, keys: Sequences) -> dict[str, Any]:
-    """Arguments of ops.attention for queries of packed images to the keys of their own image."""
+    """Return the arguments of ops.attention for queries of packed images to the keys of their own image."""
     return {
         "cu_seqlens": (queries.cu_seqlens, keys.cu_seqlens),
         "max_seqlen": (queries.longest, keys.longest),
     }
 
 
-class Relative(NamedTuple):
-    """What is added to the scores by how far apart two tokens are: nothing, or by a table, or by keys of distances."""
-
-    table: Tensor | None = None  # with its window, as ops.attention takes them
-    window: Window | None = None
-    keys: Tensor | None = None  # ((H,) 2T-1, d)
-
-    @property
-    def given(self) -> bool:
-        """Whether there is any."""
-        return self.keys is not None or self.table is not None
-
-    def options(self) -> dict[str, Any]:
-        """The same as arguments of ops.attention."""
-        if self.keys is not None:
-            return {"rel_pos_keys": self.keys}
-        return {} if self.table is None else {"rel_pos_table": self.table, "window": self.window}
-
-    def bias(self, q: Tensor, scale: float) -> Tensor | None:
-        """The same as a bias of all queries q (B, T, H, d), of T x T."""
-        if self.keys is not None:
-            return reference.relative_bias(q, self.keys, scale).to(q.dtype)
-        return None if self.table is None or self.window is None else reference.table_bias(self.table, self.window)
-
-    def added_to(self, options: dict[str, Any], q: Tensor, scale: float) -> dict[str, Any]:
-        """Arguments of ops.attention with these; one bias where there is one already, T x T as that is."""
-        if "bias" in options and (bias := self.bias(q, scale)) is not None:
-            return options | {"bias": options["bias"] + bias}
-        return options | self.options()
+def relative_bias(
+    q: Tensor,
+    scale: float,
+    rel_pos_keys: Tensor | None = None,
+    rel_pos_table: Tensor | None = None,
+    window: Window | None = None,
+) -> Tensor:
+    """Return what relative positions add to the scores of queries q (B, T, H, d), as a bias of T x T."""
+    if rel_pos_keys is not None:
+        return reference.relative_bias(q, rel_pos_keys, scale).to(q.dtype)
+    assert rel_pos_table is not None and window is not None
+    return reference.table_bias(rel_pos_table, window)
 
 
+@fuse.branch
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al., 2017; appendix A of the ViT paper); timm's arguments and keys.
 
@@ -140,8 +124,8 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5
         self.fused_attn = True
 
-        def norm(wanted: bool, width: int) -> nn.Module:
-            return norm_layer(width, **dd) if wanted and norm_layer is not None else nn.Identity()
+        def norm(use: bool, width: int) -> nn.Module:
+            return norm_layer(width, **dd) if use and norm_layer is not None else nn.Identity()
 
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **dd)
         self.q_norm = norm(qk_norm, self.head_dim)
@@ -156,71 +140,102 @@ class Attention(nn.Module):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        sequences: Sequences | None = None,
-        positions: Positions | None = None,
+        context: TokenContext = NO_CONTEXT,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D).
+        """Return the attention of x (B, T, D) among its tokens, (B, T, D).
 
         Args:
             attn_mask, is_causal: as in F.scaled_dot_product_attention, broadcast to (B, H, T, T).
-            sequences: where the images are of which x (1, total, D) is packed; each attends to itself alone.
-            positions: where the tokens are, if queries and keys are turned or the scores biased by it.
+            context: what else is known of the tokens; see :class:`fastvit.layers.token_context.TokenContext`.
         """
-        return self.branch(x, attn_mask=attn_mask, is_causal=is_causal, sequences=sequences, positions=positions)
+        return self.branch(x, context=with_masks(context, attn_mask, is_causal))
 
     def branch(
         self,
         x: Tensor,
         norm: nn.Module | None = None,
-        merge: Merge | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        tokens: int | None = None,
-        sequences: Sequences | None = None,
-        positions: Positions | None = None,
+        residual: Residual | None = None,
+        context: TokenContext = NO_CONTEXT,
     ) -> Tensor:
-        """merge(attention(norm(x))): the whole branch of a block, with the norm and the residual in the ops.
-
-        Args:
-            tokens: only the first so many tokens of the result are computed, of each image if packed. They read the
-                keys and values of all.
-        """
-        rope = None if positions is None else positions.rope
-        batches = None if positions is None else positions.batches
-        relative = self._relative(positions)
-        options = self._options(x, attn_mask, is_causal, sequences)
-        every = batches is not None or relative.given  # which want as many queries as keys
-        queries = None if every else tokens
-        if queries is not None and rope is None and fuse.is_fusable(self.qkv, nn.Linear):
-            q, k, v = self._few_queries(x, norm, queries, sequences)
-            q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
+        """Return residual(attention(norm(x))), the branch of a block, with the norm and the residual in the ops."""
+        relative = self.relative_options(context)
+        # Biases by relative position are for as many queries as keys.
+        keep = None if relative or context.batches is not None else context.keep
+        options = self._fused_options(x, context, keep)
+        if keep is not None and context.rope is None and fuse.is_fusable(self.qkv, nn.Linear):
+            out = self._attend(*self._leading_qkv(x, norm, keep, context.sequences), options, relative, context)
         else:
-            qkv = self._project_in(x, norm).unflatten(-1, (3, self.num_heads, self.head_dim))
-            plain = rope is None and fuse.is_identity(self.q_norm) and fuse.is_identity(self.k_norm)
-            if options is not None and plain:
-                packed = self._fused(ops.attention_qkvpacked, [qkv], qkv[:, :, 0], options, relative, batches)
-                return self._project(leading(packed, tokens, sequences), merge)
-            q, k, v = qkv.unbind(2)
-            q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
-            if rope is not None:
-                q, k = ops.rotate(q, k, *rope)
-            q = leading(q, queries, sequences)
-        if options is None:
-            if (bias := relative.bias(q, self.scale)) is not None:
-                if is_causal:
-                    above = torch.ones(bias.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-                    bias, is_causal = bias.masked_fill(above, float("-inf")), False
-                attn_mask = bias if attn_mask is None else bias + as_bias(attn_mask, q.dtype)
-            out = self._attend(q, k, v, attn_mask, is_causal)
-        else:
-            if queries is not None and sequences is not None:
-                options |= between(sequences.leading(queries), sequences)
-            out = self._fused(ops.attention, [q, k, v], q, options, relative, batches)
-        return self._project(out if queries is not None else leading(out, tokens, sequences), merge)
+            qkv = fuse.linear(self.qkv, x, norm=norm, bias=self._qkv_bias())
+            qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+            if options is not None and keep is None and self._is_plain(context):
+                out = self._fused(ops.attention_qkvpacked, [qkv], qkv[:, :, 0], options, relative, context.batches)
+            else:
+                q, k, v = self._rotated(qkv, context)
+                out = self._attend(leading(q, keep, context.sequences), k, v, options, relative, context)
+            if keep is None:
+                out = leading(out, context.keep, context.sequences)
+        return fuse.linear(self.proj, out.flatten(2), norm=self.norm, dropout=self.proj_drop, residual=residual)
 
-    def _relative(self, positions: Positions | None) -> Relative:
-        """What the scores have by relative position."""
-        return Relative() if positions is None else Relative(positions.table, positions.window)
+    def heads(self, x: Tensor, norm: nn.Module | None, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values of norm(x), (B, T, H, d) each, as the scores are taken of them."""
+        qkv = fuse.linear(self.qkv, x, norm=norm, bias=self._qkv_bias())
+        return self._rotated(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)), context)
+
+    def relative_options(self, context: TokenContext) -> dict[str, Any]:
+        """Return the arguments of ops.attention for scores by relative position; none where there are no such."""
+        if context.rel_pos_table is None:
+            return {}
+        return {"rel_pos_table": context.rel_pos_table, "window": context.window}
+
+    def _qkv_bias(self) -> Tensor | None:
+        """Return a bias of queries, keys and values (3 * H * d,) that the matrix does not hold itself."""
+        return None
+
+    def _leading_qkv(
+        self, x: Tensor, norm: nn.Module | None, keep: int, sequences: Sequences | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries of the first ``keep`` tokens, and keys and values of all."""
+        heads, rows = (self.num_heads, self.head_dim), self.attn_dim  # the matrix's first third is the queries'
+        weight, bias = self.qkv.weight, self._qkv_bias()
+        bias = self.qkv.bias if bias is None else bias
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
+        q = fuse.fused(ops.linear, leading(x, keep, sequences), weight[:rows], q_bias, norm=norm)
+        kv = fuse.fused(ops.linear, x, weight[rows:], kv_bias, norm=norm)
+        k, v = kv.unflatten(-1, (2, *heads)).unbind(2)
+        return head_norm(self.q_norm, q.unflatten(-1, heads)), head_norm(self.k_norm, k), v
+
+    def _is_plain(self, context: TokenContext) -> bool:
+        """Return whether queries and keys go into the scores as they are projected."""
+        return context.rope is None and fuse.is_identity(self.q_norm) and fuse.is_identity(self.k_norm)
+
+    def _rotated(self, qkv: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v of qkv (B, T, 3, H, d), with queries and keys normed and rotated."""
+        q, k, v = qkv.unbind(2)
+        q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
+        if context.rope is not None:
+            q, k = ops.rotate(q, k, *context.rope)
+        return q, k, v
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: dict[str, Any] | None,
+        relative: dict[str, Any],
+        context: TokenContext,
+    ) -> Tensor:
+        """Return the attention of heads (B, T, H, d): by ops.attention, or without ``options`` step by step."""
+        if options is not None:
+            return self._fused(ops.attention, [q, k, v], q, options, relative, context.batches)
+        attn_mask, is_causal = context.attn_mask, context.is_causal
+        if relative:
+            bias = relative_bias(q, self.scale, **relative)
+            if is_causal:
+                above = torch.ones(bias.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+                bias, is_causal = bias.masked_fill(above, float("-inf")), False
+            attn_mask = bias if attn_mask is None else bias + as_bias(attn_mask, q.dtype)
+        return self._unfused(q, k, v, attn_mask, is_causal)
 
     def _fused(
         self,
@@ -228,54 +243,37 @@ class Attention(nn.Module):
         heads: list[Tensor],
         q: Tensor,
         options: dict[str, Any],
-        relative: Relative,
+        relative: dict[str, Any],
         batches: Batches | None,
     ) -> Tensor:
-        """op of heads (B, T, ...), whose queries are q; or packed (1, total, ...), one call for each size of image."""
+        """Return op(heads), (B, T, ...) of queries q, or of packed images (1, total, ...) one call for each size."""
         if batches is None:
-            out: Tensor = op(*heads, **relative.added_to(options, q, self.scale))
+            if relative and "bias" in options:  # both are one bias of T x T
+                options |= {"bias": options["bias"] + relative_bias(q, self.scale, **relative)}
+                relative = {}
+            out: Tensor = op(*heads, **options, **relative)
             return out
-        options = {name: value for name, value in options.items() if name not in ("cu_seqlens", "max_seqlen")}
         if batches.order is not None:
             heads = [t.index_select(1, batches.order) for t in heads]
         found, parts = [], [t[0].split([batch.images * batch.tokens for batch in batches.each]) for t in heads]
         for i, (batch, *part) in enumerate(zip(batches.each, *parts, strict=True)):
             own = options | ({"seed": options["seed"] + i} if "seed" in options else {})
-            given = (t.unflatten(0, (batch.images, batch.tokens)) for t in part)
-            found.append(op(*given, **own, **self._relative(batch.positions).options()).flatten(0, 1))
+            each = (t.unflatten(0, (batch.images, batch.tokens)) for t in part)
+            found.append(op(*each, **own, **self.relative_options(batch.context)).flatten(0, 1))
         out = torch.cat(found).unsqueeze(0)
         return out if batches.back is None else out.index_select(1, batches.back)
 
-    def _few_queries(
-        self, x: Tensor, norm: nn.Module | None, tokens: int, sequences: Sequences | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the first tokens only, keys and values of all: the first third of the matrix's rows is theirs."""
-        heads, rows = (self.num_heads, self.head_dim), self.attn_dim
-        weight, bias = self.qkv.weight, self._bias_in()
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:rows], bias[rows:])
-        q = fuse.folded(ops.linear, leading(x, tokens, sequences), weight[:rows], q_bias, norm=norm)
-        kv = fuse.folded(ops.linear, x, weight[rows:], kv_bias, norm=norm)
-        k, v = kv.unflatten(-1, (2, *heads)).unbind(2)
-        return q.unflatten(-1, heads), k, v
+    def _fused_options(self, x: Tensor, context: TokenContext, keep: int | None = None) -> dict[str, Any] | None:
+        """Return the arguments of ops.attention, or None where hooks see the weights, or a mask is none that it takes.
 
-    def _bias_in(self) -> Tensor | None:
-        """The bias of queries, keys and values, (3 * H * d,)."""
-        return self.qkv.bias
-
-    def _project_in(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        """x (B, T, D) -> queries, keys and values, (B, T, 3 * H * d)."""
-        return fuse.linear(self.qkv, x, norm=norm)
-
-    def _options(
-        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, sequences: Sequences | None
-    ) -> dict[str, Any] | None:
-        """Arguments for ops.attention, or None where the weights are to be seen, or more is wanted than it does."""
-        drop = self.attn_drop
+        ``keep``: how many leading tokens of each image are queries.
+        """
+        attn_mask, sequences, drop = context.attn_mask, context.sequences, self.attn_drop
         rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
         unseen = self.fused_attn and fuse.is_fusable(drop, nn.Dropout, nn.Identity, or_counted=sequences is not None)
         # While torch.fx traces, a mask is no tensor yet.
         known = attn_mask is None or (sequences is None and isinstance(attn_mask, Tensor))
-        if not (unseen and known and is_causal is False and rate < 1.0):
+        if not (unseen and known and context.is_causal is False and rate < 1.0):
             if sequences is None:
                 return None
             raise ValueError(
@@ -287,17 +285,15 @@ class Attention(nn.Module):
             options |= mask_arguments(attn_mask, x)
         if rate > 0.0:  # drawn where it is read: nothing waits for it, and checkpointing draws it again
             options |= {"dropout_p": rate, "seed": torch.randint(2**63 - 1, (1,), device=x.device)}
-        if sequences is not None:
-            options |= {"cu_seqlens": sequences.cu_seqlens, "max_seqlen": sequences.longest}
+        if sequences is not None and context.batches is None:
+            if keep is None:
+                options |= {"cu_seqlens": sequences.cu_seqlens, "max_seqlen": sequences.longest}
+            else:
+                options |= between(sequences.leading(keep), sequences)
         return options
 
-    def _project(self, out: Tensor, merge: Merge | None) -> Tensor:
-        """out (B, T, H, d) -> (B, T, D)."""
-        norm = None if fuse.is_identity(self.norm) else self.norm
-        return fuse.linear(self.proj, out.flatten(2), norm=norm, dropout=self.proj_drop, merge=merge)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Causal attention, or attention with its weights open to hooks. All (B, T, H, d)."""
+    def _unfused(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Return causal attention, or attention with its weights open to hooks. All (B, T, H, d)."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if self.fused_attn and fuse.is_fusable(self.attn_drop, nn.Dropout):
             dropout = self.attn_drop.p if self.attn_drop.training else 0.0
@@ -354,10 +350,8 @@ class AttentionPoolLatent(nn.Module):
         nn.init.trunc_normal_(self.latent, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, x: Tensor, sequences: Sequences | None = None) -> Tensor:
-        """x (B, T, D) -> (B, D), or packed images (1, total, D) -> (n, D)."""
-        heads = (self.num_heads, self.head_dim)
-        q = fuse.linear(self.q, self.latent).unflatten(-1, heads)  # (1, 1, H, d)
-        k, v = fuse.linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(2)
+        """Return the pooled tokens x (B, T, D), (B, D), or of packed images (1, total, D), (n, D)."""
+        q, k, v = self._heads(x)
         if sequences is None:
             out: Any = ops.attention(q.expand(x.shape[0], -1, -1, -1), k, v)
         else:
@@ -366,6 +360,17 @@ class AttentionPoolLatent(nn.Module):
         x = fuse.linear(self.proj, out.flatten(2), dropout=self.proj_drop)
         y = self.mlp.branch(x, self.norm) if fuse.is_fusable(self.mlp, Mlp) else self.mlp(self.norm(x))
         return (x + y)[:, 0]
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the query (1, 1, H, d), and the keys and values of x, (B, T, H, d) each."""
+        heads = (self.num_heads, self.head_dim)
+        k, v = fuse.linear(self.kv, x).unflatten(-1, (2, *heads)).unbind(2)
+        return fuse.linear(self.q, self.latent).unflatten(-1, heads), k, v
+
+    def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries (B, 1, H, d) and keys (B, T, H, d) of x (B, T, D)."""
+        q, k, _ = self._heads(x)
+        return q.expand(x.shape[0], -1, -1, -1), k
 
 
 class AttentionPoolPrr(nn.Module):
@@ -385,10 +390,15 @@ class AttentionPoolPrr(nn.Module):
         self.out_features = dim
 
     def forward(self, x: Tensor, sequences: Sequences | None = None) -> Tensor:
-        """x (B, T, D) -> (B, D), or packed images (1, total, D) -> (n, D)."""
+        """Return the pooled tokens x (B, T, D), (B, D), or of packed images (1, total, D), (n, D)."""
         tokens = x.unflatten(-1, (self.num_heads, self.head_dim))
         queries = leading(tokens, 1 if self.pool == "token" else None, sequences)
         read = sequences.leading(1) if sequences is not None and self.pool == "token" else sequences
         options = {} if sequences is None or read is None else between(read, sequences)
         out: Any = ops.attention(queries, tokens, tokens, **options)
         return reduce_tokens(out.flatten(2), "mean", read)
+
+    def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries (B, 1 or T, H, d) and keys (B, T, H, d) of x (B, T, D)."""
+        k = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return (k[:, :1] if self.pool == "token" else k), k

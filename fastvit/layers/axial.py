@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.layers import fuse
-from fastvit.layers.attention import Attention, Window, head_norm
-from fastvit.layers.fuse import Merge
+from fastvit.layers.attention import Attention, Window
+from fastvit.layers.fuse import Residual
 from fastvit.layers.packed import leading
-from fastvit.layers.positions import Positions
-from fastvit.packing import Sequences
+from fastvit.layers.token_context import NO_CONTEXT, TokenContext
 
 
+@fuse.branch
 class AxialAttention(Attention):
     """Self-attention of each patch with the patches of its row, or of its column, alone; keys of :class:`Attention`.
 
@@ -33,37 +33,39 @@ class AxialAttention(Attention):
         self,
         x: Tensor,
         norm: nn.Module | None = None,
-        merge: Merge | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        tokens: int | None = None,
-        sequences: Sequences | None = None,
-        positions: Positions | None = None,
+        residual: Residual | None = None,
+        context: TokenContext = NO_CONTEXT,
     ) -> Tensor:
-        """As :meth:`Attention.branch`, of tokens x (B, h * w, D) that are the patches of ``positions.window`` = (h, w).
+        """As :meth:`Attention.branch`, of tokens x (B, h * w, D) that are the patches of ``context.window`` = (h, w).
 
         Raises:
             ValueError: no window, a mask, or packed images.
         """
-        window = None if positions is None else positions.window
-        if window is None or attn_mask is not None or is_causal or sequences is not None:
+        window = context.window
+        if window is None or context.attn_mask is not None or context.is_causal or context.sequences is not None:
             raise ValueError("attention along rows or columns takes one grid of patches, and no mask or packed images")
-        qkv = self._lines(self._project_in(x, norm), window).unflatten(-1, (3, self.num_heads, self.head_dim))
-        options = self._options(qkv, None, False, None)
-        if options is not None and fuse.is_identity(self.q_norm) and fuse.is_identity(self.k_norm):
-            out: Any = ops.attention_qkvpacked(qkv, **options)
+        qkv = fuse.linear(self.qkv, x, norm=norm, bias=self._qkv_bias())
+        qkv = self._lines(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)), window)
+        options = self._fused_options(qkv, NO_CONTEXT)
+        if options is not None and self._is_plain(NO_CONTEXT):
+            out = self._fused(ops.attention_qkvpacked, [qkv], qkv[:, :, 0], options, {}, None)
         else:
-            q, k, v = qkv.unbind(2)
-            q, k = head_norm(self.q_norm, q), head_norm(self.k_norm, k)
-            out = self._attend(q, k, v, None, False) if options is None else ops.attention(q, k, v, **options)
-        return self._project(leading(self._patches(out, window), tokens, None), merge)
+            out = self._attend(*self._rotated(qkv, NO_CONTEXT), options, {}, NO_CONTEXT)
+        out = leading(self._patches(out, window), context.keep).flatten(2)
+        return fuse.linear(self.proj, out, norm=self.norm, dropout=self.proj_drop, residual=residual)
+
+    def heads(self, x: Tensor, norm: nn.Module | None, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Raise a TypeError: there is no attention of all tokens."""
+        raise TypeError(
+            "attention along rows and columns has no map of T x T weights; accepted: attention of all tokens"
+        )
 
     def _lines(self, x: Tensor, window: Window) -> Tensor:
-        """x (B, h * w, C) -> rows (B * h, w, C) or columns (B * w, h, C)."""
+        """Return the rows (B * h, w, ...) or columns (B * w, h, ...) of x (B, h * w, ...)."""
         x = x.unflatten(1, window)
         return (x.transpose(1, 2) if self.columns else x).flatten(0, 1)
 
     def _patches(self, x: Tensor, window: Window) -> Tensor:
-        """Rows (B * h, w, H, d) or columns (B * w, h, H, d) -> (B, h * w, H, d)."""
+        """Return rows (B * h, w, H, d) or columns (B * w, h, H, d) as patches (B, h * w, H, d)."""
         x = x.unflatten(0, (-1, window[1] if self.columns else window[0]))
         return (x.transpose(1, 2) if self.columns else x).flatten(1, 2)

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit import ops
 from fastvit.layers import fuse
-from fastvit.layers.attention import Attention, Relative, Window
-from fastvit.layers.positions import Positions
+from fastvit.layers.attention import Attention, Window
 from fastvit.layers.resample import resample_rel_pos_table
+from fastvit.layers.token_context import TokenContext
 
 torch.fx.wrap("resample_rel_pos_table")  # symbolic tracing sees one call: it may not know the window
 
@@ -23,7 +22,7 @@ class Windowed:
     relative_position_bias_table: nn.Parameter | None
 
     def table_for(self, window: Window) -> Tensor | None:
-        """The table ((2h-1)(2w-1)+3, H) for patches in another window too, interpolated; None without one."""
+        """Return the table ((2h-1)(2w-1)+3, H), interpolated for another window of patches; None without one."""
         table, own = self.relative_position_bias_table, self.window_size
         return None if table is None or own is None else resample_rel_pos_table(table, window, own)
 
@@ -65,6 +64,7 @@ class RelativePositionBias(Windowed, nn.Module):
         nn.init.zeros_(self.relative_position_bias_table)
 
 
+@fuse.branch
 class BeitAttention(Windowed, Attention):
     """Self-attention with a table of biases by relative position, looked up inside the kernel; timm's keys.
 
@@ -108,24 +108,16 @@ class BeitAttention(Windowed, Attention):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def _bias_in(self) -> Tensor | None:
+    def _qkv_bias(self) -> Tensor | None:
         q_bias, v_bias = self.q_bias, self.v_bias
         if q_bias is None or v_bias is None:
             return None
         return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
 
-    def _project_in(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        bias = self._bias_in()
-        if bias is None:
-            return super()._project_in(x, norm)
-        if fuse.is_fusable(self.qkv, nn.Linear):
-            return fuse.folded(ops.linear, x, self.qkv.weight, bias, norm=norm)
-        return fuse.linear(self.qkv, x, norm=norm) + bias
-
-    def _relative(self, positions: Positions | None) -> Relative:
-        shared = super()._relative(positions)
-        window = self.window_size if shared.window is None else shared.window
+    def relative_options(self, context: TokenContext) -> dict[str, Any]:
+        """Return the arguments of ops.attention for this block's table, and the one that all blocks share."""
+        shared, window = context.rel_pos_table, context.window or self.window_size
         own = None if window is None else self.table_for(window)
-        if own is None or shared.table is None:
-            return Relative(shared.table if own is None else own, window)
-        return Relative(own + shared.table, window)
+        if own is None:
+            return super().relative_options(context)
+        return {"rel_pos_table": own if shared is None else own + shared, "window": window}

@@ -5,47 +5,23 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastvit.layers import fuse
 from fastvit.layers.attention import Attention, Window
-from fastvit.layers.axial import AxialAttention
 from fastvit.layers.beit import BeitAttention
-from fastvit.layers.fuse import Merge
+from fastvit.layers.fuse import Residual
 from fastvit.layers.misc import DropPath, LayerScale
-from fastvit.layers.mlp import Mlp, SwiGLU
+from fastvit.layers.mlp import Mlp
 from fastvit.layers.norm import LayerNorm
 from fastvit.layers.packed import leading
-from fastvit.layers.pos_embed import RelativeAttention
-from fastvit.layers.positions import Positions
-from fastvit.packing import Sequences
-
-# A block made of these alone treats each token by itself, but for the attention's own sum over keys.
-_ATTENTIONS = (Attention, AxialAttention, BeitAttention, RelativeAttention)
-_OURS = (
-    *_ATTENTIONS,
-    DropPath,
-    LayerNorm,
-    LayerScale,
-    Mlp,
-    SwiGLU,
-    fuse.GELUTanh,
-    fuse.QuickGELU,
-    nn.Dropout,
-    nn.GELU,
-    nn.Identity,
-    nn.LayerNorm,
-    nn.Linear,
-    nn.SiLU,
-)
-
-
-def _by_token(module: nn.Module) -> bool:
-    """Whether the module is one of these, or another library's activation that means one, and nobody watches it."""
-    return fuse.activation_name(module) is not None or fuse.is_fusable(module, *_OURS)
+from fastvit.layers.token_context import NO_CONTEXT, TokenContext, arguments, with_masks
+from fastvit.ops import backends
 
 
 class Block(nn.Module):
@@ -60,11 +36,11 @@ class Block(nn.Module):
         proj_drop, attn_drop, drop_path: dropout rates.
         init_values: start of LayerScale; None leaves it out.
         act_layer, norm_layer, mlp_layer, attn_layer: classes of the pieces. What is not ours runs as a module.
-        depth: index of the block, for an ``attn_layer`` that asks for it, and among the positions that blocks add.
+        depth: index of the block, for an ``attn_layer`` with that argument, and among the positions that blocks add.
         window_size: (h, w) of the patches, for an ``attn_layer`` with a table for them.
     """
 
-    #: what a ViT builds it with by default
+    #: attn_layer by default in a ViT
     default_attn: Callable[..., nn.Module] = Attention
 
     def __init__(
@@ -92,9 +68,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        asked: dict[str, Any] = {} if window_size is None else {"window_size": window_size}
+        extra: dict[str, Any] = {} if window_size is None else {"window_size": window_size}
         if "depth" in inspect.signature(attn_layer).parameters:
-            asked["depth"] = depth
+            extra["depth"] = depth
         self.depth = depth
 
         def scale() -> nn.Module:
@@ -114,7 +90,7 @@ class Block(nn.Module):
             attn_drop=attn_drop,
             proj_drop=proj_drop,
             norm_layer=norm_layer,
-            **asked,
+            **extra,
             **dd,
         )
         self.ls1 = scale()
@@ -132,59 +108,80 @@ class Block(nn.Module):
         self.ls2 = scale()
         self.drop_path2 = dropped()
 
-    def unwatched(self) -> bool:
-        """Whether computing only some tokens is exact and nobody in the block could tell.
+    def can_prune(self) -> bool:
+        """Return whether computing only some tokens is exact and nobody in the block could tell.
 
         Not with hooks, replaced modules or a subclass, and not with active dropout, whose random numbers would differ.
         """
         return (
-            fuse.is_fusable(self, Block, BeitBlock)
-            and type(self.attn) in _ATTENTIONS
-            and type(self.mlp) in (Mlp, SwiGLU)
-            and all(_by_token(module) for child in self.children() for module in child.modules())
+            fuse.is_ours(self)
+            and fuse.has_branch(self.attn)
+            and fuse.has_branch(self.mlp)
+            and all(
+                fuse.activation_name(module) is not None or fuse.is_ours(module)
+                for child in self.children()
+                for module in child.modules()
+            )
             and all(
                 fuse.is_inactive(d) for d in (self.attn.attn_drop, self.attn.proj_drop, self.mlp.drop1, self.mlp.drop2)
             )
         )
 
+    def attention_inputs(self, x: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Return q, k and v (B, T, H, d) that the block makes of x (B, T, D), and the options of ops.attention.
+
+        Raises:
+            TypeError: attention of another class than ours, which may do anything with its norm and qkv.
+        """
+        attn: Any = self.attn
+        if not (fuse.is_known(self) and fuse.is_known(attn) and isinstance(attn, Attention)):
+            raise TypeError(
+                f"a {type(self).__name__} with {type(attn).__name__} for its attention; accepted: fastvit.layers' "
+                "Block or BeitBlock with Attention, BeitAttention or RelativeAttention"
+            )
+        q, k, v = attn.heads(self._with_positions(x, context), self.norm1, context)
+        return q, k, v, {"scale": attn.scale, **attn.relative_options(context)}
+
     def _scales(self) -> tuple[nn.Module | Tensor | None, nn.Module | Tensor | None]:
-        """LayerScale of attention and of the MLP."""
+        """Return LayerScale of attention and of the MLP."""
         return self.ls1, self.ls2
+
+    def _with_positions(self, x: Tensor, context: TokenContext) -> Tensor:
+        """Return x with the position embeddings of this block, where each block adds its own."""
+        if not context.layer_pos_embed:  # else the block's number would be a reason to compile each by itself
+            return x
+        return x + context.layer_pos_embed[self.depth % len(context.layer_pos_embed)]
 
     def forward(
         self,
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        tokens: int | None = None,
-        sequences: Sequences | None = None,
-        positions: Positions | None = None,
+        context: TokenContext = NO_CONTEXT,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or with ``tokens`` only the first so many of each image, (B, tokens, D).
+        """Return x (B, T, D) after attention and MLP, (B, T, D); of ``context.keep`` tokens alone (B, keep, D).
 
-        With ``sequences``, x (1, total, D) are packed images, which attend to themselves alone.
+        Args:
+            attn_mask, is_causal: timm's arguments, as in F.scaled_dot_product_attention.
+            context: what else is known of the tokens.
         """
-        options: dict[str, Any] = {}
-        if attn_mask is not None or is_causal:
-            options.update(attn_mask=attn_mask, is_causal=is_causal)
-        if sequences is not None:
-            options.update(sequences=sequences)
-        if positions is not None:
-            options.update(positions=positions)
-            if positions.added:  # else the block's number would be a reason to compile each by itself
-                x = positions.before(x, self.depth)
+        context = with_masks(context, attn_mask, is_causal)
+        x = self._with_positions(x, context)
+        keep, sequences = context.keep, context.sequences
+        kept = sequences if sequences is None or keep is None else sequences.leading(keep)
         scale1, scale2 = self._scales()
-        kept = sequences if sequences is None or tokens is None else sequences.leading(tokens)
-        merge = Merge(leading(x, tokens, sequences), scale1, self.drop_path1, kept)
-        if fuse.is_fusable(self.attn, *_ATTENTIONS):
-            x = self.attn.branch(x, self.norm1, merge, tokens=tokens, **options)
+
+        residual = Residual(leading(x, keep, sequences), scale1, self.drop_path1, kept)
+        if fuse.has_branch(self.attn):
+            x = self.attn.branch(x, self.norm1, residual, context)
         else:
-            y = self.attn(self.norm1(x), **options)
-            x = merge.as_modules(leading(y, tokens, sequences))
-        merge = Merge(x, scale2, self.drop_path2, kept)
-        if fuse.is_fusable(self.mlp, Mlp, SwiGLU):
-            return self.mlp.branch(x, self.norm2, merge)
-        return merge.as_modules(self.mlp(self.norm2(x)))
+            y = self.attn(self.norm1(x), **arguments(context._replace(keep=None)))
+            x = residual.as_modules(leading(y, keep, sequences))
+
+        residual = Residual(x, scale2, self.drop_path2, kept)
+        if fuse.has_branch(self.mlp):
+            return self.mlp.branch(x, self.norm2, residual)
+        return residual.as_modules(self.mlp(self.norm2(x)))
 
 
 class BeitBlock(Block):
@@ -264,21 +261,47 @@ class BeitBlock(Block):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        tokens: int | None = None,
-        sequences: Sequences | None = None,
-        positions: Positions | None = None,
+        context: TokenContext = NO_CONTEXT,
         shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
         """As :class:`Block`'s; shared_rel_pos_bias (H, T, T) is timm's name for an attn_mask."""
-        attn_mask = shared_rel_pos_bias if attn_mask is None else attn_mask
-        return super().forward(x, attn_mask, is_causal, tokens, sequences, positions)
+        return super().forward(x, shared_rel_pos_bias if attn_mask is None else attn_mask, is_causal, context)
 
 
 class Blocks(nn.Sequential):
-    """Blocks one after the other, all of which are told the same besides."""
+    """Blocks one after the other, all with the same context."""
 
-    def forward(self, input: Tensor, **told: Any) -> Tensor:
-        """input (B, T, D) -> (B, T, D); ``told`` are arguments of every block."""
+    def forward(self, input: Tensor, context: TokenContext = NO_CONTEXT) -> Tensor:
+        """Return the tokens input (B, T, D) after all blocks."""
+        options = arguments(context)
         for block in self:
-            input = block(input, **told)
+            input = block(input, **options)
         return input
+
+
+def run_block(block: nn.Module, x: Tensor, context: TokenContext, checkpointing: bool = False) -> Tensor:
+    """Return block(x), recomputed in backward where ``checkpointing`` is on and there is no mask (as in timm)."""
+    options = arguments(context)
+    if not checkpointing or context.attn_mask is not None or context.is_causal:
+        return block(x, **options)
+    if torch.compiler.is_compiling():  # compiled code keeps the setting that it was compiled for
+        return checkpoint(block, x, use_reentrant=False, **options)
+    chosen = backends.again()  # now; the setting may be another when backward recomputes
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), chosen), **options)
+
+
+def run_blocks(
+    blocks: nn.Sequential, x: Tensor, context: TokenContext, checkpointing: bool = False, keep: int | None = None
+) -> Tensor:
+    """Return the tokens x (B, T, D) after all blocks; of each image only the first ``keep`` where that is given."""
+    if keep is None and not checkpointing:
+        if not arguments(context):
+            return blocks(x)
+        if isinstance(blocks, Blocks):  # a model of timm's has a plain Sequential
+            return blocks(x, context=context)
+    last = len(blocks) - 1
+    for i, block in enumerate(blocks):
+        if i == last and keep is not None:
+            context = context._replace(keep=keep)
+        x = run_block(block, x, context, checkpointing)
+    return x

@@ -2,14 +2,14 @@
 
 A layer here is a tree of ordinary modules, so that state_dict keys, hooks, LoRA wrappers, parametrisations
 and quantised replacements work as anywhere. An op may stand in for several of these modules only where
-calling them would do nothing else: :func:`is_fusable` is that question, and the only place that asks it.
-What is not fusable runs as the module it is, and the pieces around it stay fused.
+calling them would do nothing else; :func:`is_fusable` alone decides that. What is not fusable runs as the
+module it is, and the pieces around it stay fused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class QuickGELU(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (...) -> (...)."""
+        """Return x * sigmoid(1.702 x), of the shape of x."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -46,11 +46,18 @@ class GELUTanh(nn.GELU):
         super().__init__(approximate="tanh")
 
 
+_HOOKS_ON_ALL = (
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+)
+Kind = TypeVar("Kind", bound=nn.Module)
 _PLAIN = (nn.Parameter, Tensor)
 
-# What the forward of PyTorch's classes is, so that one that was replaced on the class is seen; ours are added below
-# and in fastvit.layers.
+# The forward of each class that may be fused, as it was at import, so that one replaced on the class is seen.
 _FORWARD: dict[type[nn.Module], Callable[..., Any]] = {}
+_BRANCHES: tuple[type[nn.Module], ...] = ()
 
 
 def remember_forward(*kinds: type[nn.Module]) -> None:
@@ -75,17 +82,36 @@ remember_forward(
 )
 
 
-def _hooks_on_all() -> bool:
-    return bool(
-        _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
-    )
+def branch(kind: type[Kind]) -> type[Kind]:
+    """Register a class whose ``branch`` method is residual(module(norm(x))), so that blocks fuse it."""
+    global _BRANCHES
+    _BRANCHES = (*_BRANCHES, kind)
+    remember_forward(kind)
+    return kind
+
+
+def is_known(module: nn.Module) -> bool:
+    """Return whether the module is exactly of a class that may be fused, with the forward of that class."""
+    return _FORWARD.get(type(module)) is type(module).forward and "forward" not in module.__dict__
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Return whether the module is exactly of a class that may be fused, and nobody watches it."""
+    kind = type(module)
+    return is_fusable(module, *((kind,) if kind in _FORWARD else ()))
+
+
+def has_branch(module: nn.Module) -> bool:
+    """Return whether the norm before the module and the residual after it may go into its own ops."""
+    return is_fusable(module, *_BRANCHES)
 
 
 def why_not_fusable(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False) -> str | None:
-    """Why using the module's parameters directly is not the same as calling it, or None; see :func:`is_fusable`."""
-    if type(module) not in kinds:
+    """Return why using the module's parameters is not the same as calling it, or None; see :func:`is_fusable`."""
+    kind = type(module)
+    if kind not in kinds:
         return "its class is not one that is fused"
-    if "forward" in module.__dict__ or _FORWARD.get(type(module), type(module).forward) is not type(module).forward:
+    if "forward" in module.__dict__ or _FORWARD.get(kind, kind.forward) is not kind.forward:
         return "its forward was replaced"
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return "it norms over more than the last dimension"
@@ -94,7 +120,7 @@ def why_not_fusable(module: nn.Module, *kinds: type[nn.Module], or_counted: bool
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or (not or_counted and _hooks_on_all())
+        or (not or_counted and any(_HOOKS_ON_ALL))
     ):
         return "it has hooks"
     for parameter in module._parameters.values():
@@ -104,12 +130,13 @@ def why_not_fusable(module: nn.Module, *kinds: type[nn.Module], or_counted: bool
 
 
 def is_fusable(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = False) -> bool:
-    """Whether using the module's parameters directly is the same as calling it.
+    """Return whether using the module's parameters directly is the same as calling it.
 
     It is exactly of one of ``kinds`` (a subclass, a LoRA wrapper or a parametrised class is not), its ``forward``
-    is its class's, no hook watches it, and its parameters are plain floating tensors. A no is logged once.
+    is its class's, no hook watches it, and its parameters are plain floating tensors. Each reason against it is logged
+    once.
 
-    Hooks on every module, as counters and profilers have, may be overlooked with ``or_counted``.
+    ``or_counted`` overlooks hooks on every module, as counters and profilers set them.
     """
     reason = why_not_fusable(module, *kinds, or_counted=or_counted)
     if reason is None:
@@ -119,19 +146,19 @@ def is_fusable(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = Fa
 
 
 def is_identity(module: nn.Module) -> bool:
-    """Whether the module is an Identity that nobody watches."""
+    """Return whether the module is an Identity that nobody watches."""
     return type(module) is nn.Identity and is_fusable(module, nn.Identity)
 
 
 def is_inactive(dropout: Any) -> bool:
-    """Whether a dropout does nothing now: rate 0 or not training, and nobody watches it."""
+    """Return whether a dropout does nothing now: rate 0 or not training, and nobody watches it."""
     if not is_fusable(dropout, nn.Dropout, nn.Identity):
         return False
     return type(dropout) is nn.Identity or not dropout.training or dropout.p == 0.0
 
 
 def norm_arguments(norm: Any) -> Norm | None:
-    """(weight, bias, eps) of a LayerNorm over the last dimension that may be fused, or None."""
+    """Return (weight, bias, eps) of a LayerNorm over the last dimension that may be fused, or None."""
     if not is_fusable(norm, LayerNorm, nn.LayerNorm):
         return None
     return norm.weight, norm.bias, norm.eps
@@ -153,7 +180,7 @@ _ACTIVATIONS = {
 
 
 def activation_name(act: nn.Module) -> str | None:
-    """The name by which the ops know an activation module that may be fused, or None."""
+    """Return the name by which the ops know an activation module that may be fused, or None."""
     kind = type(act)
     if not is_fusable(act, kind):
         return None
@@ -162,55 +189,57 @@ def activation_name(act: nn.Module) -> str | None:
     return _ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-class Merge(NamedTuple):
-    """What follows a branch of a block: residual + drop_path(scale(y))."""
+class Residual(NamedTuple):
+    """The residual epilogue of a branch y: residual + drop_path(scale(y))."""
 
     residual: Tensor  # (B, T, D)
-    scale: nn.Module | Tensor | None  # LayerScale or Identity; or gamma (D,) itself, or none
-    drop_path: nn.Module  # DropPath or Identity
-    sequences: Sequences | None = None  # where the images are, if the tokens are those of packed ones
+    scale: nn.Module | Tensor | None = None  # LayerScale or Identity; or gamma (D,) itself
+    drop_path: nn.Module | None = None  # DropPath or Identity
+    sequences: Sequences | None = None  # where packed images lie
 
     def as_modules(self, y: Tensor) -> Tensor:
-        """y (B, T, D) -> (B, T, D), module by module."""
+        """Return the sum for y (B, T, D), module by module."""
         if isinstance(self.scale, nn.Module):
             y = self.scale(y)
         elif self.scale is not None:
             y = y * self.scale
-        if self.sequences is None or not isinstance(self.drop_path, DropPath):
-            return self.residual + self.drop_path(y)
-        return self.residual + self.drop_path(y, self.sequences)
+        if isinstance(self.drop_path, DropPath) and self.sequences is not None:
+            y = self.drop_path(y, self.sequences)
+        elif self.drop_path is not None:
+            y = self.drop_path(y)
+        return self.residual + y
 
-    def arguments(self) -> dict[str, Tensor | None] | None:
-        """The same as arguments of an op, or None where a module has to run."""
-        if not isinstance(self.scale, nn.Module):
-            gamma = self.scale
-        elif is_fusable(self.scale, LayerScale, nn.Identity):
-            gamma = self.scale.gamma if isinstance(self.scale, LayerScale) else None
-        else:
-            return None
-        if not is_fusable(self.drop_path, DropPath, nn.Identity):
-            return None
-        dropping = type(self.drop_path) is DropPath
-        row_scale = self.drop_path.row_scale(self.residual, self.sequences) if dropping else None
+    def epilogue(self) -> dict[str, Tensor | None] | None:
+        """Return residual, gamma and row_scale as an op takes them, or None where a module has to run."""
+        gamma, row_scale = self.scale, None
+        if isinstance(gamma, nn.Module):
+            if not is_fusable(gamma, LayerScale, nn.Identity):
+                return None
+            gamma = gamma.gamma if isinstance(gamma, LayerScale) else None
+        if self.drop_path is not None:
+            if not is_fusable(self.drop_path, DropPath, nn.Identity):
+                return None
+            if isinstance(self.drop_path, DropPath):
+                row_scale = self.drop_path.row_scale(self.residual, self.sequences)
         return {"residual": self.residual, "gamma": gamma, "row_scale": row_scale}
 
 
-def folded(
+def fused(
     op: Callable[..., Tensor],
     x: Tensor,
     *weights: Tensor | None,
     norm: nn.Module | None = None,
-    merge: Merge | None = None,
+    residual: Residual | None = None,
     **options: Any,
 ) -> Tensor:
-    """op(norm(x), *weights) merged into the residual; norm and merge ride in the op where they are fusable."""
-    norm_given = None
+    """Return residual(op(norm(x), *weights)); norm and residual are the op's prologue and epilogue where fusable."""
+    prologue = None
     if norm is not None and not is_identity(norm):
-        norm_given = norm_arguments(norm)
-        x = x if norm_given else norm(x)
-    epilogue = None if merge is None else merge.arguments()
-    y = op(x, *weights, norm=norm_given, **options, **(epilogue or {}))
-    return y if merge is None or epilogue is not None else merge.as_modules(y)
+        prologue = norm_arguments(norm)
+        x = x if prologue else norm(x)
+    epilogue = None if residual is None else residual.epilogue()
+    y = op(x, *weights, norm=prologue, **options, **(epilogue or {}))
+    return y if residual is None or epilogue is not None else residual.as_modules(y)
 
 
 def linear(
@@ -218,31 +247,37 @@ def linear(
     x: Tensor,
     *,
     norm: nn.Module | None = None,
+    bias: Tensor | None = None,
     act: nn.Module | None = None,
     dropout: nn.Module | None = None,
-    merge: Merge | None = None,
+    residual: Residual | None = None,
 ) -> Tensor:
-    """merge(dropout(act(module(norm(x))))) with as much of it in one op as may be. x (..., K) -> (..., N)."""
-    if not is_fusable(module, nn.Linear):
-        y = module(x if norm is None else norm(x))
-        activation = None
-        apart = True
-    else:
-        activation = None if act is None else activation_name(act)
-        apart = (act is not None and activation is None) or (dropout is not None and not is_inactive(dropout))
-        y = folded(
+    """Return residual(dropout(act(module(norm(x)) + bias))), as much of it in one op as may be.
+
+    Args:
+        x: (..., K); the result is (..., N).
+        bias: (N,), of a module that has none itself.
+    """
+    activation = None if act is None else activation_name(act)
+    apart = (act is not None and activation is None) or (dropout is not None and not is_inactive(dropout))
+    if is_fusable(module, nn.Linear):
+        y = fused(
             ops.linear,
             x,
             module.weight,
-            module.bias,
+            module.bias if bias is None else bias,
             norm=norm,
             activation=activation,
-            merge=None if apart else merge,
+            residual=None if apart else residual,
         )
-    if not apart:
-        return y
-    if act is not None and activation is None:
+        if not apart:
+            return y
+        act = act if activation is None else None
+    else:
+        y = module(x if norm is None else norm(x))
+        y = y if bias is None else y + bias
+    if act is not None:
         y = act(y)
     if dropout is not None:
         y = dropout(y)
-    return y if merge is None else merge.as_modules(y)
+    return y if residual is None else residual.as_modules(y)

@@ -11,21 +11,21 @@ from fastvit.packing import Sequences
 
 
 def positive(name: str, value: Any) -> int:
-    """``value`` as an int of at least 1, or a ValueError that names it."""
+    """Return ``value`` as an int of at least 1, or raise a ValueError that names it."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return value.__index__()
 
 
 def count(name: str, value: Any) -> int:
-    """``value`` as an int of at least 0, or a ValueError that names it."""
+    """Return ``value`` as an int of at least 0, or raise a ValueError that names it."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 0:
         raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
     return value.__index__()
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
-    """``value`` as (height, width): a positive int stands for both."""
+    """Return ``value`` as (height, width): a positive int stands for both."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2:
         raise ValueError(f"{name} must be an integer or (height, width), got {value!r}")
@@ -33,7 +33,7 @@ def pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def rate(name: str, value: float) -> float:
-    """``value`` as a probability in [0, 1], or a ValueError that names it."""
+    """Return ``value`` as a probability in [0, 1], or raise a ValueError that names it."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
     return float(value)
@@ -67,7 +67,7 @@ class LayerScale(nn.Module):
         nn.init.constant_(self.gamma, self.init_values)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
+        """Return the result for x (..., D), of the same shape."""
         return x.mul_(self.gamma) if self.inplace else x * self.gamma
 
 
@@ -79,7 +79,7 @@ class DropPath(nn.Module):
         self.drop_prob = rate("drop_prob", drop_prob)
 
     def row_scale(self, x: Tensor, sequences: Sequences | None = None) -> Tensor | None:
-        """Factor of each image of x (B, ...): (B,) of 0 or 1 / (1 - drop_prob), float32 at least; None if idle.
+        """Return 0 or 1 / (1 - drop_prob) for each image of x (B, ...), (B,) float32 at least; None if idle.
 
         Of images packed in x (1, total, ...), as ``sequences`` says, that of each token: (total,).
         """
@@ -91,7 +91,7 @@ class DropPath(nn.Module):
         return kept if sequences is None else kept[sequences.image]
 
     def forward(self, x: Tensor, sequences: Sequences | None = None) -> Tensor:
-        """x (B, ...) -> (B, ...), or packed images (1, total, ...) -> (1, total, ...)."""
+        """Return x (B, ...), or packed images (1, total, ...), with whole images dropped."""
         scale = self.row_scale(x, sequences)
         if scale is None:
             return x
@@ -99,7 +99,7 @@ class DropPath(nn.Module):
         return x * scale.to(x.dtype).view(*rows, *[1] * (x.ndim - len(rows)))
 
     def extra_repr(self) -> str:
-        """The rate, for print(model)."""
+        """Return the rate, for print(model)."""
         return f"drop_prob={self.drop_prob:0.3f}"
 
 
@@ -119,7 +119,7 @@ class PatchDropout(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
 
     def draw(self, x: Tensor) -> Tensor | None:
-        """Which patches of x (B, T, D) stay, (B, T' - P) int64: the first of a random order, as in timm; None: all."""
+        """Return which patches of x (B, T, D) stay, (B, T' - P) int64, in a random order as in timm; None: all."""
         if not self.training or self.prob == 0.0:
             return None
         count = x.shape[1] - self.num_prefix_tokens
@@ -127,7 +127,7 @@ class PatchDropout(nn.Module):
         return torch.randn(x.shape[0], count, device=x.device).argsort(dim=-1)[:, :keep]
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T', D), in the order of ``kept``, which ``draw`` returned, or now returns."""
+        """Return the tokens of x (B, T, D) that stay, (B, T', D), in the order of ``kept``, by default a new draw."""
         kept = self.draw(x) if kept is None else kept
         if kept is None:
             return x
@@ -136,7 +136,7 @@ class PatchDropout(nn.Module):
         return torch.cat([prefix, patches], dim=1)
 
     def of_packed(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, Sequences, Tensor | None]:
-        """The same of packed images: x (1, total, D) -> (1, total', D), where the images are in that, and which stayed.
+        """Return the tokens of packed x (1, total, D) that stay, (1, total', D), their sequences, and their indices.
 
         These are the tokens of x by their index, (total',) int64, or None for all.
 

@@ -1,4 +1,4 @@
-"""The feed-forward branch of a block on :func:`fastvit.ops.mlp`."""
+"""The MLP of a block, on :func:`fastvit.ops.mlp`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.layers import fuse
-from fastvit.layers.fuse import Merge
+from fastvit.layers.fuse import Residual
 
 
 def _two(value: Any) -> tuple[Any, Any]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
+@fuse.branch
 class Mlp(nn.Module):
     """fc2(norm(act(fc1(x)))), the paper's equation 3; timm's arguments and keys.
 
@@ -56,11 +57,11 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
+        """Return the MLP of x (..., D), (..., D)."""
         return self.branch(x)
 
-    def branch(self, x: Tensor, norm: nn.Module | None = None, merge: Merge | None = None) -> Tensor:
-        """merge(mlp(norm(x))): the whole branch of a block, in one op where nothing stands in the way."""
+    def branch(self, x: Tensor, norm: nn.Module | None = None, residual: Residual | None = None) -> Tensor:
+        """Return residual(mlp(norm(x))), the branch of a block, in one op where nothing stands in the way."""
         fc1, fc2 = self.fc1, self.fc2
         if (
             (activation := self._activation())
@@ -71,19 +72,20 @@ class Mlp(nn.Module):
             and fuse.is_identity(self.norm)
         ):
             weights = fc1.weight, fc1.bias, fc2.weight, fc2.bias
-            return fuse.folded(ops.mlp, x, *weights, norm=norm, merge=merge, activation=activation)
+            return fuse.fused(ops.mlp, x, *weights, norm=norm, residual=residual, activation=activation)
         x = self.drop1(self._hidden(x, norm))
         between = self.norm if not fuse.is_identity(self.norm) else None
-        return fuse.linear(fc2, x, norm=between, dropout=self.drop2, merge=merge)
+        return fuse.linear(fc2, x, norm=between, dropout=self.drop2, residual=residual)
 
     def _activation(self) -> str | None:
-        """The name of what happens between the matrices, if ops.mlp knows it."""
+        """Return the name by which ops.mlp knows what happens between the matrices, or None."""
         return fuse.activation_name(self.act)
 
     def _hidden(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         return fuse.linear(self.fc1, x, norm=norm, act=self.act)
 
 
+@fuse.branch
 class SwiGLU(Mlp):
     """fc2(act(g) * v) with g, v the halves of fc1(x) (Shazeer, 2020; DINOv2's giant), timm's ``SwiGLUPacked``.
 
@@ -117,7 +119,7 @@ class SwiGLU(Mlp):
                 self.fc1.bias[half:].fill_(1.0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Also takes timm's ``SwiGLU``, whose two matrices fc1_g and fc1_x are the halves of fc1."""
+        """Take timm's ``SwiGLU`` too, whose two matrices fc1_g and fc1_x are the halves of fc1."""
         for kind in ("weight", "bias"):
             gate, value = (f"{prefix}fc1_{half}.{kind}" for half in "gx")
             if gate in state_dict and value in state_dict:

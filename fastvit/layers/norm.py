@@ -31,6 +31,6 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(num_channels, eps=eps, elementwise_affine=affine, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
+        """Return the result for x (..., D), of the same shape."""
         out: Any = ops.layer_norm(x, self.weight, self.bias, self.eps)
         return out

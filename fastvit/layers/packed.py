@@ -14,14 +14,14 @@ from fastvit.packing import Sequences
 
 
 def leading(x: Tensor, tokens: int | None, sequences: Sequences | None = None) -> Tensor:
-    """The first ``tokens`` (None: all) of each image: (B, tokens, ...), or packed again, (1, n * tokens, ...)."""
+    """Return the first ``tokens`` (None: all) of each image: (B, tokens, ...), or packed (1, n * tokens, ...)."""
     if tokens is None:
         return x
     return x[:, :tokens] if sequences is None else x.index_select(1, sequences.leading_tokens(tokens))
 
 
 def split(x: Tensor, prefix: int, sequences: Sequences | None = None) -> tuple[Tensor, Tensor]:
-    """The first ``prefix`` tokens of each image, (B or n, prefix, D), and the others, (B, N, D) or (1, N, D) packed."""
+    """Return each image's first ``prefix`` tokens, (B or n, prefix, D), and the others, (B, N, D) or (1, N, D)."""
     if sequences is None:
         return x[:, :prefix], x[:, prefix:]
     first = leading(x, prefix, sequences)[0].unflatten(0, (sequences.images, prefix))
@@ -29,7 +29,7 @@ def split(x: Tensor, prefix: int, sequences: Sequences | None = None) -> tuple[T
 
 
 def reduce_tokens(x: Tensor, how: Literal["mean", "max"], sequences: Sequences | None = None, skip: int = 0) -> Tensor:
-    """The mean or maximum over each image's tokens but the first ``skip``: (B or n, D).
+    """Return the mean or maximum over each image's tokens but the first ``skip``: (B or n, D).
 
     Packed images take one pass without atomics, deterministic forward and backward, summed in float32 at least.
     """

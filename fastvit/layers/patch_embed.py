@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,23 +33,27 @@ def fits(name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
 
 @torch.fx.wrap
 def image_size(images: Tensor, channels: int) -> tuple[int, int]:
-    """(height, width) of images (B, C, H, W), or uint8 (B, H, W, C)."""
+    """Return (height, width) of images (B, C, H, W), or uint8 (B, H, W, C)."""
     channels_last = images.dtype == torch.uint8 and images.shape[1] != channels
     return (images.shape[1], images.shape[2]) if channels_last else (images.shape[2], images.shape[3])
 
 
-@torch.fx.wrap
-def pixel_statistics(
-    images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+def checked_statistics(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """(mean, std) for uint8 images; (None, None) for floating ones, which are normalised already."""
-    return (mean, std) if images.dtype == torch.uint8 else (None, None)
+    """Return mean and std as tuples, which no .half() or .to() can round or move, or raise a ValueError."""
+    if mean is None and std is None:
+        return None, None
+    values = [tuple(float(v) for v in t) if t is not None else () for t in (mean, std)]
+    if any(len(t) != channels for t in values) or min(values[1]) <= 0:
+        raise ValueError(f"mean={mean} and std={std} must be given together, {channels} values each, std positive")
+    return values[0], values[1]
 
 
 def known_statistics(
     mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """mean and std for uint8 images, or a ValueError where the model was given none."""
+    """Return mean and std for uint8 images, or raise a ValueError where the model has none."""
     if mean is None or std is None:
         raise ValueError(
             "uint8 images need the model's mean= and std= (in 0..1 units); floating images are taken as "
@@ -59,27 +64,12 @@ def known_statistics(
 
 @torch.fx.wrap
 def normalised(
-    images: Tensor,
-    channels: int,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    keep: bool,
-    dtype: torch.dtype,
+    images: Tensor, channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, dtype: torch.dtype
 ) -> Tensor:
-    """Floating images as they are; uint8 ones as (image / 255 - mean) / std in ``dtype``, unless they are to be kept.
-
-    Args:
-        images: (B, C, H, W), or uint8 (B, H, W, C).
-        channels: C.
-        mean, std: C values in 0..1 units, or None where the model was given none.
-        keep: leave uint8 images to the op, which normalises them without a float copy.
-        dtype: of the result.
-    """
+    """Return floating images as they are, and uint8 ones as (image / 255 - mean) / std, (B, C, H, W) in ``dtype``."""
     if images.dtype != torch.uint8 or images.ndim != 4:
         return images
     mean, std = known_statistics(mean, std)
-    if keep:
-        return images
     if images.shape[1] != channels:
         images = images.permute(0, 3, 1, 2)
     low, high = (torch.tensor(t, device=images.device).view(-1, 1, 1) for t in (mean, std))
@@ -88,18 +78,34 @@ def normalised(
 
 @torch.fx.wrap
 def accept(
-    images: Tensor, channels: int, patch: tuple[int, int], size: tuple[int, int] | None, strict: bool, pad: bool
-) -> Tensor:
-    """Return the images, padded where that was asked for, or raise a ValueError that says what would be accepted.
+    images: Tensor,
+    channels: int,
+    patch: tuple[int, int],
+    size: tuple[int, int] | None,
+    strict: bool,
+    pad: bool,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError that says what is accepted.
 
     Args:
-        images: (B, C, H, W) floating, or uint8 (B, C, H, W) / (B, H, W, C).
+        images: (B, C, H, W) floating, or uint8 (B, C, H, W) / (B, H, W, C), which stays uint8 unless it is padded.
         channels: C.
         patch: (height, width) of a patch.
         size: the model's (height, width), or None for any.
         strict: whether only ``size`` is accepted.
         pad: fill up to whole patches at the bottom and on the right with zeros.
+        mean, std: C values in 0..1 units, of uint8 images alone: None is returned for floating ones.
+        dtype: of uint8 images that are padded.
     """
+    if images.dtype != torch.uint8:
+        mean = std = None  # normalised already
+    elif pad:
+        images, mean, std = normalised(images, channels, mean, std, dtype), None, None
+    elif images.ndim == 4:
+        known_statistics(mean, std)
     if images.ndim != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, {channels}, H, W)")
     if not (images.is_floating_point() or images.dtype == torch.uint8):
@@ -120,13 +126,18 @@ def accept(
         raise ValueError(f"the image is {height}x{width}: it is empty")
     if not pad:
         fits("the image's size", (height, width), patch)
-        return images
+        return images, mean, std
     down, right = -height % patch[0], -width % patch[1]
-    return F.pad(images, (0, right, 0, down)) if down or right else images  # uint8 was converted before
+    return (F.pad(images, (0, right, 0, down)) if down or right else images), mean, std
+
+
+def is_fused(layer: Any) -> bool:
+    """Return whether a patch embedding is ours, a plain strided convolution as in ops.patch_embed and nothing after."""
+    return fuse.is_fusable(layer, PatchEmbed) and layer.is_plain() and fuse.is_identity(layer.norm)
 
 
 def resized(proj: nn.Conv2d, patch: tuple[int, int]) -> nn.Conv2d:
-    """The projection of patches of another size, resampled (FlexiViT)."""
+    """Return the projection of patches of another size, resampled (FlexiViT)."""
     new = nn.Conv2d(proj.in_channels, proj.out_channels, patch, patch, bias=proj.bias is not None, device="meta").train(
         proj.training
     )
@@ -202,24 +213,24 @@ class PatchEmbed(nn.Module):
             self.proj = resized(self.proj, new_patch)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per token: the larger side of a patch, or (height, width)."""
+        """Return the pixels per token: the larger side of a patch, or (height, width)."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of patches of an image of ``img_size``."""
+        """Return (rows, columns), the patches of an image of ``img_size``."""
         if self.dynamic_img_pad:
             return -(-img_size[0] // self.patch_size[0]), -(-img_size[1] // self.patch_size[1])
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
-    def accept(self, images: Tensor) -> Tensor:
-        """The images, checked, and padded where that was asked for; see :func:`accept`."""
-        return accept(images, self.in_chans, self.patch_size, self.img_size, self.strict_img_size, self.dynamic_img_pad)
+    def accept(
+        self, images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+    ) -> tuple[Tensor, tuple[float, ...] | None, tuple[float, ...] | None]:
+        """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError; see :func:`accept`."""
+        size, strict, pad = self.img_size, self.strict_img_size, self.dynamic_img_pad
+        return accept(images, self.in_chans, self.patch_size, size, strict, pad, mean, std, self.proj.weight.dtype)
 
-    def fusable(self) -> bool:
-        """Whether the projection is the plain strided convolution that the op computes, with nothing after it."""
-        return self._plain() and fuse.is_identity(self.norm)
-
-    def _plain(self) -> bool:
+    def is_plain(self) -> bool:
+        """Return whether the projection is the strided convolution that ops.patch_embed computes."""
         proj = self.proj
         return (
             fuse.is_fusable(proj, nn.Conv2d)
@@ -230,7 +241,7 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, images: Tensor | PackedImages) -> Tensor:
-        """images (B, C, H, W) floating -> (B, N, D), or (B, h, w, D) / (B, D, h, w) as ``output_fmt`` says.
+        """Return the patches of floating images (B, C, H, W) as ``output_fmt``: (B, N, D), (B, h, w, D), (B, D, h, w).
 
         Packed images give the patches of all, (1, N, D).
 
@@ -238,11 +249,11 @@ class PatchEmbed(nn.Module):
             ValueError: a number of channels or a size that is not accepted.
         """
         if isinstance(images, PackedImages):
-            if self._plain():
+            if self.is_plain():
                 return self.norm(ops.patch_embed_packed(images, self.proj.weight, self.proj.bias))
             return self.norm(self.proj(images.patches()).flatten(1).unsqueeze(0))
-        images = self.accept(images)
-        if self._plain():
+        images, _, _ = self.accept(images, None, None)
+        if self.is_plain():
             x = ops.patch_embed(images, self.proj.weight, self.proj.bias)  # (B, N, D)
             if not self.flatten:
                 x = x.unflatten(1, (images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]))

@@ -1,4 +1,4 @@
-"""Where the tokens are, in the other ways that the ViT paper tried (appendix D.3, table 8)."""
+"""The other position embeddings that the ViT paper tried (appendix D.3, table 8)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit.layers.attention import Attention, Relative, Window
-from fastvit.layers.positions import Positions
+from fastvit.layers import fuse
+from fastvit.layers.attention import Attention, Window
 from fastvit.layers.resample import resample_pos_embed
+from fastvit.layers.token_context import TokenContext
 
 torch.fx.wrap("resample_pos_embed")
 
@@ -62,7 +63,7 @@ class PosEmbed(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start all rows, with the deviation that timm's positions start with."""
+        """Draw all rows from a normal of the deviation that timm's positions start with."""
         for parameter in self.parameters():
             nn.init.trunc_normal_(parameter, std=0.02)
 
@@ -75,14 +76,14 @@ class PosEmbed(nn.Module):
         self.grid = grid
 
     def _sizes(self, grid: Window) -> dict[str, tuple[Window, Window]]:
-        """The grids that each table of patches is for: wanted, and its own."""
+        """Return for each table of patches its rows in the other grid, and in its own."""
         if self.x is None:
             return {"patches": (grid, self.grid)}
         (h, w), (own_h, own_w) = grid, self.grid
         return {"x": ((w, 1), (own_w, 1)), "y": ((h, 1), (own_h, 1))}
 
     def forward(self, grid: Window) -> Tensor:
-        """(tables, P + h * w, D) for a grid (h, w), resampled from their own."""
+        """Return the tables for a grid (h, w), resampled from their own: (tables, P + h * w, D)."""
         found: dict[str, Any] = {
             name: resample_pos_embed(getattr(self, name), new, old, 0) for name, (new, old) in self._sizes(grid).items()
         }
@@ -95,11 +96,12 @@ class PosEmbed(nn.Module):
         return patches if self.prefix is None else torch.cat([self.prefix, patches], dim=1)
 
 
+@fuse.branch
 class RelativeAttention(Attention):
-    """Self-attention with a key for each distance between two tokens, whose scores are added to those of the contents.
+    """Self-attention with relative position keys: a query's products with them are added to its scores.
 
-    A query's distances count along the sequence, prefix tokens first, then patches in raster order. Each head has keys
-    of its own.
+    Distances count along the sequence, prefix tokens first, then patches in raster order. Each head has keys of its
+    own.
 
     Args:
         dim: width D of the tokens.
@@ -124,8 +126,9 @@ class RelativeAttention(Attention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start the keys, with the deviation that positions start with."""
+        """Draw the keys from a normal of the deviation that positions start with."""
         nn.init.trunc_normal_(self.rel_pos_keys, std=0.02)
 
-    def _relative(self, positions: Positions | None) -> Relative:
-        return Relative(keys=self.rel_pos_keys)
+    def relative_options(self, context: TokenContext) -> dict[str, Any]:
+        """Return the arguments of ops.attention for the relative position keys."""
+        return {"rel_pos_keys": self.rel_pos_keys}

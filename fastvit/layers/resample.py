@@ -25,7 +25,7 @@ def resample_pos_embed(
     interpolation: str = "bicubic",
     antialias: bool = True,
 ) -> Tensor:
-    """Position embeddings for another grid, interpolated in 2-D (section 3.2 of the ViT paper), with gradients.
+    """Return position embeddings for another grid, interpolated in 2-D (section 3.2 of the ViT paper), with gradients.
 
     Args:
         pos_embed: (1, P + h * w, D), the grid in row-major order.
@@ -60,7 +60,7 @@ def resample_pos_embed(
 def resample_pos_embed_at(
     pos_embed: Tensor, layout: Layout, patch_size: Pair, old_size: Pair, num_prefix_tokens: int
 ) -> Tensor:
-    """:func:`resample_pos_embed` for every patch of packed images, each for the grid of its own image.
+    """Return :func:`resample_pos_embed` for every patch of packed images, each for the grid of its own image.
 
     Interpolation is linear, so it is one product: each patch's weights (along both axes) with the embeddings. Grids are
     values of tensors here: any mix of them takes the same few operations, and the gradient is a product too.
@@ -84,7 +84,7 @@ def resample_pos_embed_at(
 
 
 def _bicubic_weights(place: Tensor, size: Tensor, old_size: int, dtype: torch.dtype) -> Tensor:
-    """What each of ``old_size`` samples counts at ``place`` of ``size``, (N, old_size): F.interpolate's, antialiased.
+    """Return the weights (N, old_size) of F.interpolate, antialiased, at ``place`` of ``size``.
 
     Keys' cubic convolution (1981) with a = -1/2, stretched where samples become fewer, cut off at the border.
     """
@@ -99,7 +99,7 @@ def _bicubic_weights(place: Tensor, size: Tensor, old_size: int, dtype: torch.dt
 
 @torch.fx.wrap
 def resample_rel_pos_table(table: Tensor, new_window: Pair, old_window: Pair) -> Tensor:
-    """BEiT's table of biases by relative position for another window of patches, with gradients.
+    """Return BEiT's table of biases by relative position for another window of patches, with gradients.
 
     Near distances stay apart as they are and far ones are stretched, in a geometric progression, as in BEiT's own
     fine-tuning and timm's ``resize_rel_pos_bias_table``, whose linear interpolation it is.
@@ -130,7 +130,7 @@ def resample_rel_pos_table(table: Tensor, new_window: Pair, old_window: Pair) ->
 
 
 def window_of(rows: int, likely: Pair | None = None) -> Pair:
-    """The window (h, w) of patches that a table of relative positions is for: the likely one, else a square.
+    """Return the window (h, w) of patches of a table of relative positions: the likely one, else a square.
 
     Args:
         rows: of the table, three of them the class token's.
@@ -148,7 +148,7 @@ def window_of(rows: int, likely: Pair | None = None) -> Pair:
 
 
 def _stretched(new: int, old: int, like: Tensor) -> Tensor:
-    """What each distance of ``old`` patches counts at each of ``new`` ones: (2 new - 1, 2 old - 1)."""
+    """Return the weights of the distances of ``old`` patches at those of ``new`` ones: (2 new - 1, 2 old - 1)."""
     if old == 1:
         return like.new_ones(2 * new - 1, 1)
     low, high, ratio = 1.01, 1.5, 1.25  # of the progression, which ends at the farthest of the new ones if it can
@@ -157,16 +157,16 @@ def _stretched(new: int, old: int, like: Tensor) -> Tensor:
         low, high = (low, ratio) if (1 - ratio ** (old - 1)) / (1 - ratio) > new - 1 else (ratio, high)
     far = list(itertools.accumulate(ratio**i for i in range(old - 1)))
     places = torch.tensor([-x for x in reversed(far)] + [0.0, *far], dtype=like.dtype, device=like.device)
-    wanted = torch.arange(1 - new, new, dtype=like.dtype, device=like.device)
-    right = torch.bucketize(wanted, places).clamp(1, 2 * old - 2)
-    share = ((wanted - places[right - 1]) / (places[right] - places[right - 1])).clamp(0, 1).unsqueeze(1)
+    distances = torch.arange(1 - new, new, dtype=like.dtype, device=like.device)
+    right = torch.bucketize(distances, places).clamp(1, 2 * old - 2)
+    share = ((distances - places[right - 1]) / (places[right] - places[right - 1])).clamp(0, 1).unsqueeze(1)
     weights = like.new_zeros(2 * new - 1, 2 * old - 1)
     weights = weights.scatter(1, right.unsqueeze(1), share)
     return weights.scatter(1, right.unsqueeze(1) - 1, 1 - share)
 
 
 def resample_patch_embed(weight: Tensor, new_size: Pair) -> Tensor:
-    """A patch projection for another patch size, by pseudo-inverse resize (Beyer et al., "FlexiViT", 2023).
+    """Return a patch projection for another patch size, by pseudo-inverse resize (Beyer et al., "FlexiViT", 2023).
 
     Resizing a patch is a matrix B; the new weights are pinv(B^T) w, so that tokens of resized patches change least.
 
@@ -188,7 +188,7 @@ def resample_patch_embed(weight: Tensor, new_size: Pair) -> Tensor:
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """A patch projection (D, C, p, q) for images of another number of channels, (D, channels, p, q).
+    """Return a patch projection (D, C, p, q) for another number of channels, (D, channels, p, q).
 
     One channel sums the file's; more repeat them, scaled so that the tokens keep their size.
     """

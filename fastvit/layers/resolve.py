@@ -48,7 +48,7 @@ def _name(layer: Any) -> str:
 
 
 def _twin(layer: Layer) -> Layer:
-    """Our class for one of timm's, plain or in a partial; any other layer as it is."""
+    """Return our class for one of timm's, plain or in a partial, and any other layer as it is."""
     if not isinstance(layer, functools.partial):
         return _TWINS.get(_name(layer), layer)
     if _name(layer.func) == "timm.layers.mlp.GluMlp":  # the gate in the first half is SwiGLUPacked
@@ -60,7 +60,7 @@ def _twin(layer: Layer) -> Layer:
 
 
 def resolve(kind: str, layer: Layer | str | None, table: dict[str, Layer], default: Layer) -> Layer:
-    """The class that ``layer`` means.
+    """Return the class that ``layer`` means.
 
     Args:
         kind: the argument's name, for the error.

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.layers import Block, Positions, fuse
+from fastvit.layers import Block, TokenContext, fuse
 from fastvit.layers.attention import head_dim_of
 from fastvit.layers.axial import AxialAttention
 from fastvit.layers.misc import pair
 from fastvit.layers.patch_embed import Size
+from fastvit.layers.token_context import NO_CONTEXT
 from fastvit.models.resnet import ResNetV2
-from fastvit.models.vit import Corruption, ViT
+from fastvit.models.vit import ViT
 from fastvit.packing import PackedImages
 
 Pair = tuple[int, int]
@@ -45,11 +46,14 @@ class AxialBlock(nn.Module):
         x: Tensor,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        positions: Positions | None = None,
+        context: TokenContext = NO_CONTEXT,
     ) -> Tensor:
-        """x (B, h * w, D) -> the same shape; ``positions.window`` is (h, w). A mask is refused."""
-        x = self.row(x, attn_mask, is_causal, positions=positions)
-        return self.column(x, attn_mask, is_causal, positions=positions)
+        """Return x (B, h * w, D) after both blocks, the same shape; ``context.window`` is (h, w). Masks are refused."""
+        return self.column(self.row(x, attn_mask, is_causal, context), attn_mask, is_causal, context)
+
+    def attention_inputs(self, x: Tensor, context: TokenContext) -> Any:
+        """Raise a TypeError: there is no attention of all tokens."""
+        return self.row.attention_inputs(x, context)
 
 
 class AxialViT(ViT):
@@ -70,17 +74,18 @@ class AxialViT(ViT):
             raise ValueError(f"an AxialViT reads one whole grid of patches: {', '.join(wrong)} can't be with it")
         super().__init__(**{**options, "class_token": False, "global_pool": global_pool, "block_fn": AxialBlock})
 
-    def _tokens(self, x: Tensor | PackedImages, corrupt: Corruption | None = None) -> tuple[Tensor, dict[str, Any]]:
-        if isinstance(x, PackedImages):
-            raise ValueError("packed images can't pass blocks: rows and columns are those of one grid of patches")
-        return self.norm_pre(self._embed(x, corrupt)), {"positions": Positions(window=self._grid(x))}
+    def _embed_packed(self, images: PackedImages) -> tuple[Tensor, TokenContext]:
+        raise ValueError("packed images can't pass blocks: rows and columns are those of one grid of patches")
+
+    def _context(self, x: Tensor, images: Tensor, kept: Tensor | None) -> TokenContext:
+        return TokenContext(window=self._grid(images))
 
 
 class AxisAttention(nn.Module):
-    """Multi-head self-attention along lines, with keys of the distances in them.
+    """Multi-head self-attention along lines, with relative position keys.
 
-    softmax(q (k + r)^T / sqrt(d)) v in each head, where r are the distances' keys, which heads share. The result is not
-    projected.
+    softmax(q (k + r)^T / sqrt(d)) v in each head, where r are the relative position keys, which heads share. The result
+    is not projected.
 
     Args:
         channels: C, of the input and of the result.
@@ -109,7 +114,7 @@ class AxisAttention(nn.Module):
         nn.init.normal_(self.rel_pos_keys, std=self.rel_pos_keys.shape[1] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, lines, n, C) -> the same shape, for lines of n positions, at most ``length``."""
+        """Return attention along the lines of x (B, lines, n, C), in its shape; n is at most ``length``."""
         n = x.shape[2]
         if n > self.length:
             raise ValueError(
@@ -146,7 +151,7 @@ class AxialAttention2d(nn.Module):
         self.column, self.row = (AxisAttention(channels, n, num_heads, device, dtype) for n in size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+        """Return (B, C, ceil(H / stride), ceil(W / stride)) of x (B, C, H, W)."""
         x = self.column(x.permute(0, 3, 2, 1)).transpose(1, 2)  # (B, H, W, C)
         x = self.row(x).permute(0, 3, 1, 2)
         return F.avg_pool2d(x, self.stride, ceil_mode=True) if self.stride > 1 else x

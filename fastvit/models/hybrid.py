@@ -27,7 +27,7 @@ for _name in ("accept", "standardised"):  # symbolic tracing sees a call, not it
 
 @torch.fx.wrap
 def same_padded(x: Tensor, kernel: int, stride: int, value: float) -> Tensor:
-    """x (B, C, H, W) with ``value`` around, for ceil(H / stride) x ceil(W / stride) positions; the odd one is last."""
+    """Return x (B, C, H, W) with ``value`` around, for ceil(H / stride) x ceil(W / stride) positions."""
     around: list[int] = []
     for size in (x.shape[3], x.shape[2]):
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
@@ -37,7 +37,7 @@ def same_padded(x: Tensor, kernel: int, stride: int, value: float) -> Tensor:
 
 @torch.fx.wrap
 def _whole_patches(x: Tensor, patch: Pair) -> Tensor:
-    """x (B, C, H, W) with zeros at the bottom and on the right up to whole patches."""
+    """Return x (B, C, H, W) with zeros at the bottom and on the right up to whole patches."""
     down, right = -x.shape[2] % patch[0], -x.shape[3] % patch[1]
     return F.pad(x, (0, right, 0, down)) if down or right else x
 
@@ -46,7 +46,7 @@ class StdConv2dSame(StdConv2d):
     """:class:`StdConv2d`, padded with :func:`same_padded`: with a stride, not by half the kernel on each side."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        """Return (B, C', ceil(H / stride), ceil(W / stride)) of x (B, C, H, W)."""
         x = same_padded(x, self.kernel_size[0], self.stride[0], 0.0)
         return F.conv2d(x, standardised(self.weight, self.eps), None, self.stride)
 
@@ -59,7 +59,7 @@ class MaxPool2dSame(nn.MaxPool2d):
         self.window = kernel_size, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+        """Return (B, C, ceil(H / stride), ceil(W / stride)) of x (B, C, H, W)."""
         return super().forward(same_padded(x, *self.window, -torch.inf))
 
 
@@ -96,7 +96,7 @@ class Bottleneck(nn.Module):
         self.norm3 = nn.GroupNorm(32, out_channels, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        """Return (B, C', ceil(H / stride), ceil(W / stride)) of x (B, C, H, W)."""
         shortcut = x if self.downsample is None else self.downsample(x)
         branch = self.norm2(self.conv2(self.norm1(self.conv1(x))))
         return F.relu_(self.norm3(self.conv3(branch)) + shortcut)
@@ -160,7 +160,7 @@ class Backbone(nn.Module):
         self.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> Tensor:
-        """images (B, C, H, W) -> the feature map (B, num_features, ceil(H / reduction), ceil(W / reduction))."""
+        """Return the feature map of images (B, C, H, W): (B, C', ceil(H / reduction), ceil(W / reduction))."""
         if not self.layers:
             return self.pool(self.norm(self.conv(x)))
         x = self.stem(x)
@@ -173,12 +173,12 @@ class Backbone(nn.Module):
 
 
 def reduction(layers: Sequence[int]) -> int:
-    """How many pixels of an image, on a side, are one of the feature map: the stem's 4, doubled by each later stage."""
+    """Return the pixels of an image to one of the feature map, on a side: the stem's 4, doubled by each later stage."""
     return 4 * 2 ** max(len(layers) - 1, 0)
 
 
 def _features(size: Pair, reduction: int) -> Pair:
-    """(height, width) of the feature map of an image of ``size``."""
+    """Return (height, width) of the feature map of an image of ``size``."""
     return -(-size[0] // reduction), -(-size[1] // reduction)
 
 
@@ -195,7 +195,7 @@ def _fits(name: str, size: Pair, patch: Pair, reduction: int) -> None:
 
 @torch.fx.wrap
 def _whole(images: Tensor, patch: Pair, reduction: int) -> Tensor:
-    """images (B, C, H, W), or a ValueError where patches don't tile their feature map."""
+    """Return images (B, C, H, W), or raise a ValueError where patches don't tile their feature map."""
     _fits("the image", (images.shape[2], images.shape[3]), patch, reduction)
     return images
 
@@ -268,21 +268,21 @@ class HybridEmbed(nn.Module):
         self.backbone.set_grad_checkpointing(enable)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | Pair:
-        """Pixels per token: the larger side, or (height, width)."""
+        """Return the pixels per token: the larger side, or (height, width)."""
         height, width = (self.reduction * side for side in self.patch_size)
         return max(height, width) if as_scalar else (height, width)
 
     def dynamic_feat_size(self, img_size: Pair) -> Pair:
-        """(rows, columns) of patches of an image of ``img_size``."""
+        """Return (rows, columns), the patches of an image of ``img_size``."""
         (height, width), (p, q) = _features(img_size, self.reduction), self.patch_size
         return -(-height // p), -(-width // q)
 
     def accept(self, images: Tensor) -> Tensor:
-        """The images, or a ValueError that says what is accepted: any size whose feature map is whole patches."""
-        images = accept(images, self.in_chans, (1, 1), self.img_size, self.strict_img_size, False)
+        """Return the images, or raise a ValueError: accepted is any size whose feature map is whole patches."""
+        images, _, _ = accept(images, self.in_chans, (1, 1), self.img_size, self.strict_img_size, False)
         return images if self.dynamic_img_pad else _whole(images, self.patch_size, self.reduction)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) floating -> (B, N, D), or (B, h, w, D) with ``output_fmt`` "NHWC"."""
+        """Return the tokens of floating images (B, C, H, W): (B, N, D), or (B, h, w, D) with ``output_fmt`` "NHWC"."""
         x = self.proj(_whole_patches(self.backbone(self.accept(images)), self.patch_size))
         return x.flatten(2).transpose(1, 2) if self.flatten else x.permute(0, 2, 3, 1)

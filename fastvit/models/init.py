@@ -11,7 +11,7 @@ MODES = ("", "jax", "jax_nlhb", "moco", "reset", "skip")
 
 
 def check_mode(mode: str) -> str:
-    """``mode``, or a ValueError that lists the modes."""
+    """Return ``mode``, or raise a ValueError that lists the modes."""
     if mode not in MODES:
         raise ValueError(f"unknown weight_init {mode!r}; accepted: {', '.join(map(repr, MODES))}")
     return mode

@@ -24,7 +24,7 @@ STEM_CHANNELS, CHANNELS = 64, (256, 512, 1024, 2048)  # of the stem and of each 
 
 @torch.fx.wrap
 def standardised(weight: Tensor, eps: float) -> Tensor:
-    """Filters (O, I, p, q) shifted and scaled to mean 0 and variance 1 each, in the memory format they have.
+    """Return filters (O, I, p, q) shifted and scaled to mean 0 and variance 1 each, in the memory format they have.
 
     It is LayerNorm without weights over a filter's elements, in whichever order they lie in memory: one kernel, with
     float32 statistics.
@@ -37,7 +37,7 @@ def standardised(weight: Tensor, eps: float) -> Tensor:
 
 @torch.fx.wrap
 def _accept(images: Tensor, channels: int) -> Tensor:
-    """``images``, or a ValueError that says what is accepted."""
+    """Return ``images``, or raise a ValueError that says what is accepted."""
     if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
         raise ValueError(
             f"images are {tuple(images.shape)} {images.dtype}; accepted: (B, {channels}, H, W), floating, normalised"
@@ -70,7 +70,7 @@ class StdConv2d(nn.Conv2d):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride)) for an odd kernel."""
+        """Return (B, C', ceil(H / stride), ceil(W / stride)) of x (B, C, H, W), for an odd kernel."""
         return F.conv2d(x, standardised(self.weight, self.eps), None, self.stride, self.padding)
 
 
@@ -127,7 +127,7 @@ class Bottleneck(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        """Return (B, C', ceil(H / stride), ceil(W / stride)) of x (B, C, H, W)."""
         normed = self.norm1(x)
         shortcut = x if self.downsample is None else self.downsample(normed)
         branch = self.conv3(self.norm3(self.conv2(self.norm2(self.conv1(normed)))))
@@ -163,7 +163,7 @@ class Head(nn.Module):
             self.fc = nn.Conv2d(in_channels, num_classes, 1, device=device, dtype=dtype)
 
     def pool(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, 1, 1), or x where the pool is ""."""
+        """Return the pooled x (B, C, H, W), (B, C, 1, 1), or x where the pool is ""."""
         match self.global_pool:
             case "avg":
                 return x.mean((2, 3), keepdim=True)
@@ -174,7 +174,7 @@ class Head(nn.Module):
         return x
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """x (B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``; unpooled, (H, W) stays behind."""
+        """Return the logits (B, num_classes) of x (B, C, H, W), or (B, C) with ``pre_logits``; (H, W) if unpooled."""
         x = self.drop(self.pool(x))
         if not pre_logits:
             x = self.fc(x)
@@ -260,11 +260,11 @@ class ResNetV2(nn.Module):
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The last layer: a 1x1 convolution, or an Identity without classes."""
+        """Return the last layer: a 1x1 convolution, or an Identity without classes."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, zero-initialised, and another pool if one is given.
+        """Replace the classifier by a zero-initialised one, and the pool where ``global_pool`` names one.
 
         Raises:
             ValueError: an unknown pool, or a bad number of classes.
@@ -277,7 +277,7 @@ class ResNetV2(nn.Module):
         self.head, self.num_classes = head.train(self.training), num_classes
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """images (B, C, H, W) -> the last feature map, normed, (B, num_features, ceil(H / 32), ceil(W / 32)).
+        """Return the last feature map of images (B, C, H, W), normed: (B, num_features, ceil(H / 32), ceil(W / 32)).
 
         Raises:
             ValueError: images of another shape or dtype than accepted.
@@ -292,9 +292,9 @@ class ResNetV2(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """A feature map -> logits (B, num_classes), or with ``pre_logits`` what the classifier reads (B, C)."""
+        """Return the logits (B, num_classes) of a feature map, or with ``pre_logits`` the classifier's input (B, C)."""
         return self.head(x, pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W), floating and normalised, to logits (B, num_classes)."""
+        """Return the logits (B, num_classes) of images (B, C, H, W), floating and normalised."""
         return self.forward_head(self.forward_features(x))

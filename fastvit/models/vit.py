@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastvit import ops
-from fastvit.checkpoints.load import load_checkpoint, mismatch_advice
 from fastvit.layers import (
     Attention,
     AttentionPoolLatent,
@@ -30,31 +26,32 @@ from fastvit.layers import (
     PosEmbed,
     RelativeAttention,
     RelativePositionBias,
-    Windowed,
     fuse,
 )
 from fastvit.layers.attention import head_dim_of
+from fastvit.layers.block import run_blocks
 from fastvit.layers.misc import count, positive, rate
-from fastvit.layers.patch_embed import Size, image_size, normalised, pixel_statistics
+from fastvit.layers.packed import split
+from fastvit.layers.patch_embed import Size, checked_statistics, is_fused, normalised
 from fastvit.layers.pos_embed import check_pos_embed
 from fastvit.layers.resample import resample_pos_embed
 from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
+from fastvit.layers.token_context import NO_CONTEXT, TokenContext, with_masks
 from fastvit.models import packed, positions
-from fastvit.models.head import Head, check_pool
+from fastvit.models.head import check_pool, classify, pool_tokens
 from fastvit.models.hybrid import HybridEmbed
-from fastvit.models.init import check_mode, init_vit
-from fastvit.models.intermediates import Images, Intermediates
-from fastvit.ops import backends, onednn
+from fastvit.models.init import check_mode
+from fastvit.models.vit_base import Images, ViTBase
 from fastvit.packing import PackedImages, Sequences
 
 Corruption = Callable[[Tensor], Tensor]
 
 # Symbolic tracing (torch.fx) sees a call of each, not its checks.
-for _name in ("image_size", "normalised", "pixel_statistics", "resample_pos_embed"):
+for _name in ("normalised", "resample_pos_embed"):
     torch.fx.wrap(_name)
 
 
-class ViT(Intermediates, Head):
+class ViT(ViTBase):
     """Vision Transformer with timm's constructor, methods, attributes and state_dict keys.
 
     ``ViT(...).load_state_dict(timm_model.state_dict())`` gives timm's logits. What is not listed is as in timm.
@@ -71,8 +68,8 @@ class ViT(Intermediates, Head):
         qk_norm, scale_attn_norm, scale_mlp_norm: extra norms: queries and keys, before the projection, in the MLP.
         init_values: start of LayerScale; None leaves it out.
         class_token, reg_tokens: a class token, and how many register tokens, before the patches.
-        pos_embed: "learn", "learn_2d" (a half by column and a half by row), "relative" (keys of distances along the
-            sequence, in each block), or "none" or "" for no positions (table 8 of the paper).
+        pos_embed: "learn", "learn_2d" (a half by column and a half by row), "relative" (relative position keys
+            along the sequence, in each block), or "none" or "" for no positions (table 8 of the paper).
         no_embed_class: positions for the patches only.
         pre_norm, final_norm, fc_norm: a norm before the blocks; after them; after the pool instead (None: as it needs).
         pool_include_prefix: let "avg" and "max" pools read the class and register tokens too.
@@ -164,7 +161,7 @@ class ViT(Intermediates, Head):
         reg_tokens, num_classes = count("reg_tokens", reg_tokens), count("num_classes", num_classes)
         if mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be positive, got {mlp_ratio}")
-        self.mean, self.std = self._pixel_statistics(mean, std, in_chans)
+        self.mean, self.std = checked_statistics(mean, std, in_chans)
         norm_layer = resolve("norm_layer", norm_layer, NORMS, LayerNorm)
         mlp_layer = resolve("mlp_layer", mlp_layer, {}, Mlp)
         act_layer = resolve("act_layer", act_layer, ACTIVATIONS, getattr(mlp_layer, "default_act", nn.GELU))
@@ -184,7 +181,10 @@ class ViT(Intermediates, Head):
         self.grad_checkpointing = False
         self.rope = rope
         self.windowed = use_rel_pos_bias or use_shared_rel_pos_bias
-        positions.check(self, head_dim, patch_drop_rate, pos_embed_at)
+        positions.check(
+            rope=rope, head_dim=head_dim, windowed=self.windowed, class_token=class_token, reg_tokens=reg_tokens,
+            prefix=self.num_prefix_tokens, patch_drop_rate=patch_drop_rate, pos_embed_at=pos_embed_at,
+        )  # fmt: skip
 
         embed_options: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
         if embed_norm_layer is not None:
@@ -221,7 +221,7 @@ class ViT(Intermediates, Head):
         self.norm_pre = norm_layer(embed_dim, **dd) if pre_norm else nn.Identity()
         self.rel_pos_bias = RelativePositionBias(grid, num_heads, **dd) if use_shared_rel_pos_bias else None
         if pos_embed == "relative":
-            positions.check_relative(self, attn_layer is not None)
+            positions.check_relative(dynamic_img_size, patch_drop_rate > 0, self.windowed, attn_layer is not None)
             attn_layer = partial(RelativeAttention, tokens=grid[0] * grid[1] + self.num_prefix_tokens)
         block_layer = resolve("block_fn", block_fn, {}, BeitBlock if self.windowed else Block)
         attn_layer = resolve("attn_layer", attn_layer, ATTENTIONS, getattr(block_layer, "default_attn", Attention))
@@ -252,7 +252,8 @@ class ViT(Intermediates, Head):
                 for i in range(depth)
             ]
         )
-        positions.check_blocks(self)
+        if self._has_context():
+            positions.check_blocks(self.blocks)
         reduction = self.patch_embed.feat_ratio() if hasattr(self.patch_embed, "feat_ratio") else patch_size
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
@@ -278,122 +279,137 @@ class ViT(Intermediates, Head):
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 
-    @staticmethod
-    def _pixel_statistics(
-        mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-    ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-        """mean and std as tuples: the ops take them so, and no .half() or .to() can round or move them."""
-        if mean is None and std is None:
-            return None, None
-        values = [tuple(float(v) for v in t) if t is not None else () for t in (mean, std)]
-        if any(len(t) != channels for t in values) or min(values[1]) <= 0:
-            raise ValueError(f"mean={mean} and std={std} must be given together, {channels} values each, std positive")
-        return values[0], values[1]
-
-    # -- weights ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Start all weights; see :func:`fastvit.models.init.init_vit` for the modes."""
-        mode = check_mode(mode or self.weight_init_mode)
-        if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for token in (self.cls_token, self.reg_token):
-            if token is not None:
-                nn.init.normal_(token, std=1e-6)
-        if self.dist_token is not None:
-            nn.init.trunc_normal_(self.dist_token, std=0.02)
-        init_vit(self, mode, num_classes=self.num_classes, reset=needs_reset)
-        if self.fix_init:
-            for i, block in enumerate(self.blocks):
-                scale = (2.0 * (i + 1)) ** 0.5
-                block.attn.proj.weight.div_(scale)
-                block.mlp.fc2.weight.div_(scale)
-
-    def load_pretrained(self, checkpoint_path: str | Path, prefix: str = "") -> None:
-        """Load weights, the paper's own .npz or others, resampled to this size: :func:`fastvit.load_checkpoint`."""
-        load_checkpoint(self, checkpoint_path, prefix=prefix)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ``nn.Module.load_state_dict``: nothing is resampled, and an error says what to do about each shape."""
-        onednn.drop(self.parameters())
-        try:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except RuntimeError as error:
-            advice = mismatch_advice(self, state_dict)
-            raise RuntimeError(f"{error}\n{advice}" if advice else str(error)) from error
-
-    def train(self, mode: bool = True) -> ViT:
-        """As ``nn.Module.train``; going to training drops the copies of weights that CPU inference keeps packed."""
-        if mode:
-            onednn.drop(self.parameters())
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ViT:
-        """As ``nn.Module._apply`` (``to``, ``half``, ...): moved weights leave no packed copies behind."""
-        onednn.drop(self.parameters())
-        return super()._apply(fn, recurse)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave out."""
-        learned = re.compile(r"pos_embed_2d\.|layer_pos_embed\.|.*(relative_position_bias_table|rel_pos_keys)$")
-        tables = {name for name, _ in self.named_parameters() if learned.match(name)}
-        return {"pos_embed", "cls_token", "reg_token", "dist_token"} | tables
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group parameters by depth, for layer-wise learning rates."""
-        more = "|rel_pos_bias" * self.windowed + "|dist_token" * (self.dist_token is not None)
-        more += "|layer_pos_embed" * (self.layer_pos_embed is not None)
-        return {
-            "stem": rf"^cls_token|reg_token|pos_embed|patch_embed|norm_pre{more}",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
-
-    # -- changes to the model -----------------------------------------------------------------------------------
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in backward instead of keeping its activations."""
-        self.grad_checkpointing = enable
-        if hasattr(self.patch_embed, "set_grad_checkpointing"):
-            self.patch_embed.set_grad_checkpointing(enable)
-
-    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
-        """Take images (and patches) of another size from now on; positions, tables and projection are resampled.
-
-        Raises:
-            ValueError: a size that patches don't tile; the model stays as it was.
-        """
-        positions.check_resize(self)
-        before = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
-        grid = self.patch_embed.grid_size
-        if grid == before:
-            return
-        if self.pos_embed is not None:
-            rows = resample_pos_embed(self.pos_embed.detach(), grid, before, self._prefix_positions())
-            self.pos_embed = nn.Parameter(rows, requires_grad=self.pos_embed.requires_grad)
-        for module in self.modules():
-            if isinstance(module, Windowed):
-                module.set_window_size(grid)
-            elif isinstance(module, PosEmbed):
-                module.set_grid(grid)
-
     # -- forward ------------------------------------------------------------------------------------------------
 
-    def _prefix_positions(self) -> int:
-        """How many rows of pos_embed belong to class and register tokens."""
-        return 0 if self.no_embed_class else self.num_prefix_tokens
+    def forward(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the logits of images.
+
+        Args:
+            x: (B, C, H, W) floating and normalised, or uint8 (B, C, H, W) / (B, H, W, C) if the model has mean and std.
+                Or images of any sizes, whole patches each: a list of them without B, or what ``fastvit.pack`` made.
+            attn_mask, is_causal: as in F.scaled_dot_product_attention, for every block; not with packed images.
+
+        Returns:
+            (B, num_classes); the two heads' of a distilled model in distilled training.
+
+        Raises:
+            ValueError: images of another shape, size or dtype than accepted.
+        """
+        if self._unchanged("forward_features"):
+            keep = self._prune_to_class_token() if attn_mask is None and not is_causal else None
+            tokens, context = self.embed(x, attn_mask, is_causal)  # (B, P + N, D): patches, positions, prefix tokens
+            tokens = run_blocks(self.blocks, tokens, context, self.grad_checkpointing, keep)
+            tokens, sequences = self.norm(tokens), context.sequences
+            if sequences is not None and keep is not None:
+                sequences = sequences.leading(keep)
+        else:
+            x = self._packed(x)
+            sequences = x.sequences(self.num_prefix_tokens) if isinstance(x, PackedImages) else None
+            tokens = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.forward_head(tokens) if sequences is None else self.forward_head(tokens, sequences=sequences)
+
+    def forward_features(
+        self,
+        x: Images,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        corrupt: Corruption | None = None,
+    ) -> Tensor:
+        """Return all tokens after the last norm: (B, T, D), or (1, total, D) of packed images.
+
+        ``corrupt`` changes the patch embeddings (B, N, D) before positions and prefix tokens come in, as masked
+        pre-training does (:mod:`fastvit.training.pretrain`); not those of packed images.
+        """
+        x, context = self.embed(x, attn_mask, is_causal, corrupt)
+        return self.norm(run_blocks(self.blocks, x, context, self.grad_checkpointing))
+
+    def embed(
+        self,
+        images: Images,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        corrupt: Corruption | None = None,
+    ) -> tuple[Tensor, TokenContext]:
+        """Return the tokens that enter the blocks, (B, P + N, D) or (1, total, D) of packed images, and their context.
+
+        The arguments are those of :meth:`forward_features`.
+        """
+        if isinstance(images, (list, tuple, PackedImages)):
+            if corrupt is not None:
+                raise ValueError("corrupt= takes patches (B, N, D): give images as one tensor, not packed ones")
+            x, context = self._embed_packed(self._packed(images))
+            return x, with_masks(context, attn_mask, is_causal)
+        layer = self.patch_embed
+        if (
+            corrupt is None  # which comes between the projection and the positions
+            and not isinstance(layer, HybridEmbed)
+            and is_fused(layer)
+            and self._unchanged("_pos_embed", "_positions", "_prefix_tokens")
+        ):
+            pixels, mean, std = layer.accept(images, self.mean, self.std)
+            x = ops.patch_embed(
+                pixels,
+                layer.proj.weight,
+                layer.proj.bias,
+                pos_embed=self._positions(self._grid(images)),
+                prefix_tokens=self._prefix_tokens(),
+                mean=mean,
+                std=std,
+            )
+            x = self.pos_drop(x)
+        else:
+            dtype = next(layer.parameters()).dtype
+            x = layer(normalised(images, self.in_chans, self.mean, self.std, dtype))
+            if corrupt is not None:
+                x = corrupt(x.flatten(1, -2)).reshape(x.shape)
+            x = self._pos_embed(x)
+        x, kept = positions.drop_patches(self.patch_drop, x, self.rope is not None)
+        x = self.norm_pre(x)
+        return x, with_masks(self._context(x, images, kept), attn_mask, is_causal)
+
+    def pool(self, x: Tensor, pool_type: str | None = None, sequences: Sequences | None = None) -> Tensor:
+        """Return the pooled tokens x (B, T, D), (B, D), or all of them where the pool is "".
+
+        Of packed images, tokens (1, total, D) and ``sequences`` (``PackedImages.sequences(num_prefix_tokens)``) ->
+        (n, D).
+
+        Raises:
+            ValueError: an unknown pool_type, or sequences of another number of tokens.
+        """
+        skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        return pool_tokens(x, self.global_pool if pool_type is None else pool_type, skip, sequences, self.attn_pool)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, sequences: Sequences | None = None) -> Any:
+        """Return the logits of tokens x (B, T, D), (B, num_classes), or with ``pre_logits`` what the classifier reads.
+
+        Of packed images, tokens (1, total, D) with their ``sequences``, as in :meth:`pool`. Of a distilled model the
+        mean of what its two heads give, or read; in training after :meth:`set_distilled_training` the logits of both.
+        """
+        if self.head_dist is None:
+            x = self.pool(x) if sequences is None else self.pool(x, sequences=sequences)
+            x = self.pre_logits(self.head_drop(self.fc_norm(x)))
+            return x if pre_logits else classify(self.head, x)
+        tokens, _ = split(x, 2, sequences)
+        read, read_dist = (self.head_drop(self.fc_norm(tokens[:, i])) for i in range(2))
+        if not pre_logits:
+            read, read_dist = classify(self.head, read), classify(self.head_dist, read_dist)
+            if self.distilled_training and self.training:
+                return read, read_dist
+        return (read + read_dist) / 2
+
+    # -- what forward reads -------------------------------------------------------------------------------------
 
     def _prefix_tokens(self) -> Tensor | None:
-        """Class, distillation and register tokens, (1, P, D)."""
-        tokens: tuple[Tensor | None, ...] = (self.cls_token, self.dist_token, self.reg_token)
-        given = [token for token in tokens if token is not None]
-        if len(given) > 1:
-            return torch.cat(given, dim=1)
-        return given[0] if given else None
+        """Return class, distillation and register tokens, (1, P, D)."""
+        parts: tuple[Tensor | None, ...] = (self.cls_token, self.dist_token, self.reg_token)
+        tokens = [token for token in parts if token is not None]
+        if len(tokens) > 1:
+            return torch.cat(tokens, dim=1)
+        return tokens[0] if tokens else None
 
     def _positions(self, grid: tuple[int, int]) -> Tensor | None:
-        """Position embeddings for a grid of patches, (1, N or P + N, D)."""
+        """Return the position embeddings of a grid of patches, (1, N or P + N, D)."""
         if self.pos_embed_2d is not None:
             return cast(Tensor, self.pos_embed_2d(grid))
         if self.pos_embed is None or not self.dynamic_img_size:
@@ -401,7 +417,7 @@ class ViT(Intermediates, Head):
         return resample_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, self._prefix_positions())
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Add positions and prefix tokens to patch tokens: (B, N, D) or (B, h, w, D) -> (B, P + N, D)."""
+        """Return patch tokens (B, N, D) or (B, h, w, D) with positions and prefix tokens, (B, P + N, D)."""
         grid = self.patch_embed.grid_size
         if self.dynamic_img_size:
             grid, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
@@ -415,41 +431,71 @@ class ViT(Intermediates, Head):
             x = x + positions
         return self.pos_drop(x)
 
-    def _embed(self, images: Tensor, corrupt: Corruption | None = None) -> Tensor:
-        """images -> tokens (B, T, D), with all patches and before ``norm_pre``."""
-        embed = self.patch_embed
-        ours = not isinstance(embed, HybridEmbed) and fuse.is_fusable(embed, PatchEmbed)  # a backbone is never fused
-        fused = ours and embed.fusable() and self._unchanged("_pos_embed", "_positions", "_prefix_tokens")
-        fused = fused and corrupt is None  # which comes between the projection and the positions
-        dtype = next(embed.parameters()).dtype
-        keep = fused and not embed.dynamic_img_pad
-        images = normalised(images, self.in_chans, self.mean, self.std, keep, dtype)
-        if fused:
-            images = embed.accept(images)
-            mean, std = pixel_statistics(images, self.mean, self.std)
-            x = ops.patch_embed(
-                images,
-                embed.proj.weight,
-                embed.proj.bias,
-                pos_embed=self._positions(self._grid(images)),
-                prefix_tokens=self._prefix_tokens(),
-                mean=mean,
-                std=std,
-            )
-            return self.pos_drop(x)
-        x = embed(images)
-        if corrupt is not None:
-            x = corrupt(x.flatten(1, -2)).reshape(x.shape)
-        return self._pos_embed(x)
+    def _packed(self, images: Any) -> Any:
+        """Return a list of images packed for the patch embedding, and other images as they are."""
+        if not isinstance(images, (list, tuple)):
+            return images
+        return packed.pack_for(self.patch_embed, images, self.in_chans, self.mean, self.std)
+
+    def _embed_packed(self, images: PackedImages) -> tuple[Tensor, TokenContext]:
+        """Return the tokens of packed images, (1, total, D), and their context; see :meth:`embed`.
+
+        Raises:
+            ValueError: uint8 images without the model's mean and std, or a module that takes no packed images.
+        """
+        methods = ("_pos_embed", "_positions", "_prefix_tokens", "forward_features")
+        packed.check(
+            self.patch_embed,
+            self.patch_drop,
+            self.blocks,
+            overridden=next((name for name in methods if not self._unchanged(name)), ""),
+            tables=self.pos_embed_2d is not None or self.layer_pos_embed is not None,
+            windowed=self.windowed,
+        )
+        own, prefix = self._prefix_positions(), self._prefix_tokens()
+        x = packed.embed(self.patch_embed, images, self.pos_embed, own, prefix, self.mean, self.std)
+        x, sequences, kept = self.pos_drop(x), images.sequences(self.num_prefix_tokens), None
+        if isinstance(self.patch_drop, PatchDropout):
+            x, sequences, kept = self.patch_drop.of_packed(x, sequences)
+        x, rope, batches = self.norm_pre(x), None, None
+        if self.rope is not None:
+            head_dim = cast(Any, self.blocks[0]).attn.head_dim
+            cos, sin = positions.packed_angles(images, self.num_prefix_tokens, head_dim, self.rope, x.dtype)
+            rope = (cos, sin) if kept is None else (cos[kept], sin[kept])
+        if self.windowed:
+            batches = positions.batches_by_size(images, self.num_prefix_tokens, self.rel_pos_bias)
+        return x, TokenContext(sequences=sequences, rope=rope, batches=batches)
+
+    def _has_context(self) -> bool:
+        """Return whether blocks need to know where their tokens are."""
+        return self.rope is not None or self.windowed or self.layer_pos_embed is not None
+
+    def _context(self, x: Tensor, images: Tensor, kept: Tensor | None) -> TokenContext:
+        """Return what blocks need to know of the images' tokens x (B, P + N, D), of whose patches ``kept`` stayed."""
+        if not self._has_context():
+            return NO_CONTEXT
+        grid, rope, tables = self._grid(images), None, None
+        if self.rope is not None:
+            cos, sin = positions.angles(x, grid, cast(Any, self.blocks[0]).attn.head_dim, self.rope)
+            rope = (cos, sin) if kept is None else (cos[kept], sin[kept])
+        if self.layer_pos_embed is not None:  # 0 for prefix tokens that have no positions
+            without = self.num_prefix_tokens - self._prefix_positions()
+            tables = F.pad(self.layer_pos_embed(grid), (0, 0, without, 0))
+        return TokenContext(
+            rope=rope,
+            window=grid if self.windowed else None,
+            rel_pos_table=None if self.rel_pos_bias is None else self.rel_pos_bias.table_for(grid),
+            layer_pos_embed=() if tables is None else tuple(tables[i] for i in range(tables.shape[0])),
+        )
 
     def _unchanged(self, *methods: str) -> bool:
-        """Whether these methods are the ones below, neither overridden nor replaced."""
+        """Return whether these methods are those of this class, neither overridden nor replaced."""
         return all(getattr(type(self), name) is _METHODS[name] and name not in self.__dict__ for name in methods)
 
-    def _tokens_read(self) -> int | None:
-        """How many leading tokens the last block may work for alone, with nobody to notice but the clock; None for all.
+    def _prune_to_class_token(self) -> int | None:
+        """Return how many leading tokens the last block has to compute, where the head reads no others; None: all.
 
-        Not where a hook, a replaced module or an overridden method could see the others; see ``Block.unwatched``.
+        None too where a hook, a replaced module or an overridden method could see the others: see ``Block.can_prune``.
         """
         if self.global_pool != "token" or self.attn_pool is not None or not len(self.blocks):
             return None
@@ -457,113 +503,12 @@ class ViT(Intermediates, Head):
             return None
         last = self.blocks[-1]
         unseen = (
-            type(last) in (Block, BeitBlock)
-            and last.unwatched()
+            isinstance(last, Block)
+            and last.can_prune()
             and fuse.is_fusable(self.blocks, Blocks, nn.Sequential)
             and fuse.is_fusable(self.norm, LayerNorm, nn.LayerNorm, nn.Identity)
         )
         return (1 if self.head_dist is None else 2) if unseen else None
-
-    def _encode(
-        self,
-        x: Tensor | PackedImages,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        tokens: int | None = None,
-        corrupt: Corruption | None = None,
-    ) -> tuple[Tensor, Sequences | None]:
-        """images -> normed tokens (B, T, D), or only the first ``tokens`` of each image; and, if packed, whose."""
-        x, told = self._tokens(x, corrupt)
-        unmasked = attn_mask is None and not is_causal
-        whole = not told or isinstance(self.blocks, Blocks)  # a model of timm's has a plain Sequential
-        if unmasked and tokens is None and whole and not self.grad_checkpointing:
-            return self.norm(self.blocks(x, **told)), told.get("sequences")
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            x = self._run(block, x, attn_mask, is_causal, told, tokens if i == last else None)
-        sequences = told.get("sequences")
-        return self.norm(x), sequences if sequences is None or tokens is None else sequences.leading(tokens)
-
-    def _tokens(self, x: Tensor | PackedImages, corrupt: Corruption | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """The tokens that enter the blocks, (B, T, D) or packed (1, total, D); and what blocks are told besides.
-
-        That is where the images are ("sequences"), if packed, and where the tokens are ("positions"), if they ask.
-        """
-        placed = positions.told(self)
-        if isinstance(x, PackedImages):
-            if corrupt is not None:
-                raise ValueError("corrupt= takes patches (B, N, D): give images as one tensor, not packed ones")
-            tokens, sequences, kept = packed.embed(self, x)
-            told: dict[str, Any] = {"sequences": sequences}
-            return tokens, told | ({"positions": positions.of_packed(self, tokens, x, kept)} if placed else {})
-        tokens, kept = positions.drop_patches(self, self._embed(x, corrupt))
-        tokens = self.norm_pre(tokens)
-        return tokens, {"positions": positions.of_grid(self, tokens, self._grid(x), kept)} if placed else {}
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        """(h, w): the patches of these images."""
-        embed = self.patch_embed
-        if not self.dynamic_img_size:
-            return cast(tuple[int, int], embed.grid_size)
-        return cast(tuple[int, int], embed.dynamic_feat_size(image_size(images, self.in_chans)))
-
-    def _run(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        told: Mapping[str, Any],
-        tokens: int | None = None,
-    ) -> Tensor:
-        """One block, checkpointed if that is on and no mask is given (as in timm)."""
-        if attn_mask is not None or is_causal:
-            return block(x, attn_mask=attn_mask, is_causal=is_causal, **told)
-        options = dict(told) if tokens is None else {**told, "tokens": tokens}
-        if self.grad_checkpointing:
-            if torch.compiler.is_compiling():  # compiled code keeps the setting that it was compiled for
-                return checkpoint(block, x, use_reentrant=False, **options)
-            chosen = backends.again()  # now; the setting may be another when backward recomputes
-            return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), chosen), **options)
-        return block(x, **options)
-
-    def forward_features(
-        self,
-        x: Images,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        corrupt: Corruption | None = None,
-    ) -> Tensor:
-        """images (B, C, H, W) -> all tokens after the last norm, (B, T, D); packed images -> (1, total, D).
-
-        ``corrupt`` changes the patch embeddings (B, N, D) before positions and prefix tokens come in, as masked
-        pre-training does (:mod:`fastvit.training.pretrain`); not those of packed images.
-        """
-        return self._encode(packed.images_of(self, x), attn_mask, is_causal, corrupt=corrupt)[0]
-
-    def forward(self, x: Images, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Images to logits.
-
-        Args:
-            x: (B, C, H, W) floating and normalised, or uint8 (B, C, H, W) / (B, H, W, C) if the model has mean and std.
-                Or images of any sizes, whole patches each: a list of them without B, or what ``fastvit.pack`` made.
-            attn_mask, is_causal: as in F.scaled_dot_product_attention, for every block; not with packed images.
-
-        Returns:
-            (B, num_classes); the two heads' of a distilled model in distilled training.
-
-        Raises:
-            ValueError: images of another shape, size or dtype than accepted.
-        """
-        x = packed.images_of(self, x)
-        tokens = self._tokens_read() if attn_mask is None and not is_causal else None
-        if self._unchanged("forward_features"):
-            y, sequences = self._encode(x, attn_mask, is_causal, tokens)
-        else:
-            y = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
-            sequences = x.sequences(self.num_prefix_tokens) if isinstance(x, PackedImages) else None
-        return self.forward_head(y) if sequences is None else self.forward_head(y, sequences=sequences)
 
 
 _METHODS = {

@@ -1,4 +1,4 @@
-"""The paper's other models on the Triton kernels, in the interpreter: keys of distances, axial attention, hybrids."""
+"""The paper's other models in the interpreter, on Triton: relative position keys, axial attention, hybrids."""
 
 from __future__ import annotations
 
