@@ -30,7 +30,10 @@ def numbers() -> dict[str, dict[str, float]]:
             "timm": timm["bytes"] / 1e9,
             "fastvit": static["bytes_per_block"]["forward"]["plain"] / 1e9,
         },
-        "MB that a block keeps for backward\n(per image)": {"timm": kept["timm"] / 1e6, "fastvit": kept["fastvit"] / 1e6},
+        "MB that a block keeps for backward\n(per image)": {
+            "timm": kept["timm"] / 1e6,
+            "fastvit": kept["fastvit"] / 1e6,
+        },
     }
     for dtype in ("float32", "bfloat16"):
         measured = {
@@ -40,9 +43,7 @@ def numbers() -> dict[str, dict[str, float]]:
             == ("vit_base_patch16_224", 224, "inference", dtype, "ok")
         }
         found[f"images/s on 2 cores of an\nAMD EPYC, {dtype}"] = {name: measured[name] for name in CONTENDERS}
-    return {
-        panel: {name: float(f"{value:.3g}") for name, value in bars.items()} for panel, bars in found.items()
-    }
+    return {panel: {name: float(f"{value:.3g}") for name, value in bars.items()} for panel, bars in found.items()}
 
 
 def draw() -> Figure:
