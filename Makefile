@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --durations 5
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench speed test test-all test-peers test-oldest gpu rehearse tune lint format kernels-report dist clean
+.PHONY: help install bench speed test test-all test-peers test-oldest gpu rehearse tune lint format docs kernels-report dist clean
 
 help: ## what the commands are
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ lint: $(STAMP) ## ruff, mypy and the layers of imports
 format: $(STAMP) ## put the code in order as ruff has it
 	$(VENV)/bin/ruff check --fix-only --quiet .
 	$(VENV)/bin/ruff format .
+
+docs: $(STAMP) ## the documentation as a site in build/docs; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 kernels-report: $(STAMP) ## registers, spills and instructions of every CUDA kernel, as compiled (needs no GPU)
 	$(PY) -m csrc.compile_report
