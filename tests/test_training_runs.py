@@ -255,7 +255,7 @@ def test_an_objectives_own_parameters_are_trained_and_stay_in_checkpoints_alone(
 def test_examples_are_what_a_run_learns_from() -> None:
     place, recipe = HERE, plain(examples=20)
     run = loop.Run(Classification(linear(), 10), some(), recipe, Path(), 3, loop.Options(), place)
-    assert run.data.train.labels.tolist() == some().of(20, 3).train.labels.tolist()
+    assert run.data.train.labels.tolist() == some().limit(20, 3).train.labels.tolist()
     with pytest.raises(ValueError, match="examples=49 of 48 training images"):
         loop.Run(Classification(linear(), 10), some(), plain(examples=49), Path(), 3, loop.Options(), place)
     nothing = replace(some(), train=some().train.subset([]))

@@ -107,7 +107,7 @@ class Run:
         self, objective: Objective, data: Data, recipe: Recipe, out: Path, seed: int, options: Options, place: Place
     ) -> None:
         self.out, self.seed, self.options, self.place = out, seed, options, place
-        self.data = data = data if recipe.examples is None else data.of(recipe.examples, seed)
+        self.data = data = data.limit(recipe.examples, seed)
         self.recipe = recipe = recipe.for_images(len(data.train))
         assert recipe.steps is not None
         self.steps = recipe.steps

@@ -151,7 +151,7 @@ def pretrain(
     if tokenizer is not None and codes is not None:
         raise ValueError(f"codes={codes}: the tokenizer in {tokenizer} has its own; give one of the two")
     data, recipe = open_data(source, labels=False), recipe_for(method, source, list(settings), steps)
-    chosen = data if recipe.examples is None else data.of(recipe.examples, seed)
+    chosen = data.limit(recipe.examples, seed)
     recipe.for_images(len(chosen.train))  # refuses what the loop would, before a tokenizer is trained for it
     described: dict[str, Any] = {
         "method": method,
