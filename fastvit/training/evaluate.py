@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -312,28 +311,23 @@ def evaluate(
     return {"few-shot": accuracy(scores, data.test.labels)}
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """``fastvit evaluate``."""
-    try:
-        data = open_data(arguments.data, arguments.whole)
-        real = None if arguments.real is None else real_labels(arguments.real, data.test)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        raw = read(arguments.weights)
-        size = arguments.size
-        if is_resnet(raw):
-            size = size or (raw.config.get("pretrained_cfg") or {}).get("input_size", [None])[-1]
-            model = from_checkpoint(raw, device=device)
-        else:
-            model = from_checkpoint(raw, device=device, **({} if size is None else {"img_size": size}))
-        mean, std = pixel_statistics(arguments.weights, arguments.mean, arguments.std)
-        found = evaluate(
-            model, data, arguments.probe, arguments.shots, size=size, middle=arguments.middle, mean=mean, std=std,
-            workers=arguments.workers, real=real,
-        )  # fmt: skip
-    except (ValueError, OSError, ImportError) as error:
-        print(f"fastvit evaluate: {error}", file=sys.stderr)
-        return 2
+def main(arguments: argparse.Namespace) -> None:
+    """Run ``fastvit evaluate`` and print its table."""
+    data = open_data(arguments.data, arguments.whole)
+    real = None if arguments.real is None else real_labels(arguments.real, data.test)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    raw = read(arguments.weights)
+    size, options = arguments.size, {}
+    if is_resnet(raw):
+        size = size or (raw.config.get("pretrained_cfg") or {}).get("input_size", [None])[-1]
+    elif size is not None:
+        options["img_size"] = size
+    model = from_checkpoint(raw, device=device, **options)
+    mean, std = pixel_statistics(arguments.weights, arguments.mean, arguments.std)
+    found = evaluate(
+        model, data, arguments.probe, arguments.shots, size=size, middle=arguments.middle, mean=mean, std=std,
+        workers=arguments.workers, real=real,
+    )  # fmt: skip
     print(f"{'':<12}{'test images':>12}{'accuracy':>12}")
     for name, value in found.items():
         print(f"{name:<12}{len(data.test):>12}{value:>12.2%}")
-    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -44,12 +43,12 @@ log = logging.getLogger("fastvit")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class Diverged(RuntimeError):
-    """The loss or its gradients are no finite numbers."""
+class Diverged(FloatingPointError):
+    """The loss or its gradients are not finite."""
 
 
-class Stopped(RuntimeError):
-    """The run was asked to stop, and can go on."""
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the run, which can go on."""
 
 
 def optimizer_of(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
@@ -83,11 +82,6 @@ class Options:
     log_every: int = 10
     workers: int = 0
     fsdp: bool = False
-
-
-def options_of(arguments: argparse.Namespace) -> Options:
-    """Those of a command line."""
-    return Options(arguments.checkpoint_every, arguments.evaluate_every, workers=arguments.workers, fsdp=arguments.fsdp)
 
 
 def shard(objective: Objective) -> None:

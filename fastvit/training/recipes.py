@@ -113,14 +113,16 @@ class Recipe:
         done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
         return self.lr * (1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
-    def override(self, settings: Iterable[str]) -> Recipe:
-        """The same with other values, each "field=value"; steps and epochs take each other's place.
+    def override(self, settings: Iterable[str], steps: int | None = None) -> Recipe:
+        """Return the recipe with other values, each "field=value", and ``steps``.
+
+        Steps and epochs take each other's place.
 
         Raises:
             ValueError: no such field (with the nearest), or a value of another type.
         """
         hints, changes = get_type_hints(Recipe), dict[str, Any]()
-        for setting in settings:
+        for setting in (*settings, *([] if steps is None else [f"steps={steps}"])):
             name, equals, text = setting.partition("=")
             if not equals:
                 raise ValueError(f"{setting!r}; accepted: field=value")

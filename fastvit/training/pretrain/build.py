@@ -1,8 +1,7 @@
-"""A run from the names on a command line: ``fastvit pretrain``."""
+"""A run of pre-training by names: ``fastvit pretrain``."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import os
@@ -16,7 +15,7 @@ from torch import nn
 from fastvit.data.datasets import Data, open_data
 from fastvit.models import ViT
 from fastvit.training import loop
-from fastvit.training.build import describe, model_of, run
+from fastvit.training.build import describe, model_of
 from fastvit.training.pretrain.beit import Beit
 from fastvit.training.pretrain.dvae import DVAE, Tokenizing
 from fastvit.training.pretrain.masked import MaskedPatches
@@ -193,26 +192,3 @@ def pretrain(
         described=described,
         config=describe(objective.model, recipe) if isinstance(objective.model, ViT) else None,
     )
-
-
-def main(arguments: argparse.Namespace) -> int:
-    """``fastvit pretrain``."""
-
-    def told() -> str:
-        found = pretrain(
-            arguments.method,
-            arguments.data,
-            arguments.out,
-            model=arguments.model,
-            target=arguments.target,
-            share=arguments.share,
-            tokenizer=arguments.tokenizer,
-            codes=arguments.codes,
-            settings=arguments.set,
-            steps=arguments.steps,
-            seed=arguments.seed,
-            options=loop.options_of(arguments),
-        )
-        return ", ".join(f"test {name}: {value:.4f}" for name, value in found["test"].items())
-
-    return run("pretrain", told)
