@@ -22,7 +22,7 @@ from fastvit.training import loop
 from fastvit.training.objectives import Classification
 from fastvit.training.recipes import Recipe, recipe_of
 
-# Models of this room, for `digits` at twice their size: 16 patches and a class token.
+# Models of this package, for `digits` at twice their size: 16 patches and a class token.
 MODELS: dict[str, dict[str, Any]] = {
     "digits": {
         "img_size": 16,
@@ -42,7 +42,7 @@ MODELS["digits_beit"] = {
     "use_rel_pos_bias": True,
 }
 
-# The recipe of a data set for which none is named.
+# The recipe of a data set, where --recipe names none.
 DEFAULTS = {
     "digits": "digits",
     "cifar10": "finetune_cifar",
@@ -116,7 +116,7 @@ def model_of(name: str, recipe: Recipe, data: Data, weights: str | None = None, 
 
 
 def describe(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
-    """Return a config.json, as timm has it: with model.safetensors the folder is one that ``from_checkpoint`` takes."""
+    """Return a config.json as timm has it; with it the folder is one that ``from_checkpoint`` takes."""
     size = [model.in_chans, recipe.image_size, recipe.image_size]
     pixels = {"input_size": size, "mean": list(recipe.mean), "std": list(recipe.std)}
     return {"model_args": untold(model) if isinstance(model, ViT) else {}, "pretrained_cfg": pixels}

@@ -29,7 +29,7 @@ from fastvit.checkpoints.files import pixel_statistics
 from fastvit.checkpoints.load import Source
 from fastvit.data.images import Images, open_images, preprocess
 from fastvit.models import ViT, from_checkpoint
-from fastvit.training.logger import write
+from fastvit.training.logger import fingerprint, write
 
 log = logging.getLogger("fastvit")
 
@@ -219,11 +219,8 @@ def embed(
 
 def _claim(out: Path, images: Images, model: ViT, options: dict[str, Any]) -> None:
     """Write embed.json, which says what the features in ``out`` are of, or refuse to add others to them."""
-    digest = hashlib.sha256("\n".join(images.keys).encode())
-    weights = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        weights.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    mine = {"images": digest.hexdigest(), "weights": weights.hexdigest(), **json.loads(json.dumps(options))}
+    keys = hashlib.sha256("\n".join(images.keys).encode()).hexdigest()
+    mine = {"images": keys, "weights": fingerprint(model), **json.loads(json.dumps(options))}
     path = out / "embed.json"
     if path.exists():
         theirs = json.loads(path.read_text())

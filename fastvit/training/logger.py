@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import nn
 
 log = logging.getLogger("fastvit")
 
@@ -17,6 +21,14 @@ def write(path: Path, data: str | bytes) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(data.encode() if isinstance(data, str) else data)
     os.replace(part, path)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return what tells weights from others, wherever their files are: a SHA-256 in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Logger:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run does; each field can be overridden, on the command line by ``--set field=value``.
+    """The settings of a run; each field can be overridden, on the command line by ``--set field=value``.
 
     Args:
         optimizer: "adam" (b1 0.9, decoupled weight decay: AdamW) or "sgd" (momentum 0.9).
@@ -91,7 +91,7 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)}; accepted: 0 up to, and without, 1")
 
     def for_images(self, count: int) -> Recipe:
-        """The same in steps, for a training set of so many images.
+        """Return the recipe in steps, for a training set of so many images.
 
         Raises:
             ValueError: there are no images, or the warm-up would not end.
@@ -106,7 +106,7 @@ class Recipe:
         return replace(self, steps=steps, epochs=None)
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0; of a recipe that is in steps."""
+        """Return the learning rate of a step, counted from 0. The recipe must be in steps."""
         assert self.steps is not None
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
@@ -138,7 +138,7 @@ class Recipe:
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:
-    """``text`` as a value of the type ``hint``."""
+    """Parse ``text`` as a value of the type ``hint``."""
     if get_origin(hint) is tuple:
         return tuple(_parse(name, part, get_args(hint)[0]) for part in text.split(","))
     kinds = get_args(hint) if get_origin(hint) is not Literal else (str,)
@@ -241,7 +241,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_of(name: str) -> Recipe:
-    """A recipe by its name.
+    """Return a recipe by its name.
 
     Raises:
         ValueError: an unknown name; all are listed.

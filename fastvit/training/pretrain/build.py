@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastvit.data.datasets import Data, open_data
 from fastvit.models import ViT
 from fastvit.training import loop
 from fastvit.training.build import describe, model_of
+from fastvit.training.logger import fingerprint
 from fastvit.training.pretrain.beit import Beit
 from fastvit.training.pretrain.dvae import DVAE, Tokenizing
 from fastvit.training.pretrain.masked import MaskedPatches
@@ -36,7 +35,7 @@ TOKENIZERS: dict[str, tuple[dict[str, Any], float]] = {
 
 
 def encoder_of(name: str, recipe: Recipe, data: Data) -> ViT:
-    """The model to pre-train, without a classifier.
+    """Build the model to pre-train, without a classifier.
 
     Raises:
         ValueError: it is no ViT.
@@ -49,13 +48,13 @@ def encoder_of(name: str, recipe: Recipe, data: Data) -> ViT:
 
 
 def pixels_of(recipe: Recipe, data: Data) -> tuple[list[float], list[float]]:
-    """(mean, std) that the recipe normalises pixels by, a value of each channel."""
+    """Return (mean, std) that the recipe normalises pixels by, a value for each channel."""
     mean, std = (list(values) * (data.channels if len(values) == 1 else 1) for values in (recipe.mean, recipe.std))
     return mean, std
 
 
 def tokenizer_of(name: str, recipe: Recipe, data: Data, codes: int | None = None) -> Tokenizing:
-    """A new tokenizer, with its loss; with another number of codes than its own, where one is given.
+    """Build a new tokenizer with its loss; ``codes`` replaces its own number of codes.
 
     Raises:
         ValueError: an unknown name, or fewer than 2 codes.
@@ -67,30 +66,22 @@ def tokenizer_of(name: str, recipe: Recipe, data: Data, codes: int | None = None
     return Tokenizing(DVAE(*pixels_of(recipe, data), **sizes), divergence)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """What tells weights from others, wherever they lie: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _same_pixels(dvae: DVAE, mean: list[float], std: list[float]) -> None:
-    """Raise a ValueError where a tokenizer would be given images that are normalised otherwise than its own were."""
+    """Raise a ValueError where images are normalised otherwise than those that the tokenizer was trained on."""
     ours = torch.tensor([mean, std])
     theirs = torch.stack([dvae.pixels.mean, dvae.pixels.std]).flatten(1)
     if not torch.equal(ours, theirs):
-        told = ", ".join(
+        expected = ", ".join(
             f"{name}={[round(value, 6) for value in values]}"
             for name, values in zip(("mean", "std"), theirs.tolist(), strict=True)
         )
-        raise ValueError(f"mean={mean}, std={std}: the tokenizer's images were normalised by {told}; --set these")
+        raise ValueError(f"mean={mean}, std={std}: the tokenizer's images were normalised by {expected}; --set these")
 
 
 def _own_tokenizer(
     source: str, out: Path, codes: int | None, settings: list[str], seed: int, options: loop.Options | None
 ) -> DVAE:
-    """The tokenizer of a run of BEiT that is given none, trained in ``out``/tokenizer."""
+    """Train a tokenizer for a run of BEiT in ``out``/tokenizer, or go on with it."""
     folder = out / "tokenizer"
     if (out / "checkpoint.pt").exists() and not folder.exists():
         raise ValueError(f"{out} holds a run whose tokenizer is elsewhere: give it, or another folder for this run")

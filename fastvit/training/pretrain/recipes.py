@@ -61,13 +61,13 @@ RECIPES: dict[str, Recipe] = {
 
 
 def name_of(method: str, data: str) -> str:
-    """The key in :data:`RECIPES` of a method on a data set."""
+    """Return the key in :data:`RECIPES` of a method on a data set."""
     own = f"{method}_{data.partition(':')[0]}"
     return own if own in RECIPES else method
 
 
 def recipe_for(method: str, data: str, settings: Sequence[str], steps: int | None = None) -> Recipe:
-    """The recipe of a method on a data set, with what is overridden.
+    """Return the recipe of a method on a data set, with what is overridden.
 
     Raises:
         ValueError: a setting that fits none.
