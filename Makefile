@@ -68,11 +68,15 @@ rehearse: $(STAMP) ## the stages of make gpu on a CPU at toy size, into bench-ou
 tune: ## the same way: measure the tiles of this GPU into kernels/triton/tables/measured; DRY=1, ONLY="a b"
 	$(PYTHON) benchmarks/stages.py --tune $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
 
-lint: $(STAMP) ## ruff and mypy
+# Imports are linted where fastvit.triton is a folder of the package, as it is in a wheel.
+lint: $(STAMP) ## ruff, mypy and the layers of imports
 	@status=0; set -x; \
 	$(VENV)/bin/ruff check . || status=1; \
 	$(VENV)/bin/ruff format --check . || status=1; \
 	$(VENV)/bin/mypy || status=1; \
+	rm -rf build/lint; \
+	FASTVIT_BUILD_CUDA=0 $(PY) setup.py --quiet build_py --build-lib build/lint 2> /dev/null || status=1; \
+	(cd build/lint && PYTHONPATH=../.. ../../$(VENV)/bin/lint-imports --no-logo ../../pyproject.toml) || status=1; \
 	exit $$status
 
 format: $(STAMP) ## put the code in order as ruff has it
