@@ -169,10 +169,10 @@ class Run:
 
     def save(self) -> None:
         """Write all of the run's state between two steps, whole or not at all."""
-        chance = [self.rng]
+        rng = [self.rng]
         if self.place.world > 1:
-            chance = [{} for _ in range(self.place.world)]
-            dist.all_gather_object(chance, self.rng)
+            rng = [{} for _ in range(self.place.world)]
+            dist.all_gather_object(rng, self.rng)
         objective, optimizer = get_state_dict(self.objective, self.optimizer, options=WHOLE)
         state = {
             "run": self.description,
@@ -180,7 +180,7 @@ class Run:
             "objective": objective,
             "optimizer": optimizer,
             "average": None if self.average is None else get_model_state_dict(self.average, options=WHOLE),
-            "chance": chance,
+            "rng": rng,
             "test": self.test,
         }
         if self.place.rank == 0:
@@ -206,7 +206,7 @@ class Run:
             return
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            theirs, chance = state["run"], state["chance"]
+            theirs, rng = state["run"], state["rng"]
         except Exception as error:  # whatever a damaged file makes torch.load raise
             raise ValueError(
                 f"{self.checkpoint} is no checkpoint of a run, or is cut short ({type(error).__name__}); move it away "
@@ -223,7 +223,7 @@ class Run:
         )
         if self.average is not None:
             set_model_state_dict(self.average, state["average"], options=WHOLE)
-        self.rng = chance[self.place.rank]
+        self.rng = rng[self.place.rank]
         torch.set_rng_state(self.rng["cpu"])
         if "cuda" in self.rng:
             torch.cuda.set_rng_state(self.rng["cuda"], self.place.device)
@@ -391,7 +391,7 @@ def train(
 ) -> dict[str, Any]:
     """Train by a recipe; called again with the same arguments it goes on where it was, bit for bit.
 
-    In ``out``: run.json, a description of the run, and config.json; checkpoint.pt, all that going on needs; log.jsonl and
+    In ``out``: run.json (what the run is) and config.json; checkpoint.pt, all that going on needs; log.jsonl and
     tensorboard/; and in the end model.safetensors, the weights of ``objective.model`` (averaged where the recipe says
     so), and metrics.json. Under torchrun, DDP shares each batch among the processes. Ctrl-C and SIGTERM stop it with a
     checkpoint.

@@ -151,7 +151,7 @@ class MaskedPatches(CorruptedImages):
         self.predict = self.head(self.target.outputs(self.patch, positive("in_chans", model.in_chans)))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return "loss", and of colours "accuracy", over the corrupted patches of batch["image"] (B, C, H, W), normalised.
+        """Return "loss" and, of colours, "accuracy" over the corrupted patches of batch["image"] (B, C, H, W).
 
         Raises:
             ValueError: images that are no whole patches: a model may pad them, and has no target there.
