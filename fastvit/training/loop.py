@@ -180,7 +180,7 @@ class Run:
             "objective": objective,
             "optimizer": optimizer,
             "average": None if self.average is None else get_model_state_dict(self.average, options=WHOLE),
-            "rng": rng,
+            "chance": rng,
             "test": self.test,
         }
         if self.place.rank == 0:
@@ -206,7 +206,7 @@ class Run:
             return
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            theirs, rng = state["run"], state["rng"]
+            theirs, rng = state["run"], state["chance"]
         except Exception as error:  # whatever a damaged file makes torch.load raise
             raise ValueError(
                 f"{self.checkpoint} is no checkpoint of a run, or is cut short ({type(error).__name__}); move it away "
