@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,20 +21,18 @@ FOR_USERS = (ValueError, OSError, ImportError, FloatingPointError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's) and return its exit status."""
     top = parser()
-    arguments = top.parse_args(argv)
+    options = vars(top.parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what is guessed, resampled, held out, say
-    if not hasattr(arguments, "run"):
-        top.print_help()
-        return 0
+    command, run = options.pop("command"), options.pop("run", top.print_help)
     try:
-        status: int | None = arguments.run(arguments)
+        status: int | None = run(**options)
     except (*FOR_USERS, KeyboardInterrupt, RuntimeError) as error:
         message = str(error) or "interrupted"
-        if type(error).__name__ == "OutOfMemoryError" and hasattr(arguments, "set"):  # torch's
+        if type(error).__name__ == "OutOfMemoryError" and "settings" in options:  # torch's
             message += "\nFewer images at a time need less: --set micro_batch=64"
         elif not isinstance(error, (*FOR_USERS, KeyboardInterrupt)):
             raise
-        print(f"fastvit {arguments.command}: {message}", file=sys.stderr)
+        print(f"fastvit {command}: {message}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
     return status or 0
 
@@ -60,13 +58,13 @@ def _env(commands: Any) -> None:
         description="Print the device, the versions, and for every op which backends are available and why not the "
         "others. Put this into a bug report.",
     )
-    command.add_argument("--json", action="store_true", help="as JSON; a backend's value is null, or why it can't run")
+    command.add_argument("--json", dest="as_json", action="store_true", help="backends: null, or why one can't run")
 
-    def run(arguments: Namespace) -> None:
+    def run(as_json: bool) -> None:
         from fastvit import env
 
         found = env.report()
-        print(json.dumps(found, indent=2) if arguments.json else env.render(found))
+        print(json.dumps(found, indent=2) if as_json else env.render(found))
 
     command.set_defaults(run=run)
 
@@ -80,11 +78,11 @@ def _models(commands: Any) -> None:
     )
     command.add_argument("filter", nargs="?", default="", help="only names that match, for example base")
 
-    def run(arguments: Namespace) -> int:
+    def run(filter: str) -> int:
         import fastvit
 
-        names = fastvit.list_models(arguments.filter)
-        print("\n".join(names) or f"no model name contains {arguments.filter!r}; `fastvit models` lists all")
+        names = fastvit.list_models(filter)
+        print("\n".join(names) or f"no model name contains {filter!r}; `fastvit models` lists all")
         return 0 if names else 1
 
     command.set_defaults(run=run)
@@ -118,14 +116,14 @@ def _tune(commands: Any) -> None:
     command.add_argument("--dry-run", action="store_true", help="list problems and numbers of candidates, run nothing")
     command.add_argument("--arch", type=int, metavar="N", help="with --dry-run: as on this compute capability, 90 say")
 
-    def run(arguments: Namespace) -> int:
+    def run(**options: Any) -> int:
         from fastvit.ops import backends
 
         if backends.TRITON_MISSING is not None:
             raise ImportError(backends.TRITON_MISSING)
         from fastvit.tuning import tune
 
-        return tune.main(arguments)
+        return tune.main(argparse.Namespace(**options))
 
     command.set_defaults(run=run)
 
@@ -154,11 +152,11 @@ def _convert(commands: Any) -> None:
         "--num-heads", type=_positive, metavar="N", help="attention heads, which an .npz and a folder need"
     )
 
-    def run(arguments: Namespace) -> None:
+    def run(source: str, target: str, to: str, num_heads: int | None) -> None:
         from fastvit.checkpoints import convert
 
-        convert(arguments.source, arguments.target, arguments.to, arguments.num_heads)
-        print(f"saved {arguments.target}")
+        convert(source, target, to, num_heads)
+        print(f"saved {target}")
 
     command.set_defaults(run=run)
 
@@ -179,19 +177,15 @@ def _embed(commands: Any) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     command.add_argument("--parquet", action="store_true", help="write OUT/features.parquet too")
 
-    def run(arguments: Namespace) -> None:
+    def run(out: str, size: list[int] | None, dtype: str, **options: Any) -> None:
         _require("PIL", extra="embed")
         import torch
 
         from fastvit.training.embed import embed
 
-        count, unreadable = embed(
-            arguments.source, arguments.weights, arguments.out, size=_size(arguments), mean=arguments.mean,
-            std=arguments.std, batch=arguments.batch, threads=arguments.threads, dtype=getattr(torch, arguments.dtype),
-            parquet=arguments.parquet,
-        )  # fmt: skip
+        count, unreadable = embed(out=out, size=_size(size), dtype=getattr(torch, dtype), **options)
         if count or unreadable:
-            print(f"{count} images, {unreadable} unreadable; saved {arguments.out}")
+            print(f"{count} images, {unreadable} unreadable; saved {out}")
 
     command.set_defaults(run=run)
 
@@ -211,15 +205,11 @@ def _inspect(commands: Any) -> None:
         "--num-heads", type=_positive, metavar="N", help="attention heads; a guess from the width is printed"
     )
 
-    def run(arguments: Namespace) -> None:
+    def run(size: list[int] | None, **options: Any) -> None:
         _require("matplotlib", "PIL", extra="inspect")
         from fastvit.analysis.inspect import inspect
 
-        found = inspect(
-            arguments.images, arguments.weights, arguments.out, size=_size(arguments), mean=arguments.mean,
-            std=arguments.std, num_heads=arguments.num_heads,
-        )  # fmt: skip
-        for name, result in found.items():
+        for name, result in inspect(size=_size(size), **options).items():
             print(f"no picture of {name}: {result}" if isinstance(result, str) else f"saved {result}")
 
     command.set_defaults(run=run)
@@ -241,14 +231,11 @@ def _train(commands: Any) -> None:
     command.add_argument("--weights", help="to start from: a file, a folder (OUT of another run), or hf-hub:org/name")
     _add_run_options(command)
 
-    def run(arguments: Namespace) -> None:
+    def run(**options: Any) -> None:
         _require("torchvision", extra="train")
         from fastvit.training.build import train
 
-        found = train(
-            arguments.data, arguments.out, recipe=arguments.recipe, model=arguments.model, weights=arguments.weights,
-            **_run_options(arguments),
-        )  # fmt: skip
+        found = train(**_run_options(options))
         _print_once(f"test accuracy: {found['test']['accuracy']:.2%}")
 
     command.set_defaults(run=run)
@@ -274,11 +261,11 @@ def _evaluate(commands: Any) -> None:
     command.add_argument("--middle", action="store_true", help="of each image 224 of 256 pixels, as for ImageNet")
     command.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
 
-    def run(arguments: Namespace) -> None:
+    def run(**options: Any) -> None:
         _require("torchvision", extra="train")
         from fastvit.training import evaluate
 
-        evaluate.main(arguments)
+        evaluate.main(**options)
 
     command.set_defaults(run=run)
 
@@ -316,14 +303,11 @@ def _pretrain(commands: Any) -> None:
     )
     _add_run_options(command)
 
-    def run(arguments: Namespace) -> None:
+    def run(**options: Any) -> None:
         _require("torchvision", extra="train")
         from fastvit.training.pretrain.build import pretrain
 
-        found = pretrain(
-            arguments.method, arguments.data, arguments.out, model=arguments.model, target=arguments.target,
-            share=arguments.share, tokenizer=arguments.tokenizer, codes=arguments.codes, **_run_options(arguments),
-        )  # fmt: skip
+        found = pretrain(**_run_options(options))
         _print_once(", ".join(f"test {name}: {value:.4f}" for name, value in found["test"].items()))
 
     command.set_defaults(run=run)
@@ -335,7 +319,9 @@ def _pretrain(commands: Any) -> None:
 def _add_run_options(command: ArgumentParser) -> None:
     """Add the options of a run of the training loop, whatever it trains."""
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
-    command.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="of the recipe")
+    command.add_argument(
+        "--set", dest="settings", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="of a recipe"
+    )
     command.add_argument("--steps", type=_positive, metavar="N", help="in place of the recipe's steps or epochs")
     command.add_argument("--seed", type=_seed, default=0, metavar="N")
     command.add_argument("--checkpoint-every", type=_positive, default=500, metavar="STEPS", help="(default: 500)")
@@ -348,17 +334,12 @@ def _add_run_options(command: ArgumentParser) -> None:
     )
 
 
-def _run_options(arguments: Namespace) -> dict[str, Any]:
-    """Return these options as arguments of ``train`` and ``pretrain``."""
+def _run_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of ``train`` and ``pretrain`` with those that don't change a run's results put together."""
     from fastvit.training.loop import Options
 
     names = ("checkpoint_every", "evaluate_every", "workers", "fsdp")
-    return {
-        "settings": arguments.set,
-        "steps": arguments.steps,
-        "seed": arguments.seed,
-        "options": Options(**{name: getattr(arguments, name) for name in names}),
-    }
+    return {**options, "options": Options(**{name: options.pop(name) for name in names})}
 
 
 def _print_once(line: str) -> None:
@@ -380,8 +361,7 @@ def _add_pixels(command: ArgumentParser) -> None:
         command.add_argument(name, nargs="+", type=float, metavar="X", help=text)
 
 
-def _size(arguments: Namespace) -> tuple[int, int] | None:
-    size = arguments.size
+def _size(size: list[int] | None) -> tuple[int, int] | None:
     if size is not None and len(size) > 2:
         raise ValueError(f"--size {' '.join(map(str, size))}: accepted: one number, or height and width")
     return None if size is None else (size[0], size[-1])

@@ -173,7 +173,7 @@ def test_shots() -> None:
     assert sorted(labels[chosen].tolist()) == [0, 0, 0, 1, 1, 1]
     assert len(set(chosen.tolist())) == 6
     assert {tuple(evaluate.shots(labels, 1, seed).tolist()) for seed in range(8)} > {(0, 1)}
-    with pytest.raises(ValueError, match="class 1 has 3 training images; 4 shots"):
+    with pytest.raises(ValueError, match="class 1 has 3 training images; shots=4"):
         evaluate.shots(labels, 4)
 
 

@@ -123,7 +123,7 @@ def describe(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
 
 
 def train(
-    source: str,
+    data: str,
     out: str | Path,
     *,
     recipe: str | None = None,
@@ -137,7 +137,7 @@ def train(
     """Train a classifier: ``fastvit train``.
 
     Args:
-        source: as :func:`fastvit.data.datasets.open_data` takes it.
+        data: as :func:`fastvit.data.datasets.open_data` takes it.
         out: folder of the run.
         recipe: a name in :data:`fastvit.training.recipes.RECIPES`, by default the data set's own.
         model: a name, by default the recipe's; see :func:`model_of`.
@@ -151,20 +151,20 @@ def train(
     Raises:
         ValueError: an argument that does not fit.
     """
-    chosen = recipe_for(recipe, source, settings, steps, weights)
-    data = open_data(source)
+    chosen = recipe_for(recipe, data, settings, steps, weights)
+    sets = open_data(data)
     if model and weights:
         raise ValueError(f"--model {model}: the model is that of --weights {weights}")
     name = model or chosen.model
     torch.manual_seed(seed)
-    network = model_of(name, chosen, data, weights)
+    network = model_of(name, chosen, sets, weights)
     return loop.train(
-        Classification(network, data.classes, chosen.label_smoothing, chosen.mixup),
-        data,
+        Classification(network, sets.classes, chosen.label_smoothing, chosen.mixup),
+        sets,
         chosen,
         out,
         seed=seed,
         options=options or loop.Options(),
-        described={"data": os.path.normpath(source), "model": name, "weights": weights},
+        described={"data": os.path.normpath(data), "model": name, "weights": weights},
         config=describe(network, chosen),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -312,23 +311,31 @@ def evaluate(
     return {"few-shot": accuracy(scores, data.test.labels)}
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Run ``fastvit evaluate`` and print its table."""
-    data = open_data(arguments.data, arguments.whole)
-    real = None if arguments.real is None else real_labels(arguments.real, data.test)
+def main(
+    weights: str,
+    data: str,
+    probe: str | None,
+    shots: int | None,
+    whole: bool,
+    real: str | None,
+    size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    **options: Any,
+) -> None:
+    """Run ``fastvit evaluate`` and print a table; ``options`` are more of :func:`evaluate`."""
+    sets = open_data(data, whole)
+    labels = None if real is None else real_labels(real, sets.test)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    raw = read(arguments.weights)
-    size, options = arguments.size, {}
+    raw = read(weights)
+    sizes: dict[str, Any] = {}
     if is_resnet(raw):
         size = size or (raw.config.get("pretrained_cfg") or {}).get("input_size", [None])[-1]
     elif size is not None:
-        options["img_size"] = size
-    model = from_checkpoint(raw, device=device, **options)
-    mean, std = pixel_statistics(arguments.weights, arguments.mean, arguments.std)
-    found = evaluate(
-        model, data, arguments.probe, arguments.shots, size=size, middle=arguments.middle, mean=mean, std=std,
-        workers=arguments.workers, real=real,
-    )  # fmt: skip
+        sizes["img_size"] = size
+    model = from_checkpoint(raw, device=device, **sizes)
+    mean, std = pixel_statistics(weights, mean, std)
+    found = evaluate(model, sets, probe, shots, size=size, mean=mean, std=std, real=labels, **options)
     print(f"{'':<12}{'test images':>12}{'accuracy':>12}")
     for name, value in found.items():
-        print(f"{name:<12}{len(data.test):>12}{value:>12.2%}")
+        print(f"{name:<12}{len(sets.test):>12}{value:>12.2%}")

@@ -95,7 +95,7 @@ def _own_tokenizer(
 
 def pretrain(
     method: str,
-    source: str,
+    data: str,
     out: str | Path,
     *,
     model: str | None = None,
@@ -112,7 +112,7 @@ def pretrain(
 
     Args:
         method: "masked", "beit", or "tokenizer", which "beit" needs.
-        source: as :func:`fastvit.data.datasets.open_data` takes it.
+        data: as :func:`fastvit.data.datasets.open_data` takes it.
         out: folder of the run; ``fastvit train --weights`` takes it.
         model: another model (or tokenizer) than the recipe's, by name.
         target: what "masked" predicts, by default "colour"; see :class:`fastvit.training.pretrain.MaskedPatches`.
@@ -140,42 +140,42 @@ def pretrain(
             raise ValueError(f"{name}={value} is of the method {' or '.join(takes)}, and this is {method}")
     if tokenizer is not None and codes is not None:
         raise ValueError(f"codes={codes}: the tokenizer in {tokenizer} has its own; give one of the two")
-    data, recipe = open_data(source, labels=False), recipe_for(method, source, list(settings), steps)
-    chosen = data.limit(recipe.examples, seed)
+    sets, recipe = open_data(data, labels=False), recipe_for(method, data, list(settings), steps)
+    chosen = sets.limit(recipe.examples, seed)
     recipe.for_images(len(chosen.train))  # refuses what the loop would, before a tokenizer is trained for it
     described: dict[str, Any] = {
         "method": method,
-        "data": os.path.normpath(source),
+        "data": os.path.normpath(data),
         "model": model or recipe.model,
     }
     part: dict[str, Any] = {} if share is None else {"share": share}
     torch.manual_seed(seed)
     objective: Tokenizing | MaskedPatches | Beit
     if method == "tokenizer":
-        objective = tokenizer_of(described["model"], recipe, data, codes)
+        objective = tokenizer_of(described["model"], recipe, sets, codes)
         described["codes"] = objective.model.codes
     elif method == "masked":
         described["target"] = target = target or "colour"
-        encoder = encoder_of(described["model"], recipe, data)
-        objective = MaskedPatches(encoder, *pixels_of(recipe, data), target, **part)
+        encoder = encoder_of(described["model"], recipe, sets)
+        objective = MaskedPatches(encoder, *pixels_of(recipe, sets), target, **part)
         described["share"] = objective.share
     else:
-        encoder = encoder_of(described["model"], recipe, data)
+        encoder = encoder_of(described["model"], recipe, sets)
         least = max(1, round(16 / 14**2 * encoder.patch_embed.num_patches))  # BEiT's 16 of 14 x 14, in proportion
         if tokenizer is None:
             shared = [setting for setting in settings if setting.partition("=")[0] in SHARED]
-            own = recipe_for("tokenizer", source, shared)
-            dvae = tokenizer_of(own.model, own, data, codes).model
+            own = recipe_for("tokenizer", data, shared)
+            dvae = tokenizer_of(own.model, own, sets, codes).model
         else:
             dvae = DVAE.from_checkpoint(tokenizer)
         objective = Beit(encoder, dvae, least=least, **part)
-        _same_pixels(dvae, *pixels_of(recipe, data))
+        _same_pixels(dvae, *pixels_of(recipe, sets))
         if tokenizer is None:  # trained now that all else is known to fit
-            dvae.load_state_dict(_own_tokenizer(source, Path(out), codes, shared, seed, options).state_dict())
+            dvae.load_state_dict(_own_tokenizer(data, Path(out), codes, shared, seed, options).state_dict())
         described |= {"share": objective.share, "tokenizer": fingerprint(dvae)}
     return loop.train(
         objective,
-        data,
+        sets,
         recipe,
         out,
         seed=seed,
