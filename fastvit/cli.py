@@ -107,9 +107,7 @@ def _tune(commands: Any) -> None:
     command.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"])
     which = command.add_mutually_exclusive_group()
     which.add_argument("--training", action="store_const", const=True, help="the training step only (default: both)")
-    which.add_argument(
-        "--inference", dest="training", action="store_const", const=False, help="inference only (default: both)"
-    )
+    which.add_argument("--inference", dest="training", action="store_const", const=False, help="inference only")
     command.add_argument("--out", metavar="PATH", help="a .json file, or a folder for one named after the GPU")
     command.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after it")
     command.add_argument("--most", type=_positive, metavar="N", help="at most N candidates for each problem")
@@ -137,9 +135,7 @@ def _convert(commands: Any) -> None:
         "for bit.",
     )
     command.add_argument("source", metavar="SOURCE", help=WEIGHTS)
-    command.add_argument(
-        "target", metavar="TARGET", help=".safetensors, .pth, .npz for npz, or a folder for huggingface"
-    )
+    command.add_argument("target", metavar="TARGET", help=".safetensors, .pth, .npz for npz, or a folder")
     command.add_argument(
         "--to",
         default="timm",
@@ -148,9 +144,7 @@ def _convert(commands: Any) -> None:
         "5), or npz; in Hugging Face's a TARGET without a suffix is a folder with a config.json, as from_pretrained "
         "takes it",
     )
-    command.add_argument(
-        "--num-heads", type=_positive, metavar="N", help="attention heads, which an .npz and a folder need"
-    )
+    command.add_argument("--num-heads", type=_positive, metavar="N", help="heads, which an .npz and a folder need")
 
     def run(source: str, target: str, to: str, num_heads: int | None) -> None:
         from fastvit.checkpoints import convert
@@ -201,9 +195,7 @@ def _inspect(commands: Any) -> None:
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     _add_weights_and_size(command)
     command.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
-    command.add_argument(
-        "--num-heads", type=_positive, metavar="N", help="attention heads; a guess from the width is printed"
-    )
+    command.add_argument("--num-heads", type=_positive, metavar="N", help="by default a guess, which is printed")
 
     def run(size: list[int] | None, **options: Any) -> None:
         _require("matplotlib", "PIL", extra="inspect")
@@ -223,9 +215,7 @@ def _train(commands: Any) -> None:
         "same command goes on where a run was cut off. Under torchrun the processes share each batch: torchrun "
         "--nproc-per-node 8 -m fastvit train ... See docs/training.md.",
     )
-    command.add_argument(
-        "--data", required=True, help="digits, cifar10[:FOLDER], ..., a folder, .tar, .parquet, hf:NAME"
-    )
+    command.add_argument("--data", required=True, help="digits, cifar10[:FOLDER], a folder, .tar, .parquet, hf:NAME")
     command.add_argument("--recipe", metavar="NAME", help="by default the data set's; digits, vit_imagenet, ...")
     command.add_argument("--model", metavar="NAME", help="by default the recipe's; see `fastvit models`")
     command.add_argument("--weights", help="to start from: a file, a folder (OUT of another run), or hf-hub:org/name")
@@ -252,9 +242,7 @@ def _evaluate(commands: Any) -> None:
     command.add_argument("--data", required=True, help="as in `fastvit train`")
     command.add_argument("--probe", choices=("few-shot", "knn"), help="by default the classifier is judged")
     command.add_argument("--shots", type=_positive, metavar="N", help="training images of a class (default: all)")
-    command.add_argument(
-        "--whole", action="store_true", help="DATA is for testing alone: no tenth is held out, no training set opened"
-    )
+    command.add_argument("--whole", action="store_true", help="test on all of DATA, and open no training set")
     command.add_argument("--real", metavar="FILE", help="ReaL's real.json, for images of ImageNet's validation set")
     command.add_argument("--size", type=_positive, metavar="PIXELS", help="a side; by default the model's")
     _add_pixels(command)
@@ -298,9 +286,7 @@ def _pretrain(commands: Any) -> None:
         help="of masked: of the patches that are corrupted (default: 0.5); of beit: of those masked, at most (0.4)",
     )
     command.add_argument("--tokenizer", metavar="DIR", help="of beit: OUT of a run of --method tokenizer")
-    command.add_argument(
-        "--codes", type=_positive, metavar="N", help="of tokenizer, and of beit's own: size of the vocabulary"
-    )
+    command.add_argument("--codes", type=_positive, metavar="N", help="of tokenizer and beit: size of the vocabulary")
     _add_run_options(command)
 
     def run(**options: Any) -> None:
@@ -325,13 +311,9 @@ def _add_run_options(command: ArgumentParser) -> None:
     command.add_argument("--steps", type=_positive, metavar="N", help="in place of the recipe's steps or epochs")
     command.add_argument("--seed", type=_seed, default=0, metavar="N")
     command.add_argument("--checkpoint-every", type=_positive, default=500, metavar="STEPS", help="(default: 500)")
-    command.add_argument(
-        "--evaluate-every", type=_positive, metavar="STEPS", help="by default only after the last step"
-    )
+    command.add_argument("--evaluate-every", type=_positive, metavar="STEPS", help="(default: at the end)")
     command.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    command.add_argument(
-        "--fsdp", action="store_true", help="under torchrun: shard the model (FSDP2), not copy it (DDP)"
-    )
+    command.add_argument("--fsdp", action="store_true", help="under torchrun: FSDP2 in place of DDP")
 
 
 def _run_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -339,7 +321,8 @@ def _run_options(options: dict[str, Any]) -> dict[str, Any]:
     from fastvit.training.loop import Options
 
     names = ("checkpoint_every", "evaluate_every", "workers", "fsdp")
-    return {**options, "options": Options(**{name: options.pop(name) for name in names})}
+    options["options"] = Options(**{name: options.pop(name) for name in names})
+    return options
 
 
 def _print_once(line: str) -> None:

@@ -331,9 +331,9 @@ def test_rows_without_an_image(column: list[Any], kind: Any, tmp_path: Path) -> 
     rows = pa.table({"image": pa.array(column * 6, kind), "label": [0, 1] * 6})
     pq.write_table(rows, tmp_path / "a.parquet")
     datasets.Dataset(rows).save_to_disk(tmp_path / "set")
-    for name, told in (("a.parquet", r"a\.parquet: "), ("set", "set, split 'train': ")):
+    for name, prefix in (("a.parquet", r"a\.parquet: "), ("set", "set, split 'train': ")):
         data = open_data(str(tmp_path / name), whole=True)
-        with pytest.raises(ValueError, match=f"{told}000000002 can't be read: row 2 holds no image"):
+        with pytest.raises(ValueError, match=f"{prefix}000000002 can't be read: row 2 holds no image"):
             data.test.image(2)
         assert data.test.image(1).getpixel((0, 0)) == (1, 0, 100)
 
@@ -392,7 +392,7 @@ def test_whole(folder: Path, tmp_path: Path) -> None:
 
 
 def test_images_without_labels(folder: Path, tmp_path: Path) -> None:
-    """They need none where none are asked for: in a folder, beside those of a .tar, in a table."""
+    """They need none where labels=False: in a folder, beside those of a .tar, in a table."""
     shades = [Image.new("L", (4, 4), i) for i in range(20)]
     (tmp_path / "flat").mkdir()
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
