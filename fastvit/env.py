@@ -17,11 +17,11 @@ import fastvit.cuda.extension as cuda
 from fastvit.ops import backends
 
 LIBRARIES = ("torch", "triton", "numpy", "safetensors")
-PEERS = ("timm", "torchvision", "transformers", "xformers")
+CONTENDERS = ("timm", "torchvision", "transformers", "xformers")
 
 
 def version(distribution: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """Return the installed version of a distribution, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -29,16 +29,16 @@ def version(distribution: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Python, fastvit, the libraries it needs and the optional peers; None for what is not installed."""
+    """Return the versions of Python, fastvit, its libraries and its contenders; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "fastvit": fastvit.__version__}
-    found |= {name: version(name) for name in LIBRARIES + PEERS}
+    found |= {name: version(name) for name in LIBRARIES + CONTENDERS}
     found["torch"] = torch.__version__  # with the build, +cu130 say
     found["cuda"] = torch.version.cuda
     return found
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """Return the processor's model name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -48,7 +48,7 @@ def cpu_name() -> str:
 
 
 def device(kind: str | None = None) -> dict[str, Any]:
-    """The device of a kind ("cpu" or "cuda"; default: CUDA where there is one) and what bears on its speed."""
+    """Describe the device of a kind ("cpu" or "cuda"; default: CUDA where there is one) and what bears on its speed."""
     if (kind or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         return {"type": "cpu", "name": cpu_name(), "threads": torch.get_num_threads(), "instructions": capability}
@@ -63,7 +63,7 @@ def device(kind: str | None = None) -> dict[str, Any]:
     }
 
 
-# What nvidia-smi tells of a GPU as it is found; nothing here changes it.
+# Fields of nvidia-smi that describe a GPU's state; nothing here changes it.
 _STATE = {
     "driver": "driver_version",
     "power_limit": "power.limit",
@@ -76,7 +76,7 @@ _STATE = {
 
 
 def _nvidia_smi(uuid: str) -> dict[str, str | None]:
-    """:data:`_STATE` of a GPU as nvidia-smi prints it; None where that tool is missing, refuses or hangs."""
+    """Return :data:`_STATE` of a GPU as nvidia-smi prints it; None where that tool is missing, refuses or hangs."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_STATE.values())}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -87,7 +87,7 @@ def _nvidia_smi(uuid: str) -> dict[str, str | None]:
 
 
 def extension() -> dict[str, str]:
-    """The CUDA kernels: their ``file``, ``architectures`` and ``cuda``, or why it's ``missing`` and how ``built``."""
+    """Describe the CUDA extension: ``file``, ``architectures`` and ``cuda``, or why it's ``missing``, how ``built``."""
     if cuda.MISSING is not None:
         found, record = {"missing": cuda.MISSING}, Path(fastvit.__file__).with_name("_build.txt")  # setup.py's
         return {**found, "built": record.read_text().strip()} if record.exists() else found
@@ -98,7 +98,7 @@ def extension() -> dict[str, str]:
 
 
 def tiles() -> list[str]:
-    """Where the kernels' tiles come from on this GPU, in order; empty where no kernel runs."""
+    """List the tables that the kernels' tiles come from on this GPU, in order; empty where no kernel runs."""
     if backends.TRITON_MISSING or not (torch.cuda.is_available() or backends.INTERPRETING):
         return []
     from fastvit.triton import launch
@@ -109,7 +109,7 @@ def tiles() -> list[str]:
 
 
 def report() -> dict[str, Any]:
-    """Everything ``fastvit env`` prints, ready for JSON.
+    """Return everything that ``fastvit env`` prints, ready for JSON.
 
     Returns:
         ``device``, ``versions`` (None: not installed), ``installed_from``, ``extension`` (the CUDA kernels' binary, or
@@ -130,7 +130,7 @@ def report() -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """:func:`report` for people."""
+    """Format :func:`report` as text."""
     about = {key: value for key, value in found["device"].items() if value is not None and key not in ("type", "name")}
     lines = [
         f"device      {found['device']['type']}: {found['device']['name']}",

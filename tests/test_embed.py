@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +26,12 @@ from fastvit.cli import main
 from fastvit.data.images import open_images, preprocess
 from fastvit.training import embed as module
 from fastvit.training.embed import embed
+
+
+@pytest.fixture(autouse=True)
+def cache_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache of datasets")
+
 
 SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 1, "img_size": 32, "patch_size": 8, "num_classes": 3}
 
@@ -112,12 +119,12 @@ def test_tar_and_parquet(folder: Path, weights: Path, tmp_path: Path) -> None:
 
 
 def test_pixels_are_normalised_as_the_weights_folder_says(folder: Path, weights: Path, tmp_path: Path) -> None:
-    told: dict[str, Any] = {"mean": [0.3, 0.4, 0.5], "std": [0.2, 0.25, 0.3]}
+    pixels: dict[str, Any] = {"mean": [0.3, 0.4, 0.5], "std": [0.2, 0.25, 0.3]}
     (tmp_path / "w").mkdir()
     shutil.copy(weights, tmp_path / "w" / "model.safetensors")
-    (tmp_path / "w" / "config.json").write_text(json.dumps({"pretrained_cfg": told}))
+    (tmp_path / "w" / "config.json").write_text(json.dumps({"pretrained_cfg": pixels}))
     embed(folder, tmp_path / "w", tmp_path / "said")
-    embed(folder, weights, tmp_path / "given", **told)
+    embed(folder, weights, tmp_path / "given", **pixels)
     embed(folder, weights, tmp_path / "half", mean=[0.5])
     said, given, half = (np.load(tmp_path / name / "features.npy") for name in ("said", "given", "half"))
     assert np.array_equal(said, given) and not np.allclose(said, half, atol=1e-3)

@@ -173,7 +173,7 @@ def test_shots() -> None:
     assert sorted(labels[chosen].tolist()) == [0, 0, 0, 1, 1, 1]
     assert len(set(chosen.tolist())) == 6
     assert {tuple(evaluate.shots(labels, 1, seed).tolist()) for seed in range(8)} > {(0, 1)}
-    with pytest.raises(ValueError, match="class 1 has 3 training images; 4 shots"):
+    with pytest.raises(ValueError, match="class 1 has 3 training images; shots=4"):
         evaluate.shots(labels, 4)
 
 
@@ -306,11 +306,11 @@ def test_command_says_what_it_assumes(
         path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (16, 16), i).save(path)
-    told = ["evaluate", "--weights", str(tmp_path / "none"), "--data", str(tmp_path / "images")]
+    command = ["evaluate", "--weights", str(tmp_path / "none"), "--data", str(tmp_path / "images")]
     with monkeypatch.context() as fresh:  # a process in which nothing has configured logging
         fresh.setattr(logging.root, "handlers", [])
         fresh.setattr(logging.root, "level", logging.WARNING)
-        assert cli.main(told) == 2
+        assert cli.main(command) == 2
         assert "2 of 20 images are held out for testing\n" in capsys.readouterr().err
 
 
@@ -330,11 +330,11 @@ def test_real_labels(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureF
     color = build.model_of("digits", recipe_of("digits"), replace(data, channels=3))
     save_file(color.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(build.describe(color, recipe_of("digits"))))
-    told = ["evaluate", "--weights", str(tmp_path), "--data", source, "--whole", "--real"]
-    assert cli.main([*told, str(tmp_path / "real.json")]) == 0
+    command = ["evaluate", "--weights", str(tmp_path), "--data", source, "--whole", "--real"]
+    assert cli.main([*command, str(tmp_path / "real.json")]) == 0
     assert capsys.readouterr().out.split()[-3:-1] == ["ReaL", "3"]
     (tmp_path / "short.json").write_text("[[1], []]")
-    assert cli.main([*told, str(tmp_path / "short.json")]) == 2
+    assert cli.main([*command, str(tmp_path / "short.json")]) == 2
     assert "ILSVRC2012_val_00000003.png is none of the 2 images" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="is no list of lists"):

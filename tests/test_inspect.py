@@ -146,23 +146,23 @@ def test_similarity_of_a_large_grid_has_at_most_16_tiles_a_side() -> None:
 
 def test_command(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(ViT(**SMALL).state_dict(), tmp_path / "vit.pth")
-    asked = ["inspect", str(image), "--weights", str(tmp_path / "vit.pth"), "--out", str(tmp_path / "out")]
-    assert cli.main([*asked, "--size", "48", "64"]) == 0
+    command = ["inspect", str(image), "--weights", str(tmp_path / "vit.pth"), "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--size", "48", "64"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"saved {tmp_path / 'out' / name}.png" for name in PICTURES]
-    assert cli.main([*asked, "--size", "64", "128", "32"]) == 2
+    assert cli.main([*command, "--size", "64", "128", "32"]) == 2
     assert "--size 64 128 32: accepted: one number, or height and width" in capsys.readouterr().err
     (tmp_path / "image.png").write_bytes(b"no image")
-    assert cli.main(asked) == 2
+    assert cli.main(command) == 2
     assert "image.png can't be read as an image" in capsys.readouterr().err
-    assert cli.main([*asked[:-2], "--out", str(tmp_path / "vit.pth")]) == 2
+    assert cli.main([*command[:-2], "--out", str(tmp_path / "vit.pth")]) == 2
 
 
 def test_the_command_says_that_heads_are_guessed_or_takes_them(image: Path, tmp_path: Path) -> None:
     torch.save(ViT(**SMALL).state_dict(), tmp_path / "vit.pth")
-    asked = [sys.executable, "-m", "fastvit", "inspect", image, "--weights", "vit.pth", "--out", "out"]
+    command = [sys.executable, "-m", "fastvit", "inspect", image, "--weights", "vit.pth", "--out", "out"]
     run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "vit.pth: 1 attention heads, 64 features each" in run(asked).stderr
-    assert "attention heads" not in run([*asked, "--num-heads", "2"]).stderr
+    assert "vit.pth: 1 attention heads, 64 features each" in run(command).stderr
+    assert "attention heads" not in run([*command, "--num-heads", "2"]).stderr
 
 
 @pytest.mark.parametrize("heads", [1, 4])

@@ -244,9 +244,9 @@ def test_every_family_can_be_trained_and_read_back(name: str, tmp_path: Path, mo
     few = Data(some().train.subset(range(2)), some().test.subset(range(2)), 10, 1)
     monkeypatch.setattr(build, "open_data", lambda source: few)
     out, size = tmp_path / "out", 16 if name == "digits_beit" else 32
-    given = ["--recipe", "digits", "--steps", "1", "--set", "warmup_steps=0", "batch_size=2", "mixup=0"]
-    given += [f"image_size={size}", "polyak=0", "lr=1e-3"]
-    assert cli.main(["train", "--data", "digits", "--model", name, "--out", str(out), *given]) == 0
+    options = ["--recipe", "digits", "--steps", "1", "--set", "warmup_steps=0", "batch_size=2", "mixup=0"]
+    options += [f"image_size={size}", "polyak=0", "lr=1e-3"]
+    assert cli.main(["train", "--data", "digits", "--model", name, "--out", str(out), *options]) == 0
     state = torch.load(out / "checkpoint.pt", weights_only=True)["objective"]
     torch.manual_seed(0)
     recipe = recipe_of("digits").override([f"image_size={size}"])
@@ -255,7 +255,7 @@ def test_every_family_can_be_trained_and_read_back(name: str, tmp_path: Path, mo
     again = fastvit.from_checkpoint(out)
     images = torch.randn(2, 1, size, size)
     assert torch.equal(again.eval()(images), model.eval()(images))
-    tuned = ["--weights", str(out), "--out", str(tmp_path / "tuned"), *given, "lr=1e-9"]
+    tuned = ["--weights", str(out), "--out", str(tmp_path / "tuned"), *options, "lr=1e-9"]
     assert cli.main(["train", "--data", "digits", *tuned]) == 0
     heads = [value for key, value in load_file(tmp_path / "tuned" / "model.safetensors").items() if "head" in key]
     assert heads and all(value.abs().max() < 1e-6 for value in heads)
@@ -276,8 +276,8 @@ def test_a_folder_tells_what_shapes_do_not(pool: str, tmp_path: Path) -> None:
     assert (recipe.mean, recipe.std) == ((0.1,), (0.2,))
     assert build.recipe_for("digits", "x", ["mean=0.4,0.5,0.6"], weights=str(tmp_path)).mean == (0.4, 0.5, 0.6)
     (tmp_path / "config.json").write_text("{}")
-    told = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    known = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(known))
     assert build.recipe_for("digits", "x", [], weights=str(tmp_path)).mean == (0.48, 0.46, 0.41)
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training_cases import linear, lines, plain, some, train, weights
+from training_cases import checkpoint, linear, lines, plain, same_run, some, train, weights
 
 import fastvit
 from fastvit import cli
@@ -55,7 +56,7 @@ def test_a_run_without_numbers_stops(where: str, name: str, tmp_path: Path) -> N
     objective = Bad(3, where)
     with pytest.raises(loop.Diverged, match=rf"{name} is nan at step 4, lr .*; the last checkpoint.*checkpoint\.pt"):
         train(tmp_path, plain(), objective=objective, checkpoint_every=2)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state = checkpoint(tmp_path)
     assert state["step"] == 2
     assert all(value.isfinite().all() for value in state["objective"].values())
     assert all(p.isfinite().all() for p in objective.parameters())
@@ -87,7 +88,7 @@ def test_another_run_starts_from_one_that_is_not_done(tmp_path: Path) -> None:
             loop.train(Bad(4, "loss", model), some(), recipe, out, options=loop.Options(checkpoint_every=3),
                        config=build.describe(model, recipe))  # fmt: skip
         assert sorted(os.listdir(out)) == ["checkpoint.pt", "config.json", "log.jsonl", "run.json", "tensorboard"]
-        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        state = checkpoint(out)
         expected = state["average" if polyak else "objective"]
         for source in (out, out / "checkpoint.pt"):
             again = fastvit.from_checkpoint(source, num_heads=3)
@@ -115,7 +116,7 @@ class Torn:
 @pytest.mark.parametrize("where", ["train", "test"])
 def test_an_unreadable_image_costs_nothing(where: str, workers: int, tmp_path: Path) -> None:
     """It is named in a line, and what was done before it is kept: the file mended, the run ends as it would have."""
-    expected = train(tmp_path / "whole", plain())
+    train(tmp_path / "whole", plain())
     reader = Torn(some().train if where == "train" else some().test, 7)
     data = replace(some(), **{where: reader.whole()})
 
@@ -125,12 +126,11 @@ def test_an_unreadable_image_costs_nothing(where: str, workers: int, tmp_path: P
 
     with pytest.raises(ValueError, match=r"^digit \d+ can't be read: broken data stream$"):
         again()
-    step = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"]
+    step = checkpoint(tmp_path / "cut")["step"]
     assert step == (6 if where == "test" else len(lines(tmp_path / "cut"))) > 0
     reader.mended = True
     again()
-    assert all(torch.equal(weights(tmp_path / "cut")[name], value) for name, value in expected.items())
-    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_a_folder_without_a_checkpoint_is_free(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_finished_run_says_the_same_again(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fills up in the middle of writing: the run ends as it would have, started again."""
-    expected = train(tmp_path / "whole", plain(optimizer="sgd"), checkpoint_every=2)
+    train(tmp_path / "whole", plain(optimizer="sgd"), checkpoint_every=2)
     save, calls = torch.save, []
 
     def filled(state: Any, file: Any) -> None:
@@ -223,10 +223,9 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: py
     assert calls == [2, 4]
     with (tmp_path / "cut" / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "spl')
-    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 2
-    found = train(tmp_path / "cut", plain(optimizer="sgd"), checkpoint_every=2)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    assert checkpoint(tmp_path / "cut")["step"] == 2
+    train(tmp_path / "cut", plain(optimizer="sgd"), checkpoint_every=2)
+    same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_an_objectives_own_parameters_are_trained_and_stay_in_checkpoints_alone(tmp_path: Path) -> None:
@@ -249,13 +248,13 @@ def test_an_objectives_own_parameters_are_trained_and_stay_in_checkpoints_alone(
     found = train(tmp_path, plain(), objective=objective)
     assert not torch.equal(objective.scale, start.scale)
     assert set(found) == {"1.weight", "1.bias"}
-    assert "scale" in torch.load(tmp_path / "checkpoint.pt", weights_only=True)["objective"]
+    assert "scale" in checkpoint(tmp_path)["objective"]
 
 
 def test_examples_are_what_a_run_learns_from() -> None:
     place, recipe = HERE, plain(examples=20)
     run = loop.Run(Classification(linear(), 10), some(), recipe, Path(), 3, loop.Options(), place)
-    assert run.data.train.labels.tolist() == some().of(20, 3).train.labels.tolist()
+    assert run.data.train.labels.tolist() == some().limit(20, 3).train.labels.tolist()
     with pytest.raises(ValueError, match="examples=49 of 48 training images"):
         loop.Run(Classification(linear(), 10), some(), plain(examples=49), Path(), 3, loop.Options(), place)
     nothing = replace(some(), train=some().train.subset([]))
@@ -276,28 +275,35 @@ def command(out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def wait(process: subprocess.Popen[Any], done: Callable[[], bool]) -> None:
+    """Until something is there that a process writes."""
+    while not done():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[Any]:
+    """``fastvit`` in a process of its own, with as many threads as this one."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, "-m", "fastvit", *arguments], env=env, **options)
+
+
 def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights, averages and the log, bit for bit; with dropout, accumulation, and images that a worker augments."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli.main(command(whole)) == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastvit", *command(cut, "--workers", "1")], stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
-    while not (cut / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = start(*command(cut, "--workers", "1"), stderr=subprocess.DEVNULL)
+    wait(process, lambda: (cut / "checkpoint.pt").exists())
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 0 < torch.load(cut / "checkpoint.pt", weights_only=True)["step"] < 24
+    assert 0 < checkpoint(cut)["step"] < 24
     assert not (cut / "metrics.json").exists()
     capsys.readouterr()
     assert cli.main(command(cut)) == 0
     accuracy = json.loads((whole / "metrics.json").read_text())["test"]["accuracy"]
     assert capsys.readouterr().out == f"test accuracy: {accuracy:.2%}\n"
-    found = weights(cut)
-    assert all(torch.equal(found[name], value) for name, value in weights(whole).items())
-    for name in ("log.jsonl", "metrics.json", "run.json"):
+    same_run(cut, whole)
+    for name in ("metrics.json", "run.json"):
         assert (cut / name).read_text() == (whole / name).read_text()
     assert sorted(os.listdir(cut)) == sorted(os.listdir(whole))
 
@@ -306,25 +312,29 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path, capsys: pytes
 def test_a_signal_stops_a_run_with_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
     """Between two steps; it ends as an uninterrupted one. Ctrl-C reaches the workers too."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments = ["--set", "warmup_steps=2", "--steps", "40", "--checkpoint-every", "1000"]
-    assert cli.main(["train", "--data", "digits", "--out", str(whole), *arguments]) == 0
-    run = [sys.executable, "-m", "fastvit", "train", "--data", "digits", "--out", str(cut), *arguments]
-    process = subprocess.Popen(
-        [*run, "--workers", "1"], stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
-    while not (cut / "log.jsonl").exists() or not lines(cut):
-        assert process.poll() is None
-        time.sleep(0.01)
+    arguments = [
+        "train",
+        "--data",
+        "digits",
+        "--set",
+        "warmup_steps=2",
+        "--steps",
+        "40",
+        "--checkpoint-every",
+        "1000",
+        "--out",
+    ]
+    assert cli.main([*arguments, str(whole)]) == 0
+    process = start(*arguments, str(cut), "--workers", "1", stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait(process, lambda: (cut / "log.jsonl").exists() and bool(lines(cut)))
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     told = process.communicate()[1]
     assert process.returncode == 130
-    step = torch.load(cut / "checkpoint.pt", weights_only=True)["step"]
+    step = checkpoint(cut)["step"]
     assert 10 <= step < 40
     assert told.splitlines()[-1] == f"fastvit train: stopped after step {step}; the same command goes on from there"
-    assert cli.main(["train", "--data", "digits", "--out", str(cut), *arguments]) == 0
-    assert all(torch.equal(weights(cut)[name], value) for name, value in weights(whole).items())
-    assert (cut / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    assert cli.main([*arguments, str(cut)]) == 0
+    same_run(cut, whole)
 
 
 def torchrun(world: int, arguments: list[str]) -> list[str]:
@@ -379,16 +389,12 @@ def test_a_killed_sharded_run_ends_as_an_uninterrupted_one(how: signal.Signals, 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run(torchrun(2, command(whole, "--fsdp")), check=True)
     process = subprocess.Popen(torchrun(2, command(cut, "--fsdp")), start_new_session=True)
-    while not (cut / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait(process, lambda: (cut / "checkpoint.pt").exists())
     os.killpg(process.pid, how) if how == signal.SIGKILL else process.send_signal(how)
     process.wait()
-    assert 0 < torch.load(cut / "checkpoint.pt", weights_only=True)["step"] < 24
+    assert 0 < checkpoint(cut)["step"] < 24
     subprocess.run(torchrun(2, command(cut, "--fsdp")), check=True)
-    found = weights(cut)
-    assert all(torch.equal(found[name], value) for name, value in weights(whole).items())
-    assert (cut / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    same_run(cut, whole)
 
 
 @pytest.mark.slow

@@ -50,3 +50,15 @@ def train(out: Path, recipe: Recipe, model: nn.Module | None = None, **options: 
     objective = options.pop("objective", None) or Classification(model or linear(), 10)
     loop.train(objective, some(), recipe, out, options=loop.Options(log_every=1, **options))
     return weights(out)
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Two runs end with the same weights and the same log, bit for bit."""
+    expected = weights(other)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(one).items())
+    assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
+
+
+def checkpoint(out: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
+    return state

@@ -33,7 +33,7 @@ _CHUNK = 16  # images that go through the model at once
 
 
 def draw_filters(filters: Tensor) -> Figure:
-    """The filters (N, C, p, q) of :func:`fastvit.analysis.patch_filters` as small images, each over its full range.
+    """Draw the filters (N, C, p, q) of :func:`fastvit.analysis.patch_filters`, each over its full range.
 
     Raises:
         ValueError: filters of neither 1 nor 3 channels.
@@ -57,7 +57,7 @@ def draw_filters(filters: Tensor) -> Figure:
 
 
 def draw_similarity(similarity: Tensor, title: str = "Similarity of position embeddings") -> Figure:
-    """A tile for every patch of (h, w, h, w), :func:`fastvit.analysis.position_similarity`: its cosine with all others.
+    """Draw :func:`fastvit.analysis.position_similarity`, (h, w, h, w): a tile for each patch, of cosines.
 
     Of a large grid every second, third, ... row and column has a tile, so that there are at most 16.
     """
@@ -78,7 +78,7 @@ def draw_similarity(similarity: Tensor, title: str = "Similarity of position emb
 
 
 def draw_distances(distances: Tensor) -> Figure:
-    """A dot for every head of (blocks, B, H), :func:`fastvit.analysis.mean_attention_distance`: the mean over B."""
+    """Draw a dot for each head of :func:`fastvit.analysis.mean_attention_distance`, (blocks, B, H): the mean over B."""
     of_heads = distances.mean(1).cpu().numpy()
     blocks, heads = of_heads.shape
     figure = Figure((6, 4), layout="constrained")
@@ -97,7 +97,7 @@ def draw_distances(distances: Tensor) -> Figure:
 
 
 def draw_rollout(images: Tensor, grids: Tensor, names: Sequence[str]) -> Figure:
-    """Each image beside itself under a heat map of the attention that reaches the output, with the map's scale.
+    """Draw each image, and beside it the attention that reaches the output as a heat map with its scale.
 
     The scale is the weight of a patch in units of the mean patch, from 0 to the largest, or to 2 at least: a map on
     which all patches are alike is of the one colour in the middle.
@@ -129,7 +129,7 @@ def draw_rollout(images: Tensor, grids: Tensor, names: Sequence[str]) -> Figure:
 
 
 def _tiled(tiles: Tensor, gap: float | Tensor) -> Tensor:
-    """(rows, columns, h, w, ...) as one picture (rows (h + 1) - 1, columns (w + 1) - 1, ...), a pixel between tiles."""
+    """Join tiles (rows, columns, h, w, ...) to one picture, with a pixel between them."""
     rows, columns, h, w, *rest = tiles.shape
     spaced = tiles.new_empty((rows, h + 1, columns, w + 1, *rest))
     spaced[:] = gap
@@ -156,7 +156,7 @@ def inspect(
         size: (height, width) the images are cut to; by default the model's. Positions are resampled for another.
         mean, std: of the pixels, in 0..1 units, as the model was trained with: one number for each channel, or for all;
             by default as the weights' folder says, else 0.5.
-        num_heads: attention heads, where the weights do not tell; by default what models of their width have.
+        num_heads: attention heads, where the weights do not say; by default what models of their width have.
 
     Returns:
         ``filters``, ``positions``, ``attention_distance`` and ``rollout``, each with its file, or why this model has
@@ -217,7 +217,7 @@ def inspect(
 
 
 def _attended(model: ViT, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances (blocks, B, H) and rollout's grids (B, h, w) of a batch of any size, some images at a time."""
+    """Return distances (blocks, B, H) and rollout's grids (B, h, w) of a batch, computed some images at a time."""
     parameter = next(model.parameters())
     distances, grids = [], []
     with tqdm(total=len(batch), desc="inspect", unit="image", leave=False) as bar:
@@ -231,7 +231,7 @@ def _attended(model: ViT, batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _read(path: Path, size: tuple[int, int], channels: int) -> Tensor:
-    """(channels, H, W), 0 to 1."""
+    """Read an image as (channels, H, W), 0 to 1."""
     data = path.read_bytes()
     try:
         return preprocess(data, size, (0.0,), (1.0,), channels)

@@ -1,4 +1,4 @@
-"""Images with labels: scikit-learn's digits, files in folders, .tar or .parquet, Hugging Face's and torchvision's sets.
+"""Data sets by name: scikit-learn's digits, folders, .tar and .parquet files, Hugging Face's and torchvision's sets.
 
 An unreadable image is an error that names it, when its turn comes: a run that left it out would not be the run that its
 recipe describes. ``fastvit embed`` lists all such images of a source in unreadable.txt.
@@ -8,61 +8,31 @@ from __future__ import annotations
 
 import glob
 import logging
-import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastvit.data import torchvision_sets
-from fastvit.data.images import IMAGE_COLUMNS, LABEL_COLUMNS, Images, decode, open_images
+from fastvit.data.images import (
+    LABEL_COLUMNS,
+    Images,
+    Split,
+    hugging_face,
+    join,
+    listed_images,
+    open_images,
+    table_images,
+)
 from fastvit.data.torchvision_sets import TORCHVISION
 
 log = logging.getLogger("fastvit")
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 VTAB_LISTS = ("train800val200.txt", "test.txt")  # of a task of VTAB-1k
-HELD_OUT = 10  # one image of so many is for testing, where a source has one split alone
-LABEL = re.compile("0*[0-9]{1,6}")  # larger is no class: a stray number would make a classifier of so many outputs
-
-
-@dataclass(frozen=True)
-class Split:
-    """Labelled images in a fixed order.
-
-    Args:
-        read: number -> a PIL image, or a uint8 or 0-to-1 float tensor (C, H, W).
-        labels: int64, (N,).
-        name: number -> what messages call the image.
-    """
-
-    read: Callable[[int], Any]
-    labels: Tensor
-    name: Callable[[int], str]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, number: int) -> Any:
-        """One image.
-
-        Raises:
-            ValueError: it can't be read; it is named.
-        """
-        try:
-            return self.read(number)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.name(number)} can't be read: {error}") from error
-
-    def subset(self, numbers: Sequence[int]) -> Split:
-        """Some of them, in this order."""
-        chosen = torch.tensor(numbers, dtype=torch.int64).tolist()
-        return Split(lambda i: self.read(chosen[i]), self.labels[chosen], lambda i: self.name(chosen[i]))
+HELD_OUT = 10  # one image in so many is for testing, where a source has only one split
 
 
 @dataclass(frozen=True)
@@ -70,12 +40,12 @@ class Data:
     """A training and a test set.
 
     Args:
-        train, test: their images; there may be none for training, where a model is only judged.
-        classes: how many; labels are below. 0: the images have no labels.
+        train, test: their images. The training set may be empty, where a model is only evaluated.
+        classes: how many; labels are smaller. 0: the images have no labels.
         channels: of the images, 1 or 3.
 
     Raises:
-        ValueError: there is no image for testing, or one class alone, or a label is none of the classes.
+        ValueError: the test set is empty, there is only one class, or a label is too large.
     """
 
     train: Split
@@ -96,75 +66,67 @@ class Data:
                     f"the label of {split.name(first)} is {int(split.labels[first])}; accepted: 0 to {self.classes - 1}"
                 )
 
-    def of(self, count: int, seed: int) -> Data:
-        """The same with so many training images, chosen by chance.
+    def limit(self, examples: int | None, seed: int) -> Data:
+        """Return the same data with only so many training images, chosen at random; None keeps all.
 
         Raises:
             ValueError: there are fewer.
         """
-        if count > len(self.train):
-            raise ValueError(f"examples={count} of {len(self.train)} training images")
+        if examples is None:
+            return self
+        if examples > len(self.train):
+            raise ValueError(f"examples={examples} of {len(self.train)} training images")
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed)).tolist()
-        return replace(self, train=self.train.subset(order[:count]))
+        return replace(self, train=self.train.subset(order[:examples]))
 
 
 def open_data(source: str, whole: bool = False, labels: bool = True) -> Data:
-    """A data set by its name.
+    """Open a data set by its name.
 
     Args:
         source: "digits"; one of :data:`TORCHVISION`, or NAME:FOLDER where its files are elsewhere than in data/; a
             folder of class folders, or of such in "train" and in one of :data:`TEST_FOLDERS` (the first with labels),
             or of a task of VTAB-1k with its :data:`VTAB_LISTS`; a .tar or .parquet, or a pattern with * for several;
-            what ``datasets`` saved with save_to_disk; or hf:NAME for its hub. Of a source with one split alone a tenth
+            what ``datasets`` saved with save_to_disk; or hf:NAME for its hub. Of a source with only one split a tenth
             is held out for testing, always the same.
-        whole: for testing alone: all of a source with one split, and of torchvision's sets none but the test set.
-        labels: whether labels are wanted; without, files need none, and folders are no classes.
+        whole: use the data for testing only: all of a source with one split, and of torchvision's sets the test set.
+        labels: read labels. Without them files need none, and folders are not classes.
 
     Raises:
-        ValueError: it is no such source, has no images, or labels that are missing or out of range.
-        FileNotFoundError: there is nothing of that name; where it was looked for.
-        ImportError: a package is missing that reads it.
+        ValueError: the source is of no such kind, has no images, or has labels that are missing or out of range.
+        FileNotFoundError: nothing has that name; the message says where it was looked for.
+        ImportError: a package that reads the source is missing.
     """
     name, _, folder = source.partition(":")
     path = Path(source)
     if name == "digits":
         return digits()
     if name in TORCHVISION:
-        parts = torchvision_sets.opened(name, Path(folder or "data"), whole)
-        return _data([Split(read, _numbers(labels, called), called) for read, labels, called in parts], None, whole)
-    if source.startswith("hf:") or any((path / told).is_file() for told in ("dataset_dict.json", "dataset_info.json")):
-        return _huggingface(source, whole, labels)
+        return _data(torchvision_sets.open_splits(name, Path(folder or "data"), whole), None, whole)
+    if source.startswith("hf:") or any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
+        return _hugging_face(source, whole, labels)
     if (path / VTAB_LISTS[0]).is_file():
-        return _listed([path / name for name in VTAB_LISTS[1 if whole else 0 :]], whole)
-    tests = [part for part in TEST_FOLDERS if (path / part).is_dir()]
-    if not labels:
-        places = [[Path(found) for found in sorted(glob.glob(source))]]
-        if (path / "train").is_dir():
-            places = [[path / part] for part in ("train", *tests[:1])]
-        if places[0]:
-            return _data([_files([(p, _bare(open_images(p))) for p in of]) for of in places], (), whole)
+        splits = [join([listed_images(path / file)]) for file in VTAB_LISTS[1 if whole else 0 :]]
+        classes = 1 + max(int(split.labels.max()) for split in splits)  # a thousand images need not show all
+        return _data(splits, [str(i) for i in range(classes)], whole)
+    parts = {"": path}
     if (path / "train").is_dir():
-        opened = cache(lambda part: open_images(path / part))
-        test = _labelled(source, tests, lambda part: any(os.sep in key for key in opened(part).keys))
-        if test is None:
-            raise ValueError(
-                f"{source} has a folder train and none with folders of classes for testing; accepted: "
-                f"{', '.join(TEST_FOLDERS)}"
-            )
-        return _folders([(path / part, opened(part)) for part in ("train", test)], whole)
+        parts = {part: path / part for part in ("train", *TEST_FOLDERS) if (path / part).is_dir()}
+    if path.is_dir() and labels:
+        return _folders(source, parts, whole)
     if path.is_dir():
-        return _folders([(path, open_images(path))], whole)
-    sources = sorted(glob.glob(source))
+        return _data([_unlabelled([open_images(part)]) for part in list(parts.values())[:2]], (), whole)
+    sources = [open_images(file) for file in sorted(glob.glob(source))]
     if not sources:
         raise FileNotFoundError(
             f"no data {source!r}: no such file or folder in {Path.cwd()}, and no known name: digits, "
             f"{', '.join(TORCHVISION)}, hf:NAME"
         )
-    return _data([_files([(Path(s), open_images(s)) for s in sources])], None, whole)
+    return _data([join(sources)], None, whole) if labels else _data([_unlabelled(sources)], (), whole)
 
 
 def digits() -> Data:
-    """Scikit-learn's 1,797 scanned digits, (1, 8, 8): 1,437 for training and 360 for testing, always the same."""
+    """Return scikit-learn's 1,797 scanned digits, (1, 8, 8): always the same 1,437 to train and 360 to test on."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -175,29 +137,8 @@ def digits() -> Data:
     return Data(split.subset(order[:-360]), split.subset(order[-360:]), 10, 1)
 
 
-def _numbers(labels: Sequence[object], name: Callable[[int], str]) -> Tensor:
-    """The labels of any source as int64 (N,).
-
-    Raises:
-        ValueError: one is no class's number; the image is named.
-    """
-    for i, label in enumerate(labels):
-        if isinstance(label, bool) or not isinstance(label, (int, str)) or not LABEL.fullmatch(str(label)):
-            raise ValueError(f"the label of {name(i)} is {label!r:.40}; accepted: whole numbers from 0 to 999999")
-    return torch.tensor([int(str(label)) for label in labels], dtype=torch.int64)
-
-
-def _labelled(source: str, splits: Sequence[str], has_labels: Callable[[str], bool]) -> str | None:
-    """The first of the splits for testing that has labels: of many sets those of "test" are not given away."""
-    for split in splits:
-        if has_labels(split):
-            return split
-        log.info("%s: %s has no labels and is left out", source, split)
-    return None
-
-
 def _data(splits: Sequence[Split], classes: Sequence[str] | None, whole: bool) -> Data:
-    """A training and a test split; of one alone all is for testing, or a tenth.
+    """Return a training and a test split; all of a single split is for testing, or a tenth.
 
     Args:
         classes: their names; None: as many as the first split's labels have.
@@ -219,70 +160,53 @@ def _data(splits: Sequence[Split], classes: Sequence[str] | None, whole: bool) -
     return data
 
 
-def _bare(images: Images) -> Images:
-    """The same without labels: all are 0."""
-    return replace(images, labels=lambda: [0] * len(images.keys))
+def _unlabelled(parts: Sequence[Images]) -> Split:
+    return join(parts, [0] * sum(len(images.keys) for images in parts))
 
 
-def _folders(parts: Sequence[tuple[Path, Images]], whole: bool) -> Data:
-    """Classes are the names of folders, of the first part, numbered in the order of the alphabet."""
-    root, train = parts[0]
-    names = sorted({str(label) for label in train.labels()})
+def _labelled_test(source: str, splits: Sequence[str], has_labels: Callable[[str], bool]) -> str | None:
+    """Return the first test split that has labels: many data sets don't publish those of "test"."""
+    for split in splits:
+        if has_labels(split):
+            return split
+        log.info("%s: %s has no labels and is left out", source, split)
+    return None
+
+
+def _folders(source: str, parts: dict[str, Path], whole: bool) -> Data:
+    """Open folders of class folders: "train" and those for testing, or one alone.
+
+    Classes are the names of folders of the first part, numbered in alphabetical order.
+    """
+    opened = cache(lambda part: open_images(parts[part]))
+    first, *tests = parts
+    chosen = [first]
+    if first == "train":
+        test = _labelled_test(source, tests, lambda part: any("/" in Path(key).as_posix() for key in opened(part).keys))
+        if test is None:
+            raise ValueError(
+                f"{source} has a folder train and none with folders of classes for testing; accepted: "
+                f"{', '.join(TEST_FOLDERS)}"
+            )
+        chosen.append(test)
+    names = sorted({str(label) for label in opened(first).labels()})
     numbers = {name: i for i, name in enumerate(names)}
     if len(names) < 2:
-        raise ValueError(f"{root} has images in one folder alone, {names[0]!r}; accepted: a folder for each class")
-
-    def split(where: Path, images: Images) -> Split:
-        of = [str(label) for label in images.labels()]
-        if unknown := sorted(set(of) - set(names)):
-            raise ValueError(f"{where} has classes that {root} has not: {', '.join(unknown[:8])}")
-        labels = torch.tensor([numbers[name] for name in of])
-        return Split(lambda i: decode(images.read(i)), labels, lambda i: str(where / images.keys[i]))
-
-    return _data([split(*part) for part in parts], names, whole)
-
-
-def _files(sources: Sequence[tuple[Path, Images]]) -> Split:
-    """The images of several .tar and .parquet files, whose labels are numbers."""
-    places = [(path, images, i) for path, images in sources for i in range(len(images.keys))]
-
-    def name(number: int) -> str:
-        path, images, i = places[number]
-        return f"{path}: {images.keys[i]}"
-
-    def read(number: int) -> Any:
-        _, images, i = places[number]
-        return decode(images.read(i))
-
-    return Split(read, _numbers([label for _, images in sources for label in images.labels()], name), name)
+        raise ValueError(
+            f"{parts[first]} has images in one folder alone, {names[0]!r}; accepted: a folder for each class"
+        )
+    splits = []
+    for part in chosen:
+        labels = [str(label) for label in opened(part).labels()]
+        if unknown := sorted(set(labels) - set(names)):
+            raise ValueError(f"{parts[part]} has classes that {parts[first]} has not: {', '.join(unknown[:8])}")
+        splits.append(join([opened(part)], [numbers[label] for label in labels]))
+    return _data(splits, names, whole)
 
 
-def _listed(lists: Sequence[Path], whole: bool) -> Data:
-    """Images and labels by lists, "path label" in each line, where paths are below the list's folder."""
-
-    def split(file: Path) -> Split:
-        lines = [line.rsplit(maxsplit=1) for line in file.read_text().splitlines()]
-        for i, line in enumerate(lines):
-            if len(line) != 2:
-                raise ValueError(f"{file}: line {i + 1} is {' '.join(line)!r}; accepted: a path and a label")
-        paths = [file.parent / name for name, _ in lines]
-        if not paths:
-            raise ValueError(f"{file} has no images")
-        labels = _numbers([label for _, label in lines], lambda i: str(paths[i]))
-        return Split(lambda i: decode(paths[i].read_bytes()), labels, lambda i: str(paths[i]))
-
-    splits = [split(file) for file in lists]
-    classes = 1 + max(int(part.labels.max()) for part in splits)  # a thousand images need not show all
-    return _data(splits, [str(i) for i in range(classes)], whole)
-
-
-def _huggingface(source: str, whole: bool, labelled: bool) -> Data:
-    """A ``datasets.DatasetDict`` with "train" and a test split, or one ``Dataset``, with columns image and label."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{source}: pip install 'fastvit[train]', for datasets") from error
-
+def _hugging_face(source: str, whole: bool, labelled: bool) -> Data:
+    """Open a ``datasets.DatasetDict`` with "train" and a test split, or one ``Dataset``; see :func:`table_images`."""
+    datasets = hugging_face(source)
     if source.startswith("hf:"):
         if source == "hf:":
             raise ValueError("'hf:' names no data set; accepted: hf:NAME, of one on Hugging Face's hub")
@@ -292,50 +216,21 @@ def _huggingface(source: str, whole: bool, labelled: bool) -> Data:
             found = datasets.load_from_disk(source)
         except Exception as error:  # whatever datasets makes of a broken folder
             raise ValueError(f"{source} is no folder of save_to_disk, or a broken or empty one: {error!r}") from error
-    parts = found if isinstance(found, dict) else {"train": found}
-    splits = {name: table.with_format(None) for name, table in parts.items()}  # a format may make tensors of images
-
-    def column(name: str, accepted: Sequence[str]) -> str:
-        of = splits[name].column_names
-        if chosen := next((column for column in accepted if column in of), None):
-            return chosen
-        raise ValueError(
-            f"{source}: split {name!r} has columns {', '.join(of)}; wanted: {' or '.join(IMAGE_COLUMNS)}, and "
-            f"{' or '.join(LABEL_COLUMNS)}"
-        )
-
-    @cache
-    def labels(name: str) -> list[object]:
-        if not labelled:
-            return [0] * len(splits[name])
-        return list(splits[name][column(name, LABEL_COLUMNS)][:])
-
-    def split(name: str) -> Split:
-        table, images = splits[name], column(name, IMAGE_COLUMNS)
-        try:
-            table = table.select_columns([images]).cast_column(images, datasets.Image(decode=False))
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise ValueError(f"{source}: column {images} of split {name!r} holds no images: {error}") from error
-
-        def read(i: int) -> Any:
-            cell = table[i][images]
-            if cell is None or (cell["bytes"] is None and cell["path"] is None):
-                raise ValueError("the row holds no image")
-            return decode(Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"])
-
-        def called(i: int) -> str:
-            return f"{source}: row {i} of split {name!r}"
-
-        if not len(table):
+    tables = found if isinstance(found, dict) else {"train": found}
+    opened = cache(lambda name: table_images(tables[name], f"{source}, split {name!r}"))
+    labels = cache(lambda name: opened(name).labels())
+    tests = [name for name in TEST_FOLDERS if name in tables]
+    test = next(iter(tests), None)
+    if labelled:
+        test = _labelled_test(source, tests, lambda name: any(label not in (-1, None) for label in labels(name)))
+    chosen = [test or next(iter(tests), "train")] if whole else ["train", *([test] if test else [])]
+    if "train" in chosen and "train" not in tables:
+        raise ValueError(f"{source} has no split 'train'; its splits are {', '.join(tables)}")
+    for name in chosen:
+        if not len(tables[name]):
             raise ValueError(f"{source}: split {name!r} has no images")
-        return Split(read, _numbers(labels(name), called), called)
-
-    tests = [name for name in TEST_FOLDERS if name in splits]
-    test = _labelled(source, tests, lambda name: any(label not in (-1, None) for label in labels(name)))
-    wanted = [test or next(iter(tests), "train")] if whole else ["train", *([test] if test else [])]
-    if "train" in wanted and "train" not in splits:
-        raise ValueError(f"{source} has no split 'train'; its splits are {', '.join(splits)}")
     if not labelled:
-        return _data([split(name) for name in wanted], (), whole)
-    feature = splits[wanted[0]].features[column(wanted[0], LABEL_COLUMNS)]
-    return _data([split(name) for name in wanted], getattr(feature, "names", None), whole)
+        return _data([_unlabelled([opened(name)]) for name in chosen], (), whole)
+    splits = [join([opened(name)], labels(name)) for name in chosen]
+    column = next(name for name in LABEL_COLUMNS if name in tables[chosen[0]].column_names)
+    return _data(splits, getattr(tables[chosen[0]].features[column], "names", None), whole)

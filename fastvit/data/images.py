@@ -1,16 +1,23 @@
-"""Images in files: those of a folder, a .tar or a .parquet in a fixed order, with their labels; and their pixels."""
+"""The images of one source: a folder, a .tar, a .parquet or a table of ``datasets``; and their pixels.
+
+Tables are read by ``datasets``. Folders and tars are read here, because ``datasets`` can't keep what is promised:
+
+- imagefolder takes 0.9 ms a file at every start (20 minutes for ImageNet; the walk below takes 4 seconds), and takes
+  the innermost folder for the class;
+- webdataset copies the archive into its cache before the first image, ends silently at the first damaged header, and
+  accepts missing labels; read as a stream, it has no random access, which a resumed and shuffled run needs.
+"""
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
+import re
 import tarfile
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,14 +30,11 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-# What columns of tables are called, in a .parquet as in Hugging Face's data sets; the first that is there.
+# Names of columns in a .parquet and in Hugging Face's data sets; the first that exists is read.
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
-# Parquet is read by whole row groups. Small ones are read when an image of theirs is wanted, at some 10 ms, which is
-# about what its decoding takes. Of larger ones (pyarrow writes a million rows as one) shuffled reading would take most
-# of a second an image, so theirs stay in memory, once: workers are forked from the process that has them.
-SMALL_GROUP = 16 * 2**20
+LABEL = re.compile("0*[0-9]{1,6}")  # a larger number is no class, and would make a classifier of so many outputs
 
 
 @dataclass(frozen=True)
@@ -38,28 +42,99 @@ class Images:
     """Images in a fixed order.
 
     Args:
-        keys: a name of each, all different.
-        read: number -> the bytes of its file; a ValueError where there are none.
-        labels: -> a label of each, read in one pass: its folder, or what stands beside the image; a ValueError where
-            one has none.
+        source: what messages put before a key.
+        keys: a different name for each image.
+        read: number -> the bytes of an image file. Raises a ValueError or an OSError where there is none.
+        labels: -> a label for each image, read in one pass. Raises a ValueError where an image has none.
     """
 
+    source: str
     keys: Sequence[str]
     read: Callable[[int], bytes]
     labels: Callable[[], Sequence[object]]
 
+    def name(self, number: int) -> str:
+        """Return what messages call an image."""
+        return self.source + self.keys[number]
 
-def open_images(source: str | Path) -> Images:
-    """The images of a folder (and those below it), a .tar, or a .parquet file.
 
-    In a .parquet they are the first of :data:`IMAGE_COLUMNS` or the only binary column, as bytes or, as Hugging Face
-    has them, a struct with "bytes"; the key is the struct's "path" where every row has one of its own, else the row's
-    number. Labels are the first of :data:`LABEL_COLUMNS`; in a .tar, as webdataset has them, the number in a .cls
-    beside the image, or the "label" or "cls" of a .json; in a folder, the name of the uppermost folder in it. Links to
-    folders are followed; what begins with "." is left out, of a .tar too.
+@dataclass(frozen=True)
+class Split:
+    """Labelled images in a fixed order.
+
+    Args:
+        read: number -> a PIL image, or a uint8 or 0-to-1 float tensor (C, H, W).
+        labels: int64, (N,).
+        name: number -> what messages call the image.
+    """
+
+    read: Callable[[int], Any]
+    labels: Tensor
+    name: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, number: int) -> Any:
+        """Read one image.
+
+        Raises:
+            ValueError: the image can't be read; the message names it.
+        """
+        try:
+            return self.read(number)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.name(number)} can't be read: {error}") from error
+
+    def subset(self, numbers: Sequence[int]) -> Split:
+        """Return some of the images, in the order of ``numbers``."""
+        chosen = torch.tensor(numbers, dtype=torch.int64).tolist()
+        return Split(lambda i: self.read(chosen[i]), self.labels[chosen], lambda i: self.name(chosen[i]))
+
+
+def join(parts: Sequence[Images], labels: Sequence[object] | None = None) -> Split:
+    """Return the images of several sources as one split.
+
+    Args:
+        parts: the sources.
+        labels: numbers of classes, in place of the sources' own labels.
+    """
+    places = [(images, i) for images in parts for i in range(len(images.keys))]
+
+    def read(number: int) -> Any:
+        images, i = places[number]
+        return decode(images.read(i))
+
+    def name(number: int) -> str:
+        images, i = places[number]
+        return images.name(i)
+
+    if labels is None:
+        labels = [label for images in parts for label in images.labels()]
+    return Split(read, class_numbers(labels, name), name)
+
+
+def class_numbers(labels: Sequence[object], name: Callable[[int], str]) -> Tensor:
+    """Return labels of any source as int64 (N,).
 
     Raises:
-        ValueError: there is no image in it, or it is no such source, or a broken one.
+        ValueError: a label is not the number of a class; the message names the image.
+    """
+    for i, label in enumerate(labels):
+        if isinstance(label, bool) or not isinstance(label, (int, str)) or not LABEL.fullmatch(str(label)):
+            raise ValueError(f"the label of {name(i)} is {label!r:.40}; accepted: whole numbers from 0 to 999999")
+    return torch.tensor([int(str(label)) for label in labels], dtype=torch.int64)
+
+
+def open_images(source: str | Path) -> Images:
+    """Open the images of a folder (and of those below it), a .tar, or a .parquet file.
+
+    In a folder a label is the name of the uppermost folder in it; links to folders are followed. In a .tar, as in
+    webdataset, a label is the number in a .cls beside the image, or the "label" or "cls" of a .json. Names that begin
+    with "." are left out of both. :func:`table_images` says how a .parquet is read.
+
+    Raises:
+        ValueError: there is no image in the source, or it is broken or of another kind.
     """
     source = Path(source)
     if source.is_dir():
@@ -83,11 +158,12 @@ def _folder(source: Path) -> Images:
             raise ValueError(f"{source.joinpath(*bare)} is in no folder of a class")
         return [parts[0] for parts in inside]
 
-    return Images([os.sep.join(parts) for parts in inside], lambda i: source.joinpath(*inside[i]).read_bytes(), labels)
+    keys = [os.sep.join(parts) for parts in inside]
+    return Images(os.path.join(source, ""), keys, lambda i: source.joinpath(*inside[i]).read_bytes(), labels)
 
 
 def _below(folder: Path, parts: tuple[str, ...] = (), above: frozenset[str] = frozenset()) -> Iterator[tuple[str, ...]]:
-    """The images below a folder, each as the parts of its path; what links to a folder that it is in has none."""
+    """Yield the images below a folder, each as the parts of its path. Links to a folder above are not followed."""
     above |= {os.path.realpath(folder)}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -103,10 +179,10 @@ def _below(folder: Path, parts: tuple[str, ...] = (), above: frozenset[str] = fr
 def _tar(source: Path) -> Images:
     try:
         with source.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            # Of two of one name the last, as tar unpacks them.
+            # Of two members of one name the last counts, as when tar unpacks them.
             places = {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
             file.seek(archive.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # where tarfile takes whatever is no header for the end
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes whatever is no header for the end
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
     except tarfile.TarError as error:
         raise ValueError(f"{source} is no tar, or a broken or compressed one: {error}") from error
@@ -142,112 +218,102 @@ def _tar(source: Path) -> Images:
         with source.open("rb") as file:
             return [label(file, key) for key in keys]
 
-    return Images(keys, read, labels)
-
-
-@dataclass(frozen=True, eq=False)  # a file that was opened twice may have been written anew
-class _Groups:
-    """The row groups of a column of a .parquet; no file is held open, as there may be thousands.
-
-    Args:
-        source, column: which.
-        metadata: pyarrow's, of the file.
-        firsts: the number of each group's first row.
-    """
-
-    source: Path
-    column: str
-    metadata: Any
-    firsts: Sequence[int]
-
-    def row(self, i: int) -> Any:
-        """One row's value."""
-        group = bisect_right(self.firsts, i) - 1
-        return _group(self, group)[i - self.firsts[group]].as_py()
-
-
-@lru_cache(maxsize=4)  # of all files together; enough for threads that read one after the other
-def _group(groups: _Groups, number: int) -> Any:
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(groups.source, metadata=groups.metadata)
-    return file.read_row_group(number, [groups.column], use_threads=False).column(0)  # threads don't survive a fork
+    return Images(f"{source}: ", keys, read, labels)
 
 
 def _parquet(source: Path) -> Images:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(source, memory_map=True)
-        kinds = {field.name: field.type for field in file.schema_arrow}
-        binary = [name for name, kind in kinds.items() if _holds_bytes(kind)]
-        column = next((name for name in IMAGE_COLUMNS if name in binary), binary[0] if len(binary) == 1 else None)
-        if column is None:
-            raise ValueError(
-                f"{source} has no column {' or '.join(IMAGE_COLUMNS)} of images, and its binary ones are {binary}: "
-                "which holds images?"
-            )
-        paths = []
-        if pa.types.is_struct(kinds[column]) and kinds[column].get_field_index("path") >= 0:
-            paths = pc.struct_field(file.read([f"{column}.path"]).column(0), "path").to_pylist()
-        told = next((name for name in LABEL_COLUMNS if name in kinds), None)
-        values = None if told is None else file.read([told]).column(0)
-        row = _rows(source, file, column)
-    except (pa.ArrowException, OSError) as error:
+    datasets = hugging_face(source)
+    try:  # a memory-mapped copy in the cache of `datasets`, where every row is as near as any other
+        table = datasets.load_dataset("parquet", data_files=glob.escape(str(source)), split="train")
+    except Exception as error:  # whatever `datasets` makes of a broken file
         raise ValueError(f"{source} is no parquet file, or a broken one: {error}") from error
+    return table_images(table, str(source))
+
+
+def hugging_face(source: object) -> Any:
+    """Return the module ``datasets``, or raise an ImportError that says why ``source`` needs it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{source}: pip install datasets (a part of 'fastvit[train]')") from error
+    return datasets
+
+
+def table_images(table: Any, source: str) -> Images:
+    """Return the images of a ``datasets.Dataset``.
+
+    They are in the first of :data:`IMAGE_COLUMNS` or in the only binary column, as bytes or, as Hugging Face has them,
+    as a struct with "bytes" and "path". A key is the struct's "path" where every row has a path of its own, else the
+    row's number. Labels are in the first of :data:`LABEL_COLUMNS`.
+
+    Args:
+        table: the data set.
+        source: its name in messages.
+
+    Raises:
+        ValueError: no column, or more than one, may hold images.
+    """
+    datasets = hugging_face(source)
+    import pyarrow.compute as pc
+
+    def holds_bytes(feature: Any) -> bool:
+        feature = feature.get("bytes") if isinstance(feature, dict) else feature
+        return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+    binary = [name for name, feature in table.features.items() if holds_bytes(feature)]
+    image = next((name for name in IMAGE_COLUMNS if name in binary), binary[0] if len(binary) == 1 else None)
+    label = next((name for name in LABEL_COLUMNS if name in table.column_names), None)
+    if image is None:
+        raise ValueError(
+            f"{source} has no column {' or '.join(IMAGE_COLUMNS)} of images, and its binary ones are {binary}: "
+            "which holds images?"
+        )
+    cells = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    cells = cells.with_format("arrow")[:].column(image)  # no copy of what is mapped
+    paths = pc.struct_field(cells, "path").to_pylist()
 
     def read(i: int) -> bytes:
-        value = row(i)
-        data: bytes | None = value["bytes"] if isinstance(value, dict) else value
-        if data is None:
+        cell = cells[i].as_py() or {"bytes": None, "path": None}
+        if cell["bytes"] is None and cell["path"] is None:
             raise ValueError(f"row {i} holds no image")
+        data: bytes = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
         return data
 
     def labels() -> list[object]:
-        if values is None:
-            raise ValueError(f"{source} has no column {' or '.join(LABEL_COLUMNS)}; its columns are {', '.join(kinds)}")
-        found: list[object] = values.to_pylist()
+        if label is None:
+            columns = ", ".join(table.column_names)
+            raise ValueError(f"{source} has no column {' or '.join(LABEL_COLUMNS)}; its columns are {columns}")
+        found: list[object] = table.with_format("arrow")[label][:].to_pylist()
         return found
 
-    own = bool(paths) and None not in paths and len(set(paths)) == len(paths)
-    return Images(paths if own else [f"{i:09}" for i in range(file.metadata.num_rows)], read, labels)
+    unique = None not in paths and len(set(paths)) == len(paths)
+    return Images(f"{source}: ", paths if unique else [f"{i:09}" for i in range(len(paths))], read, labels)
 
 
-def _holds_bytes(kind: Any) -> bool:
-    """Whether values of an Arrow type are bytes, or a struct with "bytes"."""
-    import pyarrow.types as kinds
+def listed_images(file: Path) -> Images:
+    """Open the images of a list, "path label" in each line, where paths are below the list's folder.
 
-    if kinds.is_struct(kind):
-        place = kind.get_field_index("bytes")
-        return place >= 0 and _holds_bytes(kind.field(place).type)
-    return bool(kinds.is_binary(kind) or kinds.is_large_binary(kind))
-
-
-def _rows(source: Path, file: Any, column: str) -> Callable[[int], Any]:
-    """number -> that row's value; see :data:`SMALL_GROUP`."""
-    import pyarrow as pa
-
-    groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
-    if all(group.total_byte_size <= SMALL_GROUP for group in groups):
-        firsts = list(accumulate((group.num_rows for group in groups), initial=0))[:-1]
-        return _Groups(source, column, file.metadata, firsts).row
-    # In pieces, as pyarrow doubles the buffers of a whole column until it fits.
-    pieces = [batch.column(0) for batch in file.iter_batches(64, columns=[column], use_threads=False)]
-    pa.default_memory_pool().release_unused()
-    held = pa.chunked_array(pieces, pieces[0].type)
-    return lambda i: held[i].as_py()
+    Raises:
+        ValueError: a line is something else, or there is none.
+    """
+    lines = [line.rsplit(maxsplit=1) for line in file.read_text().splitlines()]
+    for i, line in enumerate(lines):
+        if len(line) != 2:
+            raise ValueError(f"{file}: line {i + 1} is {' '.join(line)!r}; accepted: a path and a label")
+    if not lines:
+        raise ValueError(f"{file} has no images")
+    keys, labels = zip(*lines, strict=True)
+    return Images(os.path.join(file.parent, ""), keys, lambda i: (file.parent / keys[i]).read_bytes(), lambda: labels)
 
 
 def decode(data: bytes, mode: str = "RGB") -> Image.Image:
-    """An image file's pixels, 8 bits a channel: "RGB", or "L" for grey.
+    """Return an image file's pixels, 8 bits a channel: "RGB", or "L" for grey.
 
     Alpha is dropped, as torchvision does; a palette's colours are looked up; 16-bit grey keeps its upper bits, which
     Pillow's own conversion clips.
 
     Raises:
-        ValueError: it is no image, or cut short; or its pixels are floats or 32-bit integers, of no known range.
+        ValueError: the data is no image, or cut short, or has pixels of floats or 32-bit integers, of unknown range.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -268,8 +334,10 @@ def decode(data: bytes, mode: str = "RGB") -> Image.Image:
 def preprocess(
     data: bytes, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], channels: int = 3
 ) -> Tensor:
-    """An image file as (channels, H, W) float32, 3 of colour or 1 of grey: the shorter side resized (bicubic) to cover
-    H x W, the middle cut out."""
+    """Return an image file as (channels, H, W) float32, 3 for colour or 1 for grey.
+
+    The shorter side is resized (bicubic) to cover H x W, and the middle is cut out.
+    """
     from PIL import Image, ImageOps
 
     mode = {1: "L", 3: "RGB"}[channels]

@@ -15,11 +15,14 @@ from fastvit.training.recipes import Recipe
 
 
 class Unreadable(ValueError):
-    """An image that can't be read; the message names it."""
+    """An image can't be read; the message names it."""
 
 
 def training_transform(recipe: Recipe) -> Any:
-    """A PIL image or tensor (C, H, W) -> float32 (C, size, size), augmented and normalised as the recipe says."""
+    """Return the transform of training images, augmented and normalised as the recipe says.
+
+    It takes a PIL image or a tensor (C, H, W) to float32 (C, size, size).
+    """
     from torchvision.transforms import v2
 
     size, bicubic = recipe.image_size, v2.InterpolationMode.BICUBIC
@@ -44,7 +47,7 @@ def training_transform(recipe: Recipe) -> Any:
 def evaluation_transform(
     size: int, middle: bool = False, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)
 ) -> Any:
-    """The same without chance: the whole image as a square, or its middle, 224 of 256."""
+    """Return the transform of test images: the whole image as a square, or its middle, 224 of 256 pixels."""
     from torchvision.transforms import v2
 
     bicubic = v2.InterpolationMode.BICUBIC
@@ -54,7 +57,7 @@ def evaluation_transform(
 
 
 def _normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
-    """Pixels of 0 to 1, less their mean, by their deviation: one value each, or one of each channel."""
+    """Return the steps from pixels of 0 to 1 to normalised ones; one mean and std, or one for each channel."""
     from torchvision.transforms import v2
 
     m, s = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
@@ -62,10 +65,10 @@ def _normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """What a loader reads: (place in the order, number) -> {"image", "label"}.
+    """The images of a split as a loader reads them: (place in the order, number) -> {"image", "label"}.
 
-    Chance in a transform comes from the run's seed and the place alone, so it is the same in every worker, process and
-    resumed run.
+    Randomness in a transform comes from the run's seed and the place only, so it is the same in every worker, process
+    and resumed run.
     """
 
     def __init__(self, split: Split, transform: Any, seed: int) -> None:
@@ -83,7 +86,7 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 def _mixed(seed: int, place: int) -> int:
-    """A seed for each pair, far from its neighbours' (splitmix64)."""
+    """Return a seed for each pair, far from its neighbours' (splitmix64)."""
     x = (seed * 0x9E3779B97F4A7C15 + place + 1) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
     x = (x ^ x >> 27) * 0x94D049BB133111EB & (2**64 - 1)
     return (x ^ x >> 31) & (2**63 - 1)
@@ -128,20 +131,20 @@ class _Loader(DataLoader[dict[str, Tensor]]):
             raise Unreadable(str(error).rstrip().rsplit("Unreadable: ", 1)[-1]) from error
 
 
-def _of_a_worker(number: int) -> None:
-    """Ctrl-C, which reaches all processes, is the run's own matter; SIGTERM ends a worker."""
+def _leave_signals_to_the_run(number: int) -> None:
+    """Let a worker ignore Ctrl-C, which reaches all processes and which the run handles; SIGTERM ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def loader(examples: Examples, batches: Any, workers: int) -> DataLoader[dict[str, Tensor]]:
-    """The batches, read ahead by ``workers`` processes; it draws nothing from PyTorch's global generator."""
+    """Return a loader of batches, read ahead by ``workers`` processes; it leaves PyTorch's global generator alone."""
     return _Loader(
         examples,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
-        worker_init_fn=_of_a_worker,
+        worker_init_fn=_leave_signals_to_the_run,
         multiprocessing_context="fork" if workers else None,  # splits read by closures, which can't be pickled
     )

@@ -1,12 +1,11 @@
-"""A run from the names on a command line."""
+"""A run by names: of a data set, a recipe, a model."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from fastvit.training import loop
 from fastvit.training.objectives import Classification
 from fastvit.training.recipes import Recipe, recipe_of
 
-# Models of this room, for `digits` at twice their size: 16 patches and a class token.
+# Models of this package, for `digits` at twice their size: 16 patches and a class token.
 MODELS: dict[str, dict[str, Any]] = {
     "digits": {
         "img_size": 16,
@@ -43,7 +42,7 @@ MODELS["digits_beit"] = {
     "use_rel_pos_bias": True,
 }
 
-# The recipe of a data set for which none is named.
+# The recipe of a data set, where --recipe names none.
 DEFAULTS = {
     "digits": "digits",
     "cifar10": "finetune_cifar",
@@ -57,10 +56,11 @@ FINETUNING = {"vit_imagenet": "finetune_imagenet"}  # in its place where there a
 
 
 def recipe_for(
-    name: str | None, data: str, settings: list[str], steps: int | None = None, weights: str | None = None
+    name: str | None, data: str, settings: Sequence[str], steps: int | None = None, weights: str | None = None
 ) -> Recipe:
-    """The recipe that is named, or the data set's own, with what is overridden; pixels are normalised as ``weights``
-    say that theirs were.
+    """Return the recipe of a name, or the data set's own, with what is overridden.
+
+    Pixels are normalised as those were that ``weights`` were trained with.
 
     Raises:
         ValueError: no such recipe, none for this data set, a setting that fits none, or fine-tuning without weights.
@@ -76,7 +76,7 @@ def recipe_for(
     if weights is not None:
         mean, std = files.pixel_statistics(weights)
         recipe = replace(recipe, mean=mean, std=std)
-    return recipe.override([*settings, *([] if steps is None else [f"steps={steps}"])])
+    return recipe.override(settings, steps)
 
 
 def model_of(name: str, recipe: Recipe, data: Data, weights: str | None = None, **arguments: Any) -> nn.Module:
@@ -116,51 +116,55 @@ def model_of(name: str, recipe: Recipe, data: Data, weights: str | None = None, 
 
 
 def describe(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
-    """A config.json, as timm has it: with model.safetensors the folder is one that ``from_checkpoint`` takes."""
+    """Return a config.json as timm has it; with it the folder is one that ``from_checkpoint`` takes."""
     size = [model.in_chans, recipe.image_size, recipe.image_size]
     pixels = {"input_size": size, "mean": list(recipe.mean), "std": list(recipe.std)}
     return {"model_args": arguments_not_in_shapes(model) if isinstance(model, ViT) else {}, "pretrained_cfg": pixels}
 
 
-def run(command: str, call: Callable[[], str]) -> int:
-    """Do what a command is for, print what it says, and return the exit status; what goes wrong is told in a line."""
-    try:
-        told = call()
-    except loop.Stopped as stopped:
-        print(f"fastvit {command}: {stopped}", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        print(f"fastvit {command}: {error}\nFewer images at a time need less: --set micro_batch=64", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, ImportError, loop.Diverged) as error:
-        print(f"fastvit {command}: {error}", file=sys.stderr)
-        return 2
-    if os.environ.get("RANK", "0") == "0":
-        print(told)
-    return 0
+def train(
+    data: str,
+    out: str | Path,
+    *,
+    recipe: str | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    settings: Sequence[str] = (),
+    steps: int | None = None,
+    seed: int = 0,
+    options: loop.Options | None = None,
+) -> dict[str, Any]:
+    """Train a classifier: ``fastvit train``.
 
+    Args:
+        data: as :func:`fastvit.data.datasets.open_data` takes it.
+        out: folder of the run.
+        recipe: a name in :data:`fastvit.training.recipes.RECIPES`, by default the data set's own.
+        model: a name, by default the recipe's; see :func:`model_of`.
+        weights: a checkpoint to start from.
+        settings, steps: what is overridden in the recipe, "field=value".
+        seed, options: as in :func:`fastvit.training.loop.train`.
 
-def main(arguments: argparse.Namespace) -> int:
-    """``fastvit train``."""
+    Returns:
+        What is in metrics.json.
 
-    def train() -> str:
-        recipe = recipe_for(arguments.recipe, arguments.data, arguments.set, arguments.steps, arguments.weights)
-        data = open_data(arguments.data)
-        if arguments.model and arguments.weights:
-            raise ValueError(f"--model {arguments.model}: the model is that of --weights {arguments.weights}")
-        name = arguments.model or recipe.model
-        torch.manual_seed(arguments.seed)
-        model = model_of(name, recipe, data, arguments.weights)
-        found = loop.train(
-            Classification(model, data.classes, recipe.label_smoothing, recipe.mixup),
-            data,
-            recipe,
-            arguments.out,
-            seed=arguments.seed,
-            options=loop.options_of(arguments),
-            described={"data": os.path.normpath(arguments.data), "model": name, "weights": arguments.weights},
-            config=describe(model, recipe),
-        )
-        return f"test accuracy: {found['test']['accuracy']:.2%}"
-
-    return run("train", train)
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    chosen = recipe_for(recipe, data, settings, steps, weights)
+    sets = open_data(data)
+    if model and weights:
+        raise ValueError(f"--model {model}: the model is that of --weights {weights}")
+    name = model or chosen.model
+    torch.manual_seed(seed)
+    network = model_of(name, chosen, sets, weights)
+    return loop.train(
+        Classification(network, sets.classes, chosen.label_smoothing, chosen.mixup),
+        sets,
+        chosen,
+        out,
+        seed=seed,
+        options=options or loop.Options(),
+        described={"data": os.path.normpath(data), "model": name, "weights": weights},
+        config=describe(network, chosen),
+    )

@@ -1,8 +1,8 @@
 """``fastvit embed``: the features of many images, on as many processes as torchrun starts, resumable.
 
 Images are numbered in a fixed order and cut into shards of :data:`SHARD`; a process takes every W-th shard and writes
-each as one file, whole or not at all. So what is done does not depend on how many processes did it, a run that was cut
-off goes on with the shards that are missing, and each image is in one of them exactly once.
+each as one file, whole or not at all. So the shards do not depend on the number of processes, a run that was cut off
+goes on with those that are missing, and each image is in one of them exactly once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fastvit.checkpoints.files import pixel_statistics
 from fastvit.checkpoints.load import Source
 from fastvit.data.images import Images, open_images, preprocess
 from fastvit.models import ViT, from_checkpoint
+from fastvit.training.logger import fingerprint, write
 
 log = logging.getLogger("fastvit")
 
@@ -37,17 +38,17 @@ SHARD = 1024
 
 @dataclass
 class Job:
-    """What is to be done.
+    """One process's part of a run.
 
     Args:
-        images: which.
+        images: the source.
         model: images (B, 3, H, W) -> features (B, D), on ``device``.
         out: folder of the results.
-        size: (height, width) of what the model takes.
+        size: (height, width) of the model's images.
         mean, std: of the pixels, in 0..1 units.
         batch: images at a time.
-        threads: that read and decode, ahead of the model.
-        rank, world: this process, and how many there are.
+        threads: how many read and decode, ahead of the model.
+        rank, world: this process, and the number of processes.
     """
 
     images: Images
@@ -63,11 +64,11 @@ class Job:
     device: torch.device | str = "cpu"
 
     def shard(self, number: int) -> Path:
-        """Where a shard's features are, once they are all there."""
+        """Return the path of a shard, which exists once all of its features are there."""
         return self.out / f"shard-{number:06}.npz"
 
     def run(self) -> None:
-        """Compute this process's shards that are not there yet."""
+        """Compute those of this process's shards that are missing."""
         count = len(self.images.keys)
         mine = range(self.rank, -(-count // SHARD), self.world)
         missing = [number for number in mine if not self.shard(number).exists()]
@@ -91,18 +92,17 @@ class Job:
                     features.append(self.model(images).float().cpu().numpy())
                     kept += [i for i, _ in good]
                 bar.update(len(batch))
-        part = self.shard(number).with_suffix(".part.npz")
-        with part.open("wb") as file:
-            np.savez(
-                file,
-                index=np.array(kept, dtype=np.int64),
-                features=np.concatenate(features) if features else np.zeros((0, 0), dtype=np.float32),
-                unreadable=np.array(json.dumps(unreadable)),
-            )
-        os.replace(part, self.shard(number))
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            index=np.array(kept, dtype=np.int64),
+            features=np.concatenate(features) if features else np.zeros((0, 0), dtype=np.float32),
+            unreadable=np.array(json.dumps(unreadable)),
+        )
+        write(self.shard(number), buffer.getvalue())
 
     def _batches(self, indices: range, pool: ThreadPoolExecutor) -> Iterator[list[tuple[int, Tensor | str]]]:
-        """(number, pixels or why there are none), decoded while the model works on the batches before."""
+        """Yield batches of (number, pixels or why there are none), decoded while the model runs on earlier ones."""
         cuts = [indices[i : i + self.batch] for i in range(0, len(indices), self.batch)]
         ahead = [[pool.submit(self._decode, i) for i in cut] for cut in cuts[:2]]
         for k in range(len(cuts)):
@@ -117,18 +117,18 @@ class Job:
             return str(error)
 
     def merge(self) -> tuple[int, int]:
-        """Write features.npy, or features.parquet, from all shards -> (images, unreadable ones)."""
+        """Write features.npy from all shards, and return the numbers of images and of unreadable ones."""
         shards = [np.load(self.shard(n)) for n in range(-(-len(self.images.keys) // SHARD))]
         index = np.concatenate([shard["index"] for shard in shards])
         features = np.concatenate([shard["features"] for shard in shards if shard["index"].size] or [np.zeros((0, 0))])
         unreadable = {int(i): why for shard in shards for i, why in json.loads(str(shard["unreadable"])).items()}
         keys = [_line(self.images.keys[i]) for i in index]
         lines = [f"{_line(self.images.keys[i])}\t{_line(why)}" for i, why in sorted(unreadable.items())]
-        _write(self.out / "unreadable.txt", "".join(f"{line}\n" for line in lines).encode())
-        _write(self.out / "keys.txt", "".join(f"{key}\n" for key in keys).encode())
+        write(self.out / "unreadable.txt", "".join(f"{line}\n" for line in lines).encode())
+        write(self.out / "keys.txt", "".join(f"{key}\n" for key in keys).encode())
         buffer = io.BytesIO()
         np.save(buffer, features.astype(np.float32))
-        _write(self.out / "features.npy", buffer.getvalue())
+        write(self.out / "features.npy", buffer.getvalue())
         return len(keys), len(unreadable)
 
 
@@ -136,14 +136,8 @@ def _line(text: str) -> str:
     return text.replace("\n", "\\n")
 
 
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # every process may write what all write alike
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
 def to_parquet(out: Path) -> Path:
-    """features.parquet from features.npy and keys.txt: columns "key" and "features" (a list of D float32 a row)."""
+    """Write features.parquet from features.npy and keys.txt: columns "key" and "features" (D float32 a row)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -181,8 +175,10 @@ def embed(
         size: (height, width) the images are cut to; by default the model's. Positions are resampled for another.
         mean, std: of the pixels, in 0..1 units, as the model was trained with; by default as the weights' folder says,
             else 0.5.
-        batch: images at a time. threads: that decode ahead of the model. dtype: of the model.
-        parquet: write that too.
+        batch: images at a time.
+        threads: how many decode images ahead of the model.
+        dtype: of the model.
+        parquet: write ``features.parquet`` too.
 
     Returns:
         (images, unreadable ones), on the first process; elsewhere (0, 0).
@@ -222,12 +218,9 @@ def embed(
 
 
 def _claim(out: Path, images: Images, model: ViT, options: dict[str, Any]) -> None:
-    """Say in ``out`` what its features are of, or refuse to add others to them."""
-    digest = hashlib.sha256("\n".join(images.keys).encode())
-    weights = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        weights.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    mine = {"images": digest.hexdigest(), "weights": weights.hexdigest(), **json.loads(json.dumps(options))}
+    """Write embed.json, which says what the features in ``out`` are of, or refuse to add others to them."""
+    keys = hashlib.sha256("\n".join(images.keys).encode()).hexdigest()
+    mine = {"images": keys, "weights": fingerprint(model), **json.loads(json.dumps(options))}
     path = out / "embed.json"
     if path.exists():
         theirs = json.loads(path.read_text())
@@ -235,4 +228,4 @@ def _claim(out: Path, images: Images, model: ViT, options: dict[str, Any]) -> No
         if other:
             raise ValueError(f"{out} holds features of other {', '.join(other)}; give another folder")
     else:
-        _write(path, json.dumps(mine, indent=1).encode())
+        write(path, json.dumps(mine, indent=1).encode())

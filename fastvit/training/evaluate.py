@@ -1,11 +1,9 @@
-"""How good a model or its features are: accuracy, the paper's few-shot probe, nearest neighbours, ReaL labels."""
+"""Evaluation of a model or its features: accuracy, the paper's few-shot probe, nearest neighbours, ReaL labels."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +25,14 @@ CHUNK = 4096  # images that are in float64 at once
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Share of images whose greatest score is the label's: scores (N, K), labels (N,)."""
+    """Return the share of images whose greatest score is the label's: scores (N, K), labels (N,)."""
     return float((scores.argmax(1) == labels).double().mean())
 
 
 def real_accuracy(scores: Tensor, labels: Sequence[Sequence[int]]) -> float:
-    """ReaL accuracy (Beyer et al., 2020): the greatest score is of one of an image's labels.
+    """Return the share of images whose greatest score is of one of their labels (ReaL; Beyer et al., 2020).
 
-    Images without any are left out.
+    Images without any label are left out.
 
     Args:
         scores: (N, K).
@@ -52,7 +50,7 @@ def real_accuracy(scores: Tensor, labels: Sequence[Sequence[int]]) -> float:
 
 
 def real_labels(file: str | Path, split: Split) -> list[list[int]]:
-    """ReaL's labels of images of ImageNet's validation set, by the number in their names.
+    """Read ReaL's labels of images of ImageNet's validation set, by the number in their names.
 
     Args:
         file: ReaL's real.json: of each of the 50,000 images, in their order, a list of labels.
@@ -110,15 +108,17 @@ class Ridge:
         self.products = 2 * (sums @ vectors).T  # X^T Y: X sums to 0, so that the targets' -1 add nothing
 
     def coordinates(self, features: Tensor) -> Tensor:
-        """(M, D) -> (M, min(N, D)): standardised, along the eigenvectors."""
+        """Standardise features (M, D) and return their coordinates along the eigenvectors, (M, min(N, D))."""
         return (features.double() - self.mean) / self.std @ self.directions
 
     def scores(self, coordinates: Tensor, penalty: float) -> Tensor:
-        """(M, min(N, D)) -> (M, K)."""
+        """Return the scores (M, K) of coordinates (M, min(N, D))."""
         return coordinates @ (self.products / (self.values + penalty)[:, None]) + self.centre
 
     def left_out(self, coordinates: Tensor, targets: Tensor, penalty: float) -> Tensor:
-        """Scores (M, K) of training images (M, min(N, D)), each by a fit without it; targets are (M, K) of -1 and 1.
+        """Return scores (M, K) of training images (M, min(N, D)), each by a fit without it.
+
+        Targets are (M, K) of -1 and 1.
 
         Only the deviations that features are divided by are those of all images.
         """
@@ -128,7 +128,7 @@ class Ridge:
 
 
 def few_shot(features: Tensor, labels: Tensor, queries: Tensor, classes: int, penalty: float) -> Tensor:
-    """Section 4.1 of the paper: :class:`Ridge`, least squares from features to targets in {-1, 1}^K, in closed form.
+    """Fit :class:`Ridge` and return the scores of other images (section 4.1 of the paper).
 
     Args:
         features, labels: (N, D) and (N,) of the training images.
@@ -149,7 +149,7 @@ def few_shot(features: Tensor, labels: Tensor, queries: Tensor, classes: int, pe
 
 
 def best_penalty(features: Tensor, labels: Tensor, classes: int) -> float:
-    """The penalty of :data:`PENALTIES` that does best on training images that the fit leaves out, each in its turn.
+    """Return the penalty of :data:`PENALTIES` that does best on training images, each left out of the fit in turn.
 
     All these fits follow from one :class:`Ridge`, with 2 N D K operations for each penalty and CHUNK x 6 K more numbers
     in memory: 0.6 GB in all for ImageNet. Images that are alone in their class don't count, as the others tell nothing
@@ -157,10 +157,10 @@ def best_penalty(features: Tensor, labels: Tensor, classes: int) -> float:
     """
     ridge = Ridge(features, labels, classes)
     sizes = labels.bincount(minlength=classes)
-    told = sizes > 1
+    several = sizes > 1
     right, errors = (torch.zeros(len(PENALTIES), dtype=torch.float64) for _ in range(2))
     for part, of in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
-        x, of = ridge.coordinates(part[told[of]]), of[told[of]]
+        x, of = ridge.coordinates(part[several[of]]), of[several[of]]
         targets = F.one_hot(of, classes).double() * 2 - 1
         for i, penalty in enumerate(PENALTIES):
             scores = ridge.left_out(x, targets, penalty)
@@ -169,14 +169,14 @@ def best_penalty(features: Tensor, labels: Tensor, classes: int) -> float:
     # By accuracy, as it is what is reported; of the penalties that it can't tell apart, within a standard error of the
     # best, by the squared error. That alone is mostly of the K - 1 targets of -1: with few images of many classes it is
     # least for penalties that make all weights 0.
-    most, count = right.max(), sizes[told].sum().clamp(min=1)
+    most, count = right.max(), sizes[several].sum().clamp(min=1)
     errors[right < most - (most * (1 - most / count)).sqrt()] = torch.inf
     best = (errors == errors.min()).nonzero()
     return PENALTIES[int(best[len(best) // 2])]
 
 
 def shots(labels: Tensor, count: int, seed: int = 0) -> Tensor:
-    """Numbers of ``count`` images of each class, chosen by chance.
+    """Choose ``count`` images of each class at random and return their numbers.
 
     Raises:
         ValueError: a class has fewer.
@@ -186,7 +186,7 @@ def shots(labels: Tensor, count: int, seed: int = 0) -> Tensor:
     for label in labels.unique():
         of = order[labels[order] == label][:count]
         if len(of) < count:
-            raise ValueError(f"class {int(label)} has {len(of)} training images; {count} shots are wanted")
+            raise ValueError(f"class {int(label)} has {len(of)} training images; shots={count}")
         chosen.append(of)
     return torch.cat(chosen)
 
@@ -194,7 +194,7 @@ def shots(labels: Tensor, count: int, seed: int = 0) -> Tensor:
 def nearest(
     features: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
-    """k nearest neighbours by cosine, each voting with exp(cosine / temperature) (Wu et al., 2018) -> scores (M, K).
+    """Return scores (M, K) of k nearest neighbours by cosine, voting with exp(cosine / temperature) (Wu et al., 2018).
 
     Besides the arguments and the scores, in float64, it needs about 3 CHUNK^2 + 2 CHUNK (D + k) numbers: under 0.5 GB.
 
@@ -220,13 +220,12 @@ def nearest(
 def outputs(
     call: Callable[[Tensor], Tensor], split: Split, transform: Any, batch: int = 256, workers: int = 0
 ) -> Tensor:
-    """What ``call`` makes of all images, batches (B, C, H, W) -> (N, ...) float32 on the CPU, where at the end they are
-    twice in memory.
+    """Return what ``call`` makes of all images, (N, ...) float32 on the CPU; while they are joined, twice in memory.
 
     Args:
-        call: the model, or a part of it.
+        call: the model, or a part of it, for batches (B, C, H, W).
         split: whose images.
-        transform: what an image goes through; see :func:`fastvit.training.augment.evaluation_transform`.
+        transform: of an image; see :func:`fastvit.training.augment.evaluation_transform`.
         batch: images at a time.
         workers: processes that read them.
 
@@ -259,12 +258,12 @@ def evaluate(
     workers: int = 0,
     real: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, float]:
-    """Name -> accuracy on the test set.
+    """Return the accuracy on the test set, by the name of the classifier or probe.
 
     Args:
         model: whose classifier is judged, or with ``probe`` the features that it reads.
         probe: "few-shot" (by :func:`best_penalty`) or "knn"; None: the classifier.
-        count: with a probe, training images of each class, chosen by chance with seed 0; None: all.
+        count: with a probe, training images of each class, chosen at random with seed 0; None: all.
         size: a side of the images; None: the model's, and for a ResNet 224.
         middle: show it the middle of each image, 224 of 256 pixels; else the whole, as a square.
         mean, std: of the pixels, 0 to 1, one value or one of each channel.
@@ -312,28 +311,31 @@ def evaluate(
     return {"few-shot": accuracy(scores, data.test.labels)}
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """``fastvit evaluate``."""
-    try:
-        data = open_data(arguments.data, arguments.whole)
-        real = None if arguments.real is None else real_labels(arguments.real, data.test)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        raw = read(arguments.weights)
-        size = arguments.size
-        if is_resnet(raw):
-            size = size or (raw.config.get("pretrained_cfg") or {}).get("input_size", [None])[-1]
-            model = from_checkpoint(raw, device=device)
-        else:
-            model = from_checkpoint(raw, device=device, **({} if size is None else {"img_size": size}))
-        mean, std = pixel_statistics(arguments.weights, arguments.mean, arguments.std)
-        found = evaluate(
-            model, data, arguments.probe, arguments.shots, size=size, middle=arguments.middle, mean=mean, std=std,
-            workers=arguments.workers, real=real,
-        )  # fmt: skip
-    except (ValueError, OSError, ImportError) as error:
-        print(f"fastvit evaluate: {error}", file=sys.stderr)
-        return 2
+def main(
+    weights: str,
+    data: str,
+    probe: str | None,
+    shots: int | None,
+    whole: bool,
+    real: str | None,
+    size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    **options: Any,
+) -> None:
+    """Run ``fastvit evaluate`` and print a table; ``options`` are more of :func:`evaluate`."""
+    sets = open_data(data, whole)
+    labels = None if real is None else real_labels(real, sets.test)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    raw = read(weights)
+    sizes: dict[str, Any] = {}
+    if is_resnet(raw):
+        size = size or (raw.config.get("pretrained_cfg") or {}).get("input_size", [None])[-1]
+    elif size is not None:
+        sizes["img_size"] = size
+    model = from_checkpoint(raw, device=device, **sizes)
+    mean, std = pixel_statistics(weights, mean, std)
+    found = evaluate(model, sets, probe, shots, size=size, mean=mean, std=std, real=labels, **options)
     print(f"{'':<12}{'test images':>12}{'accuracy':>12}")
     for name, value in found.items():
-        print(f"{name:<12}{len(data.test):>12}{value:>12.2%}")
-    return 0
+        print(f"{name:<12}{len(sets.test):>12}{value:>12.2%}")

@@ -1,7 +1,8 @@
-"""What a run writes down: scalars as lines of JSON, and to TensorBoard."""
+"""The log of a run: scalars as lines of JSON, and in TensorBoard; and files that are whole or not there."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -9,26 +10,37 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import nn
+
 log = logging.getLogger("fastvit")
 
 
-def write(path: Path, text: str) -> None:
-    """A text file, as a whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
+def write(path: Path, data: str | bytes) -> None:
+    """Write a file, as a whole or not at all. Several processes may write the same."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(data.encode() if isinstance(data, str) else data)
     os.replace(part, path)
 
 
+def fingerprint(module: nn.Module) -> str:
+    """Return what tells weights from others, wherever their files are: a SHA-256 in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Logger:
-    """Scalars to log.jsonl and TensorBoard, by the first process alone.
+    """Writes scalars to log.jsonl and TensorBoard, in the first process only.
 
     Args:
         out: folder.
-        step: of what the log has already, lines of later steps are dropped.
-        writes: whether this process does.
+        step: where the run goes on; lines of later steps are dropped.
+        writes: whether this process writes.
 
     Raises:
-        ValueError: there is a log.jsonl that is no log.
+        ValueError: the file log.jsonl is no log.
     """
 
     def __init__(self, out: Path, step: int, writes: bool) -> None:
@@ -49,7 +61,7 @@ class Logger:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, split: str, scalars: Mapping[str, float]) -> None:
-        """One line of the log."""
+        """Write one line of the log."""
         if not self.writes:
             return
         with self.path.open("a") as file:

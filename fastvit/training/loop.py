@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -44,16 +43,16 @@ log = logging.getLogger("fastvit")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class Diverged(RuntimeError):
-    """The loss or its gradients are no finite numbers."""
+class Diverged(FloatingPointError):
+    """The loss or its gradients are not finite."""
 
 
-class Stopped(RuntimeError):
-    """The run was asked to stop, and can go on."""
+class Stopped(KeyboardInterrupt):
+    """A signal stopped the run, which can go on."""
 
 
 def optimizer_of(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer; vectors and what the objective names are not decayed."""
+    """Return the recipe's optimizer; vectors and what the objective names are not decayed."""
     exempt = objective.no_weight_decay()
     parameters = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -68,7 +67,7 @@ def optimizer_of(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is done, which does not change what comes out.
+    """Options of a run that do not change its results.
 
     Args:
         checkpoint_every: steps between checkpoints; the last step has one too.
@@ -85,20 +84,15 @@ class Options:
     fsdp: bool = False
 
 
-def options_of(arguments: argparse.Namespace) -> Options:
-    """Those of a command line."""
-    return Options(arguments.checkpoint_every, arguments.evaluate_every, workers=arguments.workers, fsdp=arguments.fsdp)
-
-
 def shard(objective: Objective) -> None:
-    """FSDP2: the parameters of a block are gathered while it runs, those outside of blocks for a whole pass."""
+    """Shard by FSDP2: parameters of a block are gathered while it runs, those outside of blocks for a whole pass."""
     for block in getattr(objective.model, "blocks", ()):
         fully_shard(block)
     fully_shard(objective)
 
 
 class Run:
-    """One process's part of a run: its state, and what is done with it.
+    """One process's part of a run: its state, and the steps that change it.
 
     Args: as :func:`train`.
     """
@@ -107,7 +101,7 @@ class Run:
         self, objective: Objective, data: Data, recipe: Recipe, out: Path, seed: int, options: Options, place: Place
     ) -> None:
         self.out, self.seed, self.options, self.place = out, seed, options, place
-        self.data = data = data if recipe.examples is None else data.of(recipe.examples, seed)
+        self.data = data = data.limit(recipe.examples, seed)
         self.recipe = recipe = recipe.for_images(len(data.train))
         assert recipe.steps is not None
         self.steps = recipe.steps
@@ -138,19 +132,19 @@ class Run:
             device_ids = [place.device] if place.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(objective, device_ids=device_ids)
         torch.manual_seed(seed + place.rank)  # what was drawn before is in the weights
-        self.chance = self.drawn()
+        self.rng = self.rng_states()
 
     @property
     def checkpoint(self) -> Path:
-        """Where the newest state is."""
+        """Return the path of the newest state."""
         return self.out / files.RUN
 
     def autocast(self) -> Any:
-        """The recipe's precision."""
+        """Return a context of the recipe's precision."""
         return torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
-    def drawn(self) -> dict[str, Tensor]:
-        """The states of PyTorch's generators in this process; ``chance`` has those at the beginning of a step."""
+    def rng_states(self) -> dict[str, Tensor]:
+        """Return the states of PyTorch's generators in this process; ``rng`` has those at the beginning of a step."""
         states = {"cpu": torch.get_rng_state()}
         if self.place.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.place.device)
@@ -159,7 +153,7 @@ class Run:
     # -- what is in the folder ------------------------------------------------------------------------------------
 
     def describe(self, described: Mapping[str, Any]) -> None:
-        """Take down which run this is, as its checkpoints tell it."""
+        """Describe the run, as its checkpoints do."""
         shapes = [(name, tuple(p.shape)) for name, p in self.objective.named_parameters()]
         labels = self.data.train.labels.numpy().tobytes() + self.data.test.labels.numpy().tobytes()
         mine = {
@@ -175,10 +169,10 @@ class Run:
 
     def save(self) -> None:
         """Write all of the run's state between two steps, whole or not at all."""
-        chance = [self.chance]
+        rng = [self.rng]
         if self.place.world > 1:
-            chance = [{} for _ in range(self.place.world)]
-            dist.all_gather_object(chance, self.chance)
+            rng = [{} for _ in range(self.place.world)]
+            dist.all_gather_object(rng, self.rng)
         objective, optimizer = get_state_dict(self.objective, self.optimizer, options=WHOLE)
         state = {
             "run": self.description,
@@ -186,7 +180,7 @@ class Run:
             "objective": objective,
             "optimizer": optimizer,
             "average": None if self.average is None else get_model_state_dict(self.average, options=WHOLE),
-            "chance": chance,
+            "chance": rng,
             "test": self.test,
         }
         if self.place.rank == 0:
@@ -212,7 +206,7 @@ class Run:
             return
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            theirs, chance = state["run"], state["chance"]
+            theirs, rng = state["run"], state["chance"]
         except Exception as error:  # whatever a damaged file makes torch.load raise
             raise ValueError(
                 f"{self.checkpoint} is no checkpoint of a run, or is cut short ({type(error).__name__}); move it away "
@@ -229,27 +223,29 @@ class Run:
         )
         if self.average is not None:
             set_model_state_dict(self.average, state["average"], options=WHOLE)
-        self.chance = chance[self.place.rank]
-        torch.set_rng_state(self.chance["cpu"])
-        if "cuda" in self.chance:
-            torch.cuda.set_rng_state(self.chance["cuda"], self.place.device)
+        self.rng = rng[self.place.rank]
+        torch.set_rng_state(self.rng["cpu"])
+        if "cuda" in self.rng:
+            torch.cuda.set_rng_state(self.rng["cuda"], self.place.device)
         log.info("%s: goes on after step %d", self.out, self.step)
 
     def _refuse_another(self, theirs: Mapping[str, Any]) -> None:
         mine = self.description
         others = [name for name in sorted({*mine, *theirs}) if theirs.get(name) != mine.get(name)]
-        told = [
+        differences = [
             f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})"
             for name in others
-            if name not in ("parameters", "labels")  # whose hashes tell nobody anything
+            if name not in ("parameters", "labels")  # hashes, which say nothing to a reader
         ]
         if others:
-            raise ValueError(f"{self.out} holds a run with another {', '.join(told or others)}; give another folder")
+            raise ValueError(
+                f"{self.out} holds a run with another {', '.join(differences or others)}; give another folder"
+            )
 
     # -- the steps ------------------------------------------------------------------------------------------------
 
     def train(self, logger: Logger, interruption: Interruption) -> dict[str, float]:
-        """All that is left to do -> the test set's scalars in the end."""
+        """Do what is left of the run and return the test set's scalars at its end."""
         if self.test is None:
             try:
                 self.remaining_steps(logger, interruption)
@@ -264,7 +260,7 @@ class Run:
         return self.test
 
     def remaining_steps(self, logger: Logger, interruption: Interruption) -> None:
-        """All steps that are left."""
+        """Do the steps that are left."""
         begin = self.step
         examples = Examples(self.data.train, training_transform(self.recipe), self.seed)
         order = Order(
@@ -294,7 +290,7 @@ class Run:
     def gradients(
         self, pieces: Iterator[Mapping[str, Tensor]], interruption: Interruption, lr: float
     ) -> dict[str, float]:
-        """Gradients of a batch's pieces -> its scalars, and whether any process is asked to stop.
+        """Accumulate a batch's gradients; return its scalars, and as "stops" whether a signal reached any process.
 
         Raises:
             Diverged: they are not finite; the weights are as they were.
@@ -314,7 +310,7 @@ class Run:
                 (found["loss"] * part).backward()
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() * part
-        sums["stops"] = torch.tensor(float(interruption.asked), device=self.place.device)
+        sums["stops"] = torch.tensor(float(interruption.requested), device=self.place.device)
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.recipe.clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         means = self.place.mean(torch.stack([*sums.values()])).tolist()
@@ -335,7 +331,7 @@ class Run:
                 raise Diverged(f"{name} is {value} {where}; {kept}")
 
     def update(self, lr: float) -> None:
-        """A step of the optimizer, and of the average."""
+        """Do a step of the optimizer, and of the average."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -343,18 +339,18 @@ class Run:
         if self.average is not None:
             self.average.update_parameters(self.objective)
         self.step += 1
-        self.chance = self.drawn()
+        self.rng = self.rng_states()
 
     # -- what comes out -------------------------------------------------------------------------------------------
 
     def result(self) -> Objective:
-        """What is evaluated and saved: the average where the recipe has one."""
+        """Return what is evaluated and saved: the average where the recipe has one."""
         found: Any = self.objective if self.average is None else self.average.module
         return found
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The objective's scalars, averaged over the test set; the same whenever it is called, and it draws nothing.
+        """Return the objective's scalars, averaged over the test set. Random states stay as they are.
 
         Raises:
             Diverged: they are not finite.
@@ -395,7 +391,7 @@ def train(
 ) -> dict[str, Any]:
     """Train by a recipe; called again with the same arguments it goes on where it was, bit for bit.
 
-    In ``out``: run.json, what is done, and config.json; checkpoint.pt, all that going on needs; log.jsonl and
+    In ``out``: run.json (what the run is) and config.json; checkpoint.pt, all that going on needs; log.jsonl and
     tensorboard/; and in the end model.safetensors, the weights of ``objective.model`` (averaged where the recipe says
     so), and metrics.json. Under torchrun, DDP shares each batch among the processes. Ctrl-C and SIGTERM stop it with a
     checkpoint.
@@ -403,10 +399,10 @@ def train(
     Args:
         objective: a model and its loss.
         data: training and test set.
-        recipe: what is done. ``mixup``, ``label_smoothing`` and ``dropout`` are the objective's and the model's matter.
+        recipe: how to train. ``mixup``, ``label_smoothing`` and ``dropout`` are the objective's and the model's matter.
         out: a folder.
         seed: of the order of images, augmentation and all else that is drawn from here on.
-        options: how it is done.
+        options: those that do not change the results.
         described: what else the run is, by name; another such run is refused in the same folder.
         config: what config.json says of the model; None writes none.
 
@@ -426,9 +422,9 @@ def train(
         run.describe(described or {})
         run.resume()
         if place.rank == 0:
-            for name, told in (("run.json", run.description), ("config.json", config)):
-                if told is not None:
-                    write(out / name, json.dumps(told, indent=1))
+            for name, content in (("run.json", run.description), ("config.json", config)):
+                if content is not None:
+                    write(out / name, json.dumps(content, indent=1))
         logger = Logger(out, run.step, place.rank == 0)
         try:
             test = run.train(logger, interruption)

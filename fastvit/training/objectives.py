@@ -1,4 +1,4 @@
-"""What a run minimises: the interface that the training loop knows, and classification."""
+"""Objectives, which a run minimises: the interface that the training loop knows, and classification."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Objective(nn.Module):
     progress = 0.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """A batch -> {"loss": (), ...}."""
+        """Return the scalars of a batch, {"loss": (), ...}."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves out, besides all vectors."""
+        """Return names of parameters that weight decay leaves out, besides all vectors."""
         known = getattr(self.model, "no_weight_decay", set)
         return {f"model.{name}" for name in known()}
 
@@ -57,7 +57,7 @@ class Classification(Objective):
             self.mix = MixUp(alpha=mixup, num_classes=classes)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """A batch -> loss, and (of labels as they are) the share of right answers."""
+        """Return the loss of a batch and its accuracy, which is of the labels before mixup."""
         images, target = batch["image"], batch["label"]
         if self.training and self.mix is not None:
             images, target = self.mix(images, target)

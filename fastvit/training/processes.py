@@ -1,4 +1,4 @@
-"""The processes of a run, and the signals that ask it to stop."""
+"""The processes of a run, and the signals that stop it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Place:
     device: torch.device
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes."""
+        """Return the mean over all processes."""
         if self.world > 1:
             dist.all_reduce(values)
         return values / self.world
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
 
 
 def processes() -> Place:
-    """Where this process is; under torchrun in the group of all processes, which lasts as long as they do.
+    """Return the place of this process; under torchrun it joins the group of all, which lasts as long as they do.
 
     One group is for all runs of a process: a second would find the addresses of the first in torchrun's store.
     """
@@ -51,17 +51,17 @@ def processes() -> Place:
 
 
 class Interruption:
-    """Whether Ctrl-C or SIGTERM asked the run to stop, which it does between two steps; a second one stops it at once.
+    """Whether Ctrl-C or SIGTERM requested a stop, between two steps; a second signal stops the run at once.
 
     As a context it catches these signals, in a process's main thread.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._before: dict[int, Any] = {}
 
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
         self._restore()
 
     def _restore(self) -> None:
@@ -70,7 +70,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:

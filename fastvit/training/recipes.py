@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run does; each field can be overridden, on the command line by ``--set field=value``.
+    """The settings of a run; each field can be overridden, on the command line by ``--set field=value``.
 
     Args:
         optimizer: "adam" (b1 0.9, decoupled weight decay: AdamW) or "sgd" (momentum 0.9).
@@ -91,7 +91,7 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)}; accepted: 0 up to, and without, 1")
 
     def for_images(self, count: int) -> Recipe:
-        """The same in steps, for a training set of so many images.
+        """Return the recipe in steps, for a training set of so many images.
 
         Raises:
             ValueError: there are no images, or the warm-up would not end.
@@ -106,21 +106,23 @@ class Recipe:
         return replace(self, steps=steps, epochs=None)
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0; of a recipe that is in steps."""
+        """Return the learning rate of a step, counted from 0. The recipe must be in steps."""
         assert self.steps is not None
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
         return self.lr * (1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
-    def override(self, settings: Iterable[str]) -> Recipe:
-        """The same with other values, each "field=value"; steps and epochs take each other's place.
+    def override(self, settings: Iterable[str], steps: int | None = None) -> Recipe:
+        """Return the recipe with other values, each "field=value", and ``steps``.
+
+        Steps and epochs take each other's place.
 
         Raises:
             ValueError: no such field (with the nearest), or a value of another type.
         """
         hints, changes = get_type_hints(Recipe), dict[str, Any]()
-        for setting in settings:
+        for setting in (*settings, *([] if steps is None else [f"steps={steps}"])):
             name, equals, text = setting.partition("=")
             if not equals:
                 raise ValueError(f"{setting!r}; accepted: field=value")
@@ -136,7 +138,7 @@ class Recipe:
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:
-    """``text`` as a value of the type ``hint``."""
+    """Parse ``text`` as a value of the type ``hint``."""
     if get_origin(hint) is tuple:
         return tuple(_parse(name, part, get_args(hint)[0]) for part in text.split(","))
     kinds = get_args(hint) if get_origin(hint) is not Literal else (str,)
@@ -239,7 +241,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_of(name: str) -> Recipe:
-    """A recipe by its name.
+    """Return a recipe by its name.
 
     Raises:
         ValueError: an unknown name; all are listed.

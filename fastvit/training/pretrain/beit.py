@@ -20,7 +20,7 @@ TRIES = 10  # blocks in a row that don't fit, after which a mask is done
 def blockwise_masks(
     images: int, grid: tuple[int, int], share: float = 0.4, least: int = 16, aspect: float = 0.3
 ) -> Tensor:
-    """Masks of whole blocks of patches, BEiT's algorithm 1, drawn on the CPU.
+    """Draw masks of whole blocks of patches, by BEiT's algorithm 1, on the CPU.
 
     Blocks of ``least`` patches or more, of which each side is at most 1 / aspect times the other, are added as long as
     no more than ``share`` of the patches are masked.
@@ -89,7 +89,7 @@ class Beit(CorruptedImages):
         self.predict = self.head(tokenizer.codes)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """batch["image"] (B, C, H, W) normalised -> "loss" and "accuracy" over the masked patches."""
+        """Return "loss" and "accuracy" over the masked patches of batch["image"] (B, C, H, W), normalised."""
         images = batch["image"]
         grid = self.model.patch_embed.dynamic_feat_size(tuple(images.shape[2:]))
         masks = blockwise_masks(len(images), grid, self.share, self.least, self.aspect).flatten(1)

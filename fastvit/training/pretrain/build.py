@@ -1,9 +1,7 @@
-"""A run from the names on a command line: ``fastvit pretrain``."""
+"""A run of pre-training by names: ``fastvit pretrain``."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -11,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastvit.data.datasets import Data, open_data
 from fastvit.models import ViT
 from fastvit.training import loop
-from fastvit.training.build import describe, model_of, run
+from fastvit.training.build import describe, model_of
+from fastvit.training.logger import fingerprint
 from fastvit.training.pretrain.beit import Beit
 from fastvit.training.pretrain.dvae import DVAE, Tokenizing
 from fastvit.training.pretrain.masked import MaskedPatches
@@ -37,7 +35,7 @@ TOKENIZERS: dict[str, tuple[dict[str, Any], float]] = {
 
 
 def encoder_of(name: str, recipe: Recipe, data: Data) -> ViT:
-    """The model to pre-train, without a classifier.
+    """Build the model to pre-train, without a classifier.
 
     Raises:
         ValueError: it is no ViT.
@@ -50,13 +48,13 @@ def encoder_of(name: str, recipe: Recipe, data: Data) -> ViT:
 
 
 def pixels_of(recipe: Recipe, data: Data) -> tuple[list[float], list[float]]:
-    """(mean, std) that the recipe normalises pixels by, a value of each channel."""
+    """Return (mean, std) that the recipe normalises pixels by, a value for each channel."""
     mean, std = (list(values) * (data.channels if len(values) == 1 else 1) for values in (recipe.mean, recipe.std))
     return mean, std
 
 
 def tokenizer_of(name: str, recipe: Recipe, data: Data, codes: int | None = None) -> Tokenizing:
-    """A new tokenizer, with its loss; with another number of codes than its own, where one is given.
+    """Build a new tokenizer with its loss; ``codes`` replaces its own number of codes.
 
     Raises:
         ValueError: an unknown name, or fewer than 2 codes.
@@ -68,30 +66,22 @@ def tokenizer_of(name: str, recipe: Recipe, data: Data, codes: int | None = None
     return Tokenizing(DVAE(*pixels_of(recipe, data), **sizes), divergence)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """What tells weights from others, wherever they lie: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _same_pixels(dvae: DVAE, mean: list[float], std: list[float]) -> None:
-    """Raise a ValueError where a tokenizer would be given images that are normalised otherwise than its own were."""
+    """Raise a ValueError where images are normalised otherwise than those that the tokenizer was trained on."""
     ours = torch.tensor([mean, std])
     theirs = torch.stack([dvae.pixels.mean, dvae.pixels.std]).flatten(1)
     if not torch.equal(ours, theirs):
-        told = ", ".join(
+        expected = ", ".join(
             f"{name}={[round(value, 6) for value in values]}"
             for name, values in zip(("mean", "std"), theirs.tolist(), strict=True)
         )
-        raise ValueError(f"mean={mean}, std={std}: the tokenizer's images were normalised by {told}; --set these")
+        raise ValueError(f"mean={mean}, std={std}: the tokenizer's images were normalised by {expected}; --set these")
 
 
 def _own_tokenizer(
     source: str, out: Path, codes: int | None, settings: list[str], seed: int, options: loop.Options | None
 ) -> DVAE:
-    """The tokenizer of a run of BEiT that is given none, trained in ``out``/tokenizer."""
+    """Train a tokenizer for a run of BEiT in ``out``/tokenizer, or go on with it."""
     folder = out / "tokenizer"
     if (out / "checkpoint.pt").exists() and not folder.exists():
         raise ValueError(f"{out} holds a run whose tokenizer is elsewhere: give it, or another folder for this run")
@@ -105,7 +95,7 @@ def _own_tokenizer(
 
 def pretrain(
     method: str,
-    source: str,
+    data: str,
     out: str | Path,
     *,
     model: str | None = None,
@@ -122,7 +112,7 @@ def pretrain(
 
     Args:
         method: "masked", "beit", or "tokenizer", which "beit" needs.
-        source: as :func:`fastvit.data.datasets.open_data` takes it.
+        data: as :func:`fastvit.data.datasets.open_data` takes it.
         out: folder of the run; ``fastvit train --weights`` takes it.
         model: another model (or tokenizer) than the recipe's, by name.
         target: what "masked" predicts, by default "colour"; see :class:`fastvit.training.pretrain.MaskedPatches`.
@@ -150,42 +140,42 @@ def pretrain(
             raise ValueError(f"{name}={value} is of the method {' or '.join(takes)}, and this is {method}")
     if tokenizer is not None and codes is not None:
         raise ValueError(f"codes={codes}: the tokenizer in {tokenizer} has its own; give one of the two")
-    data, recipe = open_data(source, labels=False), recipe_for(method, source, list(settings), steps)
-    chosen = data if recipe.examples is None else data.of(recipe.examples, seed)
+    sets, recipe = open_data(data, labels=False), recipe_for(method, data, list(settings), steps)
+    chosen = sets.limit(recipe.examples, seed)
     recipe.for_images(len(chosen.train))  # refuses what the loop would, before a tokenizer is trained for it
     described: dict[str, Any] = {
         "method": method,
-        "data": os.path.normpath(source),
+        "data": os.path.normpath(data),
         "model": model or recipe.model,
     }
     part: dict[str, Any] = {} if share is None else {"share": share}
     torch.manual_seed(seed)
     objective: Tokenizing | MaskedPatches | Beit
     if method == "tokenizer":
-        objective = tokenizer_of(described["model"], recipe, data, codes)
+        objective = tokenizer_of(described["model"], recipe, sets, codes)
         described["codes"] = objective.model.codes
     elif method == "masked":
         described["target"] = target = target or "colour"
-        encoder = encoder_of(described["model"], recipe, data)
-        objective = MaskedPatches(encoder, *pixels_of(recipe, data), target, **part)
+        encoder = encoder_of(described["model"], recipe, sets)
+        objective = MaskedPatches(encoder, *pixels_of(recipe, sets), target, **part)
         described["share"] = objective.share
     else:
-        encoder = encoder_of(described["model"], recipe, data)
+        encoder = encoder_of(described["model"], recipe, sets)
         least = max(1, round(16 / 14**2 * encoder.patch_embed.num_patches))  # BEiT's 16 of 14 x 14, in proportion
         if tokenizer is None:
             shared = [setting for setting in settings if setting.partition("=")[0] in SHARED]
-            own = recipe_for("tokenizer", source, shared)
-            dvae = tokenizer_of(own.model, own, data, codes).model
+            own = recipe_for("tokenizer", data, shared)
+            dvae = tokenizer_of(own.model, own, sets, codes).model
         else:
             dvae = DVAE.from_checkpoint(tokenizer)
         objective = Beit(encoder, dvae, least=least, **part)
-        _same_pixels(dvae, *pixels_of(recipe, data))
+        _same_pixels(dvae, *pixels_of(recipe, sets))
         if tokenizer is None:  # trained now that all else is known to fit
-            dvae.load_state_dict(_own_tokenizer(source, Path(out), codes, shared, seed, options).state_dict())
+            dvae.load_state_dict(_own_tokenizer(data, Path(out), codes, shared, seed, options).state_dict())
         described |= {"share": objective.share, "tokenizer": fingerprint(dvae)}
     return loop.train(
         objective,
-        data,
+        sets,
         recipe,
         out,
         seed=seed,
@@ -193,26 +183,3 @@ def pretrain(
         described=described,
         config=describe(objective.model, recipe) if isinstance(objective.model, ViT) else None,
     )
-
-
-def main(arguments: argparse.Namespace) -> int:
-    """``fastvit pretrain``."""
-
-    def told() -> str:
-        found = pretrain(
-            arguments.method,
-            arguments.data,
-            arguments.out,
-            model=arguments.model,
-            target=arguments.target,
-            share=arguments.share,
-            tokenizer=arguments.tokenizer,
-            codes=arguments.codes,
-            settings=arguments.set,
-            steps=arguments.steps,
-            seed=arguments.seed,
-            options=loop.options_of(arguments),
-        )
-        return ", ".join(f"test {name}: {value:.4f}" for name, value in found["test"].items())
-
-    return run("pretrain", told)

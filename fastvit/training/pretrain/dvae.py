@@ -29,7 +29,7 @@ class Residual(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, width, H, W) -> the same shape."""
+        """Return x (B, width, H, W) plus its residual, in the same shape."""
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
@@ -67,7 +67,7 @@ class DVAE(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> DVAE:
-        """The tokenizer that weights are of, with them: a file, the folder of a run, or a state_dict.
+        """Build the tokenizer of some weights: a file, the folder of a run, or a state_dict.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -85,7 +85,7 @@ class DVAE(nn.Module):
         return model
 
     def logits(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) normalised -> (B, codes, H / 2^halvings, W / 2^halvings).
+        """Return logits (B, codes, H / 2^halvings, W / 2^halvings) of images (B, C, H, W), normalised.
 
         Raises:
             ValueError: sides that can't be halved so often.
@@ -98,7 +98,7 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """images (B, C, H, W) normalised, any size -> the likeliest codes (B, *grid), int64."""
+        """Return the likeliest codes (B, *grid), int64, of images (B, C, H, W), normalised, of any size."""
         size = [side * 2**self.halvings for side in grid]
         if list(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
@@ -106,12 +106,12 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, h, w) -> the images of them, (B, C, H, W) in 0..1."""
+        """Return the images (B, C, H, W), in 0..1, of codes (B, h, w)."""
         mu = self.decoder(F.one_hot(codes, self.codes).movedim(-1, 1).to(self.pixels.mean.dtype)).chunk(2, 1)[0]
         return ((mu.sigmoid() - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
 
     def forward(self, images: Tensor, temperature: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The terms of the evidence lower bound.
+        """Return the terms of the evidence lower bound.
 
         Args:
             images: (B, C, H, W) normalised.
@@ -162,11 +162,11 @@ class Tokenizing(Objective):
                 raise ValueError(f"{name}={share}; accepted: above 0, at most 1")
 
     def _risen(self, share: float) -> float:
-        """From 0 to 1 over so much of the run."""
+        """Return the height of a rise from 0 to 1 over so much of the run."""
         return 0.5 - 0.5 * math.cos(math.pi * min(self.progress / share, 1.0))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """batch["image"] (B, C, H, W) normalised -> "loss" and its parts, in nats per pixel and channel.
+        """Return "loss" and its parts, in nats per pixel and channel, of batch["image"] (B, C, H, W), normalised.
 
         "perplexity" tells how many codes are in use: the exponential of their entropy over the batch. Evaluation takes
         the likeliest codes, and the whole weight of the divergence.

@@ -1,4 +1,4 @@
-"""What all objectives on corrupted images share: the encoder, the [mask] embedding, pixels as they were."""
+"""The base of objectives on corrupted images: the encoder, the [mask] embedding, pixels as they were."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Pixels(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) normalised -> the same in 0..1."""
+        """Return normalised images (B, C, H, W) in 0..1."""
         return images * self.std + self.mean
 
 
 class CorruptedImages(Objective):
-    """An objective that an encoder meets on images of which some patches are not what they were.
+    """An objective on images of which some patches are corrupted.
 
     Args:
         model: a :class:`fastvit.ViT` without a classifier, any pool.
@@ -67,14 +67,14 @@ class CorruptedImages(Objective):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def head(self, outputs: int) -> nn.Linear:
-        """A linear layer from a patch's representation, started as BEiT's."""
+        """Return a linear layer from a patch's representation, initialised as BEiT's."""
         layer = nn.Linear(self.model.embed_dim, outputs).to(self.mask_token)
         nn.init.trunc_normal_(layer.weight, std=0.02)
         nn.init.zeros_(layer.bias)
         return layer
 
     def encode(self, images: Tensor, corrupt: Callable[[Tensor], Tensor]) -> Tensor:
-        """images (B, C, H, W) -> the representations of their patches, (B, N, D), after the last norm.
+        """Return the patches' representations (B, N, D) of images (B, C, H, W), after the last norm.
 
         ``corrupt`` changes the patch embeddings (B, N, D). A model that pools before its last norm (BEiT) has it on
         each patch here, so that fine-tuning finds that norm trained too.

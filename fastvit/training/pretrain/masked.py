@@ -19,7 +19,7 @@ LEVELS = 8  # of a channel: 3 bits
 
 
 class Corruption(NamedTuple):
-    """Which patches of each image are to be predicted, and what stands in their places.
+    """The patches of each image to predict, and what replaces them.
 
     Args:
         chosen: (B, M), the patches to predict.
@@ -52,13 +52,13 @@ class Corruption(NamedTuple):
         return cls(chosen, masked, source.scatter(1, chosen, torch.where(swapped, other, chosen)))
 
     def apply(self, x: Tensor, mask_token: Tensor) -> Tensor:
-        """Patch embeddings (B, N, D) -> the corrupted ones; mask_token (D,)."""
+        """Return patch embeddings (B, N, D) corrupted; mask_token (D,)."""
         swapped = x.gather(1, self.source.unsqueeze(-1).expand_as(x))
         return torch.where(self.masked.unsqueeze(-1), mask_token.to(x.dtype), swapped)
 
 
 def mean_colours(pixels: Tensor, patch: tuple[int, int], cells: int = 1) -> Tensor:
-    """The mean colour of each patch, 3 bits a channel, as one number; or of ``cells`` x ``cells`` parts of it.
+    """Return the mean colour of each patch, 3 bits a channel, as one number; or of ``cells`` x ``cells`` parts of it.
 
     Args:
         pixels: (B, C, H, W) in 0..1.
@@ -74,16 +74,16 @@ def mean_colours(pixels: Tensor, patch: tuple[int, int], cells: int = 1) -> Tens
 
 
 class Target(Protocol):
-    """What is predicted of a patch."""
+    """A target of the prediction of a patch."""
 
     def outputs(self, patch: tuple[int, int], channels: int) -> int:
-        """How many numbers the head gives for a patch."""
+        """Return how many numbers the head has for a patch."""
 
     def of(self, images: Tensor, pixels: Tensor, patch: tuple[int, int]) -> Tensor:
-        """(B, N, ...) of images (B, C, H, W), normalised and in 0..1."""
+        """Return the targets (B, N, ...) of images (B, C, H, W), normalised and in 0..1."""
 
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The loss, and what else tells of a prediction (B, M, outputs)."""
+        """Return the loss and other metrics of a prediction (B, M, outputs)."""
 
 
 class Colours(NamedTuple):
@@ -151,7 +151,7 @@ class MaskedPatches(CorruptedImages):
         self.predict = self.head(self.target.outputs(self.patch, positive("in_chans", model.in_chans)))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """batch["image"] (B, C, H, W) normalised -> "loss", and of colours "accuracy", over the corrupted patches.
+        """Return "loss" and, of colours, "accuracy" over the corrupted patches of batch["image"] (B, C, H, W).
 
         Raises:
             ValueError: images that are no whole patches: a model may pad them, and has no target there.

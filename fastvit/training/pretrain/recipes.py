@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fastvit.training.recipes import Recipe
@@ -60,15 +61,15 @@ RECIPES: dict[str, Recipe] = {
 
 
 def name_of(method: str, data: str) -> str:
-    """The key in :data:`RECIPES` of a method on a data set."""
+    """Return the key in :data:`RECIPES` of a method on a data set."""
     own = f"{method}_{data.partition(':')[0]}"
     return own if own in RECIPES else method
 
 
-def recipe_for(method: str, data: str, settings: list[str], steps: int | None = None) -> Recipe:
-    """The recipe of a method on a data set, with what is overridden.
+def recipe_for(method: str, data: str, settings: Sequence[str], steps: int | None = None) -> Recipe:
+    """Return the recipe of a method on a data set, with what is overridden.
 
     Raises:
         ValueError: a setting that fits none.
     """
-    return RECIPES[name_of(method, data)].override([*settings, *([] if steps is None else [f"steps={steps}"])])
+    return RECIPES[name_of(method, data)].override(settings, steps)
