@@ -1,9 +1,15 @@
-"""What attention takes besides q, k, v and the scale: checked in one place, and carried as one through the ops."""
+"""The options of attention besides q, k, v and the scale, defined once.
+
+:class:`AttentionOptions` is the only list of them. The schemas, fakes and autograd rules of ``ops/attention.py``, the
+placements of ``ops/sharding.py``, the FLOPs, the reference's keywords and the CUDA call derive from it;
+``tests/test_attention_options.py`` holds the public signatures to it, and ``tests/emulated/test_attention_options.py``
+the C++ schemas. A new option is one field here and what each kernel does with it.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -11,51 +17,66 @@ from torch import Tensor
 from fastvit import reference
 from fastvit.ops import checks
 
-SCHEMA = (
-    "Tensor? bias, Tensor? rel_pos_table, int[]? window, Tensor? rel_pos_keys, Tensor? key_mask, "
-    "Tensor? cu_q, Tensor? cu_k, SymInt max_q, SymInt max_k, float dropout_p, Tensor? seed"
-)
+
+class Option(NamedTuple):
+    """The properties of an option besides its type: its letters in ``ops/sharding.py``, and whether it is learned."""
+
+    by_batch: str = "-"  # how ranks that share the batch hold it
+    by_heads: str = "-"  # how ranks that share the heads hold it
+    learned: bool = False  # it has a gradient; at most one such option is given
 
 
-class Modifiers(NamedTuple):
-    """The arguments of :data:`SCHEMA`, in its order; as they stand here they change nothing."""
+class AttentionOptions(NamedTuple):
+    """The options in the order of every schema and launch; the defaults change nothing."""
 
-    bias: Tensor | None = None  # broadcastable to (B, H, Tq, Tk)
-    rel_pos_table: Tensor | None = None  # ((2h-1)(2w-1) [+3], H)
-    window: list[int] | None = None  # [h, w]
-    rel_pos_keys: Tensor | None = None  # (2T-1, d) or (H, 2T-1, d)
-    key_mask: Tensor | None = None  # (B, Tk) bool
-    cu_q: Tensor | None = None  # (n + 1,) int32, where each sequence's queries start
-    cu_k: Tensor | None = None  # (n + 1,) int32
-    max_q: int = 0
-    max_k: int = 0
-    dropout_p: float = 0.0
-    seed: Tensor | None = None  # int64, one element; present if and only if dropout_p > 0
+    # Added to the scores: of 4 dimensions that broadcast to (B, H, Tq, Tk).
+    bias: Annotated[Tensor | None, Option("a", "a", learned=True)] = None
+    # BEiT's table of relative positions, ((2h-1)(2w-1) [+3], H), and the [h, w] that goes with it.
+    rel_pos_table: Annotated[Tensor | None, Option("r", "t", learned=True)] = None
+    window: Annotated[list[int] | None, Option()] = None
+    # Relative position keys, (2T-1, d) or (H, 2T-1, d): scale * q_i . rel_pos_keys[i - j + T - 1] joins score (i, j).
+    rel_pos_keys: Annotated[Tensor | None, Option("r", "k", learned=True)] = None
+    # (B, Tk) bool, True = kept.
+    key_mask: Annotated[Tensor | None, Option("b", "r")] = None
+    # (n + 1,) int32: where each packed sequence's queries, and its keys, start; and the longest of either.
+    cu_q: Annotated[Tensor | None, Option("!", "r")] = None
+    cu_k: Annotated[Tensor | None, Option("!", "r")] = None
+    max_q: Annotated[int, Option()] = 0
+    max_k: Annotated[int, Option()] = 0
+    # The probability that a weight is dropped, and the int64 seed of one element, given if and only if that is above 0.
+    dropout_p: Annotated[float, Option()] = 0.0
+    seed: Annotated[Tensor | None, Option("!", "!")] = None
 
     @property
     def learned(self) -> Tensor | None:
-        """The one that has a gradient; there is at most one."""
-        return next((t for t in (self.bias, self.rel_pos_table, self.rel_pos_keys) if t is not None), None)
+        """The option that has a gradient; there is at most one."""
+        return next((t for t in (getattr(self, name) for name in LEARNED) if t is not None), None)
 
     def for_reference(self) -> dict[str, Any]:
-        """Keywords of :func:`fastvit.reference.attention`."""
-        given = self._asdict()
-        starts = given.pop("cu_q"), given.pop("cu_k")
-        del given["max_q"], given["max_k"]
-        return given if self.cu_q is None else given | {"cu_seqlens": starts}
+        """Return the keywords of :func:`fastvit.reference.attention`."""
+        keywords = self._asdict()
+        starts = keywords.pop("cu_q"), keywords.pop("cu_k")
+        del keywords["max_q"], keywords["max_k"]
+        return keywords if self.cu_q is None else keywords | {"cu_seqlens": starts}
 
-    def as_wide_as(self, q: Tensor, k: Tensor) -> Modifiers:
-        """The same, with a bias of the shape of the scores, and keys of distances for every head: strides of 0."""
+    def expanded(self, q: Tensor, k: Tensor) -> AttentionOptions:
+        """Return the same with a bias of the shape of the scores and relative position keys for every head."""
         batch, queries, heads, dim = q.shape
-        bias, distances = self.bias, self.rel_pos_keys
+        bias, keys = self.bias, self.rel_pos_keys
         if bias is not None:
             bias = bias.expand(batch, heads, queries, k.shape[1])
-        if distances is not None:
-            distances = distances.expand(heads, 2 * queries - 1, dim)
-        return self._replace(bias=bias, rel_pos_keys=distances)
+        if keys is not None:
+            keys = keys.expand(heads, 2 * queries - 1, dim)
+        return self._replace(bias=bias, rel_pos_keys=keys)
 
 
-UNMODIFIED = Modifiers()
+NO_OPTIONS = AttentionOptions()
+_TYPES = {Tensor | None: "Tensor?", list[int] | None: "int[]?", int: "SymInt", float: "float"}
+_HINTS = {name: get_args(hint) for name, hint in get_type_hints(AttentionOptions, include_extras=True).items()}
+OPTIONS: dict[str, Option] = {name: option for name, (_, option) in _HINTS.items()}
+SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, (kind, _) in _HINTS.items())
+TENSORS = tuple(name for name, (kind, _) in _HINTS.items() if kind == Tensor | None)
+LEARNED = tuple(name for name, option in OPTIONS.items() if option.learned)
 
 
 def check(
@@ -72,13 +93,12 @@ def check(
     max_seqlen: int | tuple[int, int] | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> Modifiers:
-    """The modifiers of ``op`` on x's device with sizes (B, H, Tq, Tk), or a ValueError that names the wrong one."""
+) -> AttentionOptions:
+    """Return the options of ``op`` on x's device, for sizes (B, H, Tq, Tk); a ValueError names the wrong one."""
     batch, heads, queries, keys = sizes
-    checks.floating(op, bias=bias, rel_pos_table=rel_pos_table, rel_pos_keys=rel_pos_keys)
-    checks.same_device(
-        op, x, bias=bias, rel_pos_table=rel_pos_table, rel_pos_keys=rel_pos_keys, key_mask=key_mask, seed=seed
-    )
+    learned = {"bias": bias, "rel_pos_table": rel_pos_table, "rel_pos_keys": rel_pos_keys}
+    checks.floating(op, **learned)
+    checks.same_device(op, x, **learned, key_mask=key_mask, seed=seed)
     if bias is not None and (
         bias.ndim != 4 or any(n not in (1, size) for n, size in zip(bias.shape, sizes, strict=True))
     ):
@@ -86,7 +106,6 @@ def check(
             f"ops.{op}: bias has shape {tuple(bias.shape)}; accepted: 4 dimensions that broadcast to "
             f"(B, H, Tq, Tk) = {sizes}"
         )
-    learned = {"bias": bias, "rel_pos_table": rel_pos_table, "rel_pos_keys": rel_pos_keys}
     given = [name for name, t in learned.items() if t is not None]
     if len(given) > 1:
         raise ValueError(f"ops.{op}: {' and '.join(given)} exclude each other; accepted: one of them")
@@ -123,7 +142,7 @@ def check(
         got = "None" if seed is None else f"of shape {tuple(seed.shape)} and dtype {seed.dtype}"
         raise ValueError(f"ops.{op}: dropout_p={dropout_p} with a seed {got}; expected int64 of one element")
     grid = None if window is None else [int(size) for size in window]
-    return Modifiers(
+    return AttentionOptions(
         bias, rel_pos_table, grid, rel_pos_keys, key_mask, cu_q, cu_k, max_q, max_k, float(dropout_p), seed
     )
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit.attention_options import UNMODIFIED, Modifiers
+from fastvit.attention_options import NO_OPTIONS, AttentionOptions
 from fastvit.cuda import extension
 from fastvit.cuda.extension import aligned
 
 
-def _in_order(given: Modifiers, dtype: torch.dtype) -> tuple[Any, ...]:
+def _in_order(given: AttentionOptions, dtype: torch.dtype) -> tuple[Any, ...]:
     """``AttentionModifiers`` of csrc/include/ops.h, for a q of ``dtype``. Of float64, a copy in float32 is read."""
     bias, table = (None if t is None else t.float() if t.dtype == torch.float64 else t for t in given[:2])
     distances = given.rel_pos_keys
@@ -43,7 +43,7 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     scale: float,
-    modifiers: Modifiers = UNMODIFIED,
+    options: AttentionOptions = NO_OPTIONS,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), as :func:`fastvit.triton.attention.attention_forward`; d is a multiple of 8 from 32 to 128."""
     batch, queries, heads, _ = q.shape
@@ -51,7 +51,7 @@ def attention_forward(
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    given = _in_order(modifiers, q.dtype)
+    given = _in_order(options, q.dtype)
     extension.library.attention_forward(q, *given, aligned(q), aligned(k), aligned(v), float(scale), out, lse)
     return out, lse
 
@@ -68,7 +68,7 @@ def attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    modifiers: Modifiers = UNMODIFIED,
+    options: AttentionOptions = NO_OPTIONS,
     dlearned: Tensor | None = None,
 ) -> None:
     """Write dq, dk, dv and, if given, dlearned: :func:`fastvit.triton.attention_backward.attention_backward`."""
@@ -80,13 +80,13 @@ def attention_backward(
     dout, q, k, v, out = map(aligned, (dout, q, k, v, out))
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     dlse = None if dlse is None else dlse.contiguous()
-    given, scale = _in_order(modifiers, q.dtype), float(scale)
+    given, scale = _in_order(options, q.dtype), float(scale)
     extension.library.attention_query_gradient(q, *given, dout, dlse, q, k, v, out, lse, scale, dq, delta)
     extension.library.attention_key_value_gradient(q, *given, dout, q, k, v, lse, delta, scale, dk, dv)
     if dlearned is not None:
         kernel = "attention_bias_gradient"
-        if modifiers.rel_pos_table is not None:
+        if options.rel_pos_table is not None:
             kernel = "attention_table_gradient"
-        elif modifiers.rel_pos_keys is not None:
+        elif options.rel_pos_keys is not None:
             kernel, dlearned = "attention_distances_gradient", dlearned.view(-1, *dlearned.shape[-2:])
         getattr(extension.library, kernel)(q, *given, dout, q, k, v, lse, delta, scale, dlearned)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import attention_options, reference
-from fastvit.attention_options import SCHEMA, Modifiers
+from fastvit.attention_options import LEARNED, SCHEMA, TENSORS, AttentionOptions
 from fastvit.ops import backends, checks
 from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, register, unit_stride
 from fastvit.ops.rope import rotate
@@ -47,7 +47,7 @@ def attention(
             2022) for Tq = Tk = h*w patches in raster order. Query (yi, xi) and key (yj, xj) take row
             (yi - yj + h - 1) * (2w - 1) + xi - xj + w - 1. With 3 rows more a class token comes first, and they are
             for the class token's query with any key, any query with its key, and both its own. It has a gradient.
-        rel_pos_keys: (2T-1, d) or (H, 2T-1, d) floating, with Tq = Tk = T: keys of the distances (the ViT paper's
+        rel_pos_keys: (2T-1, d) or (H, 2T-1, d) floating, with Tq = Tk = T: relative position keys (the ViT paper's
             appendix D.3): scale * q_i . rel_pos_keys[i - j + T - 1] is added to score (i, j). It has a gradient. The
             kernels round it to q's dtype. Bias, table and these exclude each other.
         key_mask: (B, Tk) bool, True = kept: the others are no keys at all.
@@ -155,17 +155,17 @@ def _differentiable_twice(op: str, needs_grad: bool) -> AbstractContextManager[N
     return nullcontext()
 
 
-# --- the ops: (tensors, scale, backend, *modifiers) -> (out, lse) ---------------------------------------------
+# --- the ops: (tensors, scale, backend, *options) -> (out, lse) ---------------------------------------------
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
-    given = Modifiers(*modifiers).as_wide_as(q, k)
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
+    given = AttentionOptions(*options).expanded(q, k)
     return launchers(backend).attention_forward(unit_stride(q), unit_stride(k), unit_stride(v), scale, given)
 
 
-def _forward_packed(qkv: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
+def _forward_packed(qkv: Tensor, scale: float, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
     q, k, v = unit_stride(qkv).unbind(2)
-    return _forward(q, k, v, scale, backend, *modifiers)
+    return _forward(q, k, v, scale, backend, *options)
 
 
 def _fake(q, k, v, *_):
@@ -222,61 +222,50 @@ def _backward_into(
     *rest: Any,
 ) -> Tensor:
     """Write dq, dk and dv; return the float32 gradient of what is learned."""
-    *modifiers, wanted = rest
-    given = Modifiers(*modifiers)
+    *options, wanted = rest
+    given = AttentionOptions(*options)
     dlearned = _learned_gradient(given, wanted, lse)
     dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))
     launchers(backend).attention_backward(
-        dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, given.as_wide_as(q, k), dlearned if wanted else None
+        dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, given.expanded(q, k), dlearned if wanted else None
     )
     return dlearned
 
 
-def _learned_gradient(given: Modifiers, wanted: bool, lse: Tensor) -> Tensor:
+def _learned_gradient(given: AttentionOptions, wanted: bool, lse: Tensor) -> Tensor:
     return lse.new_empty(given.learned.shape if wanted and given.learned is not None else 0)
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, scale, backend, *rest):
-    *modifiers, wanted = rest
-    dlearned = _learned_gradient(Modifiers(*modifiers), wanted, lse)
+    *options, wanted = rest
+    dlearned = _learned_gradient(AttentionOptions(*options), wanted, lse)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlearned
 
 
 def _backward_fake_packed(dout, dlse, qkv, out, lse, scale, backend, *rest):
-    *modifiers, wanted = rest
-    return qkv.new_empty(qkv.shape), _learned_gradient(Modifiers(*modifiers), wanted, lse)
-
-
-_TENSORS = (
-    "bias",
-    "rel_pos_table",
-    "rel_pos_keys",
-    "key_mask",
-    "cu_q",
-    "cu_k",
-    "seed",
-)  # of the modifiers, to be saved as such
+    *options, wanted = rest
+    return qkv.new_empty(qkv.shape), _learned_gradient(AttentionOptions(*options), wanted, lse)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    count = len(inputs) - len(Modifiers._fields) - 2  # of what is attended to: q, k, v or qkv
+    count = len(inputs) - len(AttentionOptions._fields) - 2  # of what is attended to: q, k, v or qkv
     ctx.scale, ctx.backend = inputs[count : count + 2]
-    given = Modifiers(*inputs[count + 2 :])
-    ctx.others = {name: value for name, value in given._asdict().items() if name not in _TENSORS}
+    given = AttentionOptions(*inputs[count + 2 :])
+    ctx.others = {name: value for name, value in given._asdict().items() if name not in TENSORS}
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(getattr(given, name) for name in _TENSORS), *inputs[:count], *output)
+    ctx.save_for_backward(*(getattr(given, name) for name in TENSORS), *inputs[:count], *output)
 
 
 def _differentiate(ctx: Any, op: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of the inputs: those of the tensors, None for scale and backend, one for each modifier."""
     saved = ctx.saved_tensors
-    given = Modifiers(**ctx.others, **dict(zip(_TENSORS, saved[: len(_TENSORS)], strict=True)))
-    *inputs, out, lse = saved[len(_TENSORS) :]
-    needs = Modifiers(*ctx.needs_input_grad[-len(Modifiers._fields) :])
-    learned = next((name for name in ("bias", "rel_pos_table", "rel_pos_keys") if getattr(needs, name)), None)
+    given = AttentionOptions(**ctx.others, **dict(zip(TENSORS, saved[: len(TENSORS)], strict=True)))
+    *inputs, out, lse = saved[len(TENSORS) :]
+    needs = AttentionOptions(*ctx.needs_input_grad[-len(AttentionOptions._fields) :])
+    learned = next((name for name in LEARNED if getattr(needs, name)), None)
     dout = torch.zeros_like(out) if dout is None else dout
     *gradients, dlearned = op(dout, dlse, *inputs, out, lse, ctx.scale, ctx.backend, *given, learned is not None)
-    of_modifiers: dict[str, Tensor | None] = dict.fromkeys(Modifiers._fields)
+    of_modifiers: dict[str, Tensor | None] = dict.fromkeys(AttentionOptions._fields)
     if given.learned is not None and learned is not None:
         of_modifiers[learned] = dlearned.to(given.learned.dtype)
     return *gradients, None, None, *of_modifiers.values()

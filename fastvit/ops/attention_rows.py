@@ -54,7 +54,7 @@ def attention_rows(
         bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
         cu_seqlens=None, max_seqlen=None, dropout_p=0.0, seed=None,
     )  # fmt: skip
-    modifiers: dict[str, Any] = {
+    options: dict[str, Any] = {
         "bias": bias,
         "rel_pos_table": rel_pos_table,
         "window": given.window,
@@ -64,8 +64,8 @@ def attention_rows(
     chosen = backends.choose("attention_rows", q, needs_grad=False)
     with torch.no_grad(), _exact(q):
         if chosen not in backends.KERNELS:
-            return reference.attention_rows(q, k, lse, asked, scale=scale, **modifiers)
-        added = reference.bias_of_rows(q, asked % q.shape[1], torch.float32, scale, **modifiers)
+            return reference.attention_rows(q, k, lse, asked, scale=scale, **options)
+        added = reference.bias_of_rows(q, asked % q.shape[1], torch.float32, scale, **options)
         return _attention_rows(q, k, lse, asked, added, q.shape[-1] ** -0.5 if scale is None else scale, chosen)
 
 

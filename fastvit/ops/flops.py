@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastvit.attention_options import Modifiers
+from fastvit.attention_options import AttentionOptions
 
 Shape = tuple[int, ...]
 
@@ -63,9 +63,9 @@ def _products(q: Tensor, pairs: int) -> int:
 
 
 @register_flop_formula(torch.ops.fastvit.attention, get_raw=True)
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *modifiers: Any, **_: Any) -> int:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *options: Any, **_: Any) -> int:
     """As F.scaled_dot_product_attention, and of the scores that exist only: q k^T, p v; q R^T with rel_pos_keys R."""
-    given = Modifiers(*modifiers)
+    given = AttentionOptions(*options)
     return (2 + (given.rel_pos_keys is not None)) * _products(q, _pairs(q, k, given.cu_q, given.cu_k))
 
 
@@ -75,8 +75,8 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
 
     rel_pos_keys R have a share in the scores and in q's gradient, and their own if it is wanted.
     """
-    *modifiers, wanted = rest[-len(Modifiers._fields) - 1 :]
-    given = Modifiers(*modifiers)
+    *options, wanted = rest[-len(AttentionOptions._fields) - 1 :]
+    given = AttentionOptions(*options)
     of_distances = 0 if given.rel_pos_keys is None else 2 + wanted
     return (5 + of_distances) * _products(q, _pairs(q, k, given.cu_q, given.cu_k))
 

@@ -106,7 +106,8 @@ def angles(
 
 
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return launchers(backend).rope(unit_stride(q), unit_stride(k), cos.contiguous(), sin.contiguous(), inverse=inverse)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    return launchers(backend).apply_rotary(unit_stride(q), unit_stride(k), cos, sin, inverse=inverse)
 
 
 def _fake(q, k, cos, sin, inverse, backend):
