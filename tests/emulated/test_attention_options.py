@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastvit
 from fastvit import ops, reference
-from fastvit.attention_options import AttentionOptions
+from fastvit.attention_options import NO_OPTIONS, TENSORS, AttentionOptions
 from fastvit.cuda import extension
 from fastvit.cuda.attention import attention_backward, attention_forward
 from head_dims import HEAD_DIMS
@@ -371,8 +371,19 @@ def test_what_the_launchers_do_not_take_is_refused() -> None:
     refused("4 queries and 4 keys for a window of 2x2; accepted: 5", rel_pos_table=torch.zeros(12, 2), window=[2, 2])
     refused(r"key_mask; accepted: \(1, 4\) bytes", key_mask=torch.ones(1, 3).bool())
     refused(r"cu_q and cu_k; accepted: \(n \+ 1,\) int32", cu_q=cu, cu_k=cu.long(), max_q=4, max_k=4)
-    refused(
-        "no bias, table, distances or key_mask", cu_q=cu, cu_k=cu, max_q=4, max_k=4, key_mask=torch.ones(1, 4).bool()
-    )
+    packed = {"cu_q": cu, "cu_k": cu, "max_q": 4, "max_k": 4}
+    refused("no bias, rel_pos_table, rel_pos_keys or key_mask", **packed, key_mask=torch.ones(1, 4).bool())
     refused("dropout_p is 1; accepted: 0 <= p < 1", dropout_p=1.0, seed=SEED)
     refused(r"seed; accepted: \(1,\) int64", dropout_p=0.5)
+
+
+def test_the_schemas_of_csrc_have_every_option() -> None:
+    """The tensors in their order, then the numbers, under the names of fastvit/attention_options.py."""
+    numbers = [name for name in NO_OPTIONS._fields if name not in TENSORS and name != "window"]
+    expected_names = [*TENSORS, "window_height", "window_width", *numbers]
+    ops_of_csrc = [
+        "forward", "query_gradient", "key_value_gradient", "bias_gradient", "table_gradient", "rel_pos_keys_gradient",
+    ]  # fmt: skip
+    for name in ops_of_csrc:
+        schema = getattr(extension.library, f"attention_{name}").default._schema
+        assert [argument.name for argument in schema.arguments][1 : 1 + len(expected_names)] == expected_names

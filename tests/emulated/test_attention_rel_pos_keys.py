@@ -149,10 +149,10 @@ def test_what_the_launchers_do_not_take_is_refused() -> None:
     q = torch.randn(1, 4, 2, 32).half()
     cu = torch.tensor([0, 4], dtype=torch.int32)
     keys = torch.randn(2, 7, 32)
-    with pytest.raises(RuntimeError, match=r"distances; accepted: \(2, 7, 32\) float16 for as many queries as keys"):
+    with pytest.raises(RuntimeError, match=r"rel_pos_keys; accepted: \(2, 7, 32\) float16 for as many queries as keys"):
         attention_forward(q, q, q, 1.0, AttentionOptions(rel_pos_keys=torch.randn(2, 8, 32)))
-    with pytest.raises(RuntimeError, match=r"distances; accepted: \(2, 9, 32\) float16 for as many queries as keys"):
+    with pytest.raises(RuntimeError, match=r"rel_pos_keys; accepted: \(2, 9, 32\) float16 for as many queries as keys"):
         attention_forward(q, torch.randn(1, 5, 2, 32).half(), torch.randn(1, 5, 2, 32).half(), 1.0,
                           AttentionOptions(rel_pos_keys=keys))  # fmt: skip
-    with pytest.raises(RuntimeError, match="no bias, table, distances or key_mask"):
+    with pytest.raises(RuntimeError, match="no bias, rel_pos_table, rel_pos_keys or key_mask"):
         attention_forward(q, q, q, 1.0, AttentionOptions(rel_pos_keys=keys, cu_q=cu, cu_k=cu, max_q=4, max_k=4))
