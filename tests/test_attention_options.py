@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastvit import attention_options, ops, reference
+from fastvit import ops, reference
 from fastvit.attention_options import LEARNED, NO_OPTIONS, TENSORS, AttentionOptions
+from fastvit.ops import checks
 
 # Public functions take starts and lengths of packed sequences in pairs.
 PUBLIC = {name: {"cu": "cu_seqlens", "max": "max_seqlen"}.get(name.split("_")[0], name) for name in NO_OPTIONS._fields}
@@ -29,7 +30,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # an option, and the others that it nee
 
 @pytest.mark.parametrize(
     "function",
-    [ops.attention, ops.attention_qkvpacked, attention_options.check, reference.attention],
+    [ops.attention, ops.attention_qkvpacked, checks.attention, reference.attention],
     ids=lambda function: f"{function.__module__}.{function.__name__}",
 )
 def test_public_functions_take_every_option(function: Callable[..., Any]) -> None:

@@ -69,7 +69,7 @@ def launchers(backend: str) -> Launchers:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will want a backward for these inputs."""
+    """Return whether autograd will run a backward for these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -317,8 +317,7 @@ def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 9
     images, weight, mean, std = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    needs = [wanted[0], wanted[1], any(wanted[2:5])]
+    needs = [*ctx.needs_input_grad[:2], any(ctx.needs_input_grad[2:5])]
     dimages, dweight, drows = map(
         none_if_empty,
         _patch_embed_backward(

@@ -251,9 +251,9 @@ def in_units(*, packed: bool = False, **tensors: Tensor) -> dict[str, Any]:
     Triton finds out by itself only for strides of 16 elements: those of d = 72 or 88 are not. Sequences packed in one
     row have an image stride of 0, as theirs would differ with every mix.
     """
-    given = {name: (0 if packed else x.stride(0), *x.stride()[1:3]) for name, x in tensors.items()}
-    unit = math.gcd(8, *(s for strides in given.values() for s in strides))
-    strides = {f"{name}_strides": tuple(s // unit for s in strides) for name, strides in given.items()}
+    by_name = {name: (0 if packed else x.stride(0), *x.stride()[1:3]) for name, x in tensors.items()}
+    unit = math.gcd(8, *(s for strides in by_name.values() for s in strides))
+    strides = {f"{name}_strides": tuple(s // unit for s in strides) for name, strides in by_name.items()}
     return {**{f"{name}_ptr": x for name, x in tensors.items()}, **strides, "UNIT": unit}
 
 
@@ -267,7 +267,7 @@ def work(
     tensor: Tensor,
     owned: int,
     length: int,
-    given: OptionPointers,
+    pointers: OptionPointers,
     tile: dict[str, Any] | None,
     own_keys: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -275,9 +275,9 @@ def work(
 
     Packed sequences have lengths that only the device knows: one block for all of them, nothing that fits one.
     """
-    packed = given.cu_q_ptr is not None
-    variant = "score_mod" if any(member is not None for member in given) else ""
-    if given.rel_pos_keys_ptr is not None:
+    packed = pointers.cu_q_ptr is not None
+    variant = "score_mod" if any(member is not None for member in pointers) else ""
+    if pointers.rel_pos_keys_ptr is not None:
         variant = "rel_pos_keys"
     if packed:
         owned = length = 2**31
@@ -286,7 +286,7 @@ def work(
     if packed:
         constants["TAIL"] = (tile["block"],)
     return tile, {
-        "options": given,
+        "options": pointers,
         **constants,
         "PRECISION": precision(tensor.dtype),
     }
@@ -325,8 +325,8 @@ def attention_forward(
     lse = torch.empty((batch, heads, queries), device=q.device, dtype=torch.float32)
     if keys == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    given = option_pointers(options)
-    tile, constants = work("forward", q, queries, keys, given, tile)
+    pointers = option_pointers(options)
+    tile, constants = work("forward", q, queries, keys, pointers, tile)
     longest = queries if options.cu_q is None else options.max_q
     args = {
         **in_units(packed=options.cu_q is not None, q=q, k=k, v=v, out=out),

@@ -331,7 +331,7 @@ def attention_backward(
     Args:
         dout: (B, Tq, H, d), gradient of out, in its dtype; the last dimension is contiguous, other strides are free.
         dlse: (B, H, Tq) float32, gradient of lse, or None.
-        q, k, v, scale and options: as given to the forward; out, lse: what it returned.
+        q, k, v, scale and options: those of the forward; out, lse: its results.
         dq (B, Tq, H, d), dk and dv (B, Tk, H, d): written in full; the last dimension is contiguous, other
             strides are free, so they may be the three views of one packed (B, T, 3, H, d) gradient.
         dlearned: the gradient of the bias, table or relative position keys in ``options``, contiguous float32 in the
@@ -348,9 +348,9 @@ def attention_backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    given = option_pointers(options)
-    delta = attention_query_gradient(dout, dlse, q, k, v, out, lse, scale, dq, given=given, longest=options.max_q)
-    attention_key_value_gradient(dout, q, k, v, lse, delta, scale, dk, dv, given=given, longest=options.max_k)
+    pointers = option_pointers(options)
+    delta = attention_query_gradient(dout, dlse, q, k, v, out, lse, scale, dq, pointers=pointers, longest=options.max_q)
+    attention_key_value_gradient(dout, q, k, v, lse, delta, scale, dk, dv, pointers=pointers, longest=options.max_k)
     if dlearned is not None:
         if options.bias is not None:
             gradient_of = attention_bias_gradient
@@ -358,7 +358,7 @@ def attention_backward(
             gradient_of = attention_table_gradient
         else:
             gradient_of = attention_rel_pos_keys_gradient
-        gradient_of(dout, q, k, v, lse, delta, scale, dlearned, given=given)
+        gradient_of(dout, q, k, v, lse, delta, scale, dlearned, pointers=pointers)
 
 
 def attention_query_gradient(
@@ -372,7 +372,7 @@ def attention_query_gradient(
     scale: float,
     dq: Tensor,
     *,
-    given: OptionPointers = NONE,
+    pointers: OptionPointers = NONE,
     longest: int = 0,
     tile: dict[str, Any] | None = None,
 ) -> Tensor:
@@ -381,8 +381,8 @@ def attention_query_gradient(
     ``longest``: at least as many queries as any sequence has, where they are packed.
     """
     delta = torch.empty_like(lse)
-    packed = given.cu_q_ptr is not None
-    tile, constants = work("query_gradient", q, q.shape[1], k.shape[1], given, tile)
+    packed = pointers.cu_q_ptr is not None
+    tile, constants = work("query_gradient", q, q.shape[1], k.shape[1], pointers, tile)
     args = {
         **in_units(packed=packed, q=q, k=k, v=v, out=out, dout=dout, dq=dq),
         "lse_ptr": lse,
@@ -391,7 +391,7 @@ def attention_query_gradient(
         **_sizes(q, k, scale, longest if packed else q.shape[1]),
         **constants,
     }
-    _launch(attention_query_gradient_kernel, args, constants["BLOCK_M"], given, tile)
+    _launch(attention_query_gradient_kernel, args, constants["BLOCK_M"], pointers, tile)
     return delta
 
 
@@ -406,7 +406,7 @@ def attention_key_value_gradient(
     dk: Tensor,
     dv: Tensor,
     *,
-    given: OptionPointers = NONE,
+    pointers: OptionPointers = NONE,
     longest: int = 0,
     tile: dict[str, Any] | None = None,
 ) -> None:
@@ -414,8 +414,8 @@ def attention_key_value_gradient(
 
     ``longest``: at least as many keys as any sequence has, where they are packed.
     """
-    packed = given.cu_q_ptr is not None
-    tile, constants = work("key_value_gradient", k, k.shape[1], q.shape[1], given, tile, own_keys=True)
+    packed = pointers.cu_q_ptr is not None
+    tile, constants = work("key_value_gradient", k, k.shape[1], q.shape[1], pointers, tile, own_keys=True)
     args = {
         **in_units(packed=packed, q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
         "lse_ptr": lse,
@@ -423,7 +423,7 @@ def attention_key_value_gradient(
         **_sizes(q, k, scale, longest if packed else k.shape[1]),
         **constants,
     }
-    _launch(attention_key_value_gradient_kernel, args, constants["BLOCK_N"], given, tile)
+    _launch(attention_key_value_gradient_kernel, args, constants["BLOCK_N"], pointers, tile)
 
 
 def _sizes(q: Tensor, k: Tensor, scale: float, longest: int) -> dict[str, Any]:
@@ -431,8 +431,8 @@ def _sizes(q: Tensor, k: Tensor, scale: float, longest: int) -> dict[str, Any]:
     return {**sizes, "scale": float(scale)}
 
 
-def _launch(kernel: Any, args: dict[str, Any], block: int, given: OptionPointers, tile: dict[str, Any]) -> None:
+def _launch(kernel: Any, args: dict[str, Any], block: int, pointers: OptionPointers, tile: dict[str, Any]) -> None:
     q = args["q_ptr"]
-    grid = (triton.cdiv(args["longest"], block) * images(q, given.cu_q_ptr) * q.shape[2],)
+    grid = (triton.cdiv(args["longest"], block) * images(q, pointers.cu_q_ptr) * q.shape[2],)
     hot = q.dtype != torch.float32
     launch(kernel, grid, args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)

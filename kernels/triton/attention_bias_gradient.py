@@ -251,7 +251,7 @@ def attention_bias_gradient(
     scale: float,
     dbias: Tensor,
     *,
-    given: OptionPointers,
+    pointers: OptionPointers,
     tile: dict[str, Any] | None = None,
 ) -> None:
     """Write dbias, contiguous float32 of 4 dimensions: (B or 1, H or 1, Tq or 1, Tk or 1).
@@ -270,7 +270,7 @@ def attention_bias_gradient(
         "shared_images": batch // own_images if own_images else 0,
         "shared_heads": heads // own_heads,
         "own_heads": own_heads,
-        "options": given,
+        "options": pointers,
         "BLOCK_M": fit(queries, tile["rows"]),
         "BLOCK_N": fit(keys, tile["block"]),
         "SUM_QUERIES": own_queries == 1,
@@ -295,28 +295,28 @@ def attention_table_gradient(
     scale: float,
     dtable: Tensor,
     *,
-    given: OptionPointers,
+    pointers: OptionPointers,
     tile: dict[str, Any] | None = None,
 ) -> None:
-    """Write dtable ((2h-1)(2w-1) [+3], H), contiguous float32, for the table in ``given``.
+    """Write dtable ((2h-1)(2w-1) [+3], H), contiguous float32, for the table in ``pointers``.
 
     Other arguments are those of ``attention_key_value_gradient``; ``tile``: rows, block (at least twice the rows),
     head_piece, warps, stages.
     """
     batch, tokens, heads, _ = q.shape
-    h, w, prefix = given.window
+    h, w, prefix = pointers.window
     tile = tile or choose("table_gradient", q, tokens, tokens, "score_mod")
     rows = fit(w, tile["rows"])
     args = {
         **gradient_args(q, k, v, dout, lse, delta, scale, tile),
-        "table_ptr": given.table_ptr,
+        "table_ptr": pointers.table_ptr,
         "dtable_ptr": dtable,
         "images": batch,
         "tokens": tokens,
         "h": h,
         "w": w,
         "prefix": prefix,
-        "options": given._replace(table_ptr=None, window=None),
+        "options": pointers._replace(table_ptr=None, window=None),
         "BLOCK_M": rows,
         "BLOCK_N": tile["block"],
         "SPLIT": w > rows,

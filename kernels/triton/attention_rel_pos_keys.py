@@ -117,7 +117,7 @@ def attention_rel_pos_keys_gradient(
     scale: float,
     drel_pos_keys: Tensor,
     *,
-    given: OptionPointers,
+    pointers: OptionPointers,
     tile: dict[str, Any] | None = None,
 ) -> None:
     """Write drel_pos_keys, contiguous float32 (2T-1, d), or (H, 2T-1, d) where each head has its own keys.
@@ -133,7 +133,7 @@ def attention_rel_pos_keys_gradient(
         "images": batch,
         "tokens": tokens,
         "shared_heads": heads // own_heads,
-        "options": given,
+        "options": pointers,
         "ROWS": fit(count, tile["rows"]),
         "BLOCK_M": fit(tokens, tile["block"]),
     }

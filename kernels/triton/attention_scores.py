@@ -31,7 +31,7 @@ class OptionPointers(NamedTuple):
     mask_strides: Any = None  # (image, key)
     cu_q_ptr: Any = None  # (n + 1,) int32, where each sequence's queries start
     cu_k_ptr: Any = None  # (n + 1,) int32
-    changed: Any = None  # 1 where one of those is given: scores are not scale * q k^T alone, a row may have no key
+    changed: Any = None  # 1 where one of those is present: scores are not scale * q k^T alone, a row may have no key
     seed_ptr: Any = None  # (1,) int64
     threshold: Any = None  # a weight is dropped where its 32 random bits are below this
     gain: Any = None  # 1 / (1 - p): what the other weights are multiplied by
@@ -42,29 +42,29 @@ NONE = OptionPointers()
 
 def option_pointers(options: AttentionOptions) -> OptionPointers:
     """Return the kernels' argument for options that were :meth:`expanded`: a bias has the shape of the scores."""
-    given: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     bias, table, window = options.bias, options.rel_pos_table, options.window
     if bias is not None:
-        given |= {"bias_ptr": bias, "bias_strides": bias.stride()}
+        fields |= {"bias_ptr": bias, "bias_strides": bias.stride()}
     if table is not None and window is not None:
         h, w = window
         prefix = int(table.shape[0] > (2 * h - 1) * (2 * w - 1))
-        given |= {"table_ptr": table.contiguous(), "window": (h, w, prefix)}
+        fields |= {"table_ptr": table.contiguous(), "window": (h, w, prefix)}
     keys = options.rel_pos_keys
     if keys is not None:
         shared = keys.stride(0) == 0
         keys = (keys[0] if shared else keys).contiguous()
-        given |= {"rel_pos_keys_ptr": keys, "rel_pos_keys_stride": 0 if shared else keys.shape[1]}
+        fields |= {"rel_pos_keys_ptr": keys, "rel_pos_keys_stride": 0 if shared else keys.shape[1]}
     if options.key_mask is not None:
-        given |= {"mask_ptr": options.key_mask.view(torch.uint8), "mask_strides": options.key_mask.stride()}
+        fields |= {"mask_ptr": options.key_mask.view(torch.uint8), "mask_strides": options.key_mask.stride()}
     if options.cu_q is not None and options.cu_k is not None:
-        given |= {"cu_q_ptr": options.cu_q.contiguous(), "cu_k_ptr": options.cu_k.contiguous()}
-    if given:
-        given["changed"] = 1
+        fields |= {"cu_q_ptr": options.cu_q.contiguous(), "cu_k_ptr": options.cu_k.contiguous()}
+    if fields:
+        fields["changed"] = 1
     if options.seed is not None:
         rate = options.dropout_p
-        given |= {"seed_ptr": options.seed, "threshold": math.floor(rate * 2**32), "gain": 1 / (1 - rate)}
-    return OptionPointers(**given)
+        fields |= {"seed_ptr": options.seed, "threshold": math.floor(rate * 2**32), "gain": 1 / (1 - rate)}
+    return OptionPointers(**fields)
 
 
 @triton.jit
