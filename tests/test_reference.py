@@ -28,13 +28,13 @@ def test_attention_without_keys_is_zero() -> None:
 def test_rel_pos_keys_are_more_attention() -> None:
     """The ViT paper's appendix D.3, with one set of keys for all heads, and with one for each."""
     q, k, v = torch.randn(3, 2, 5, 3, 8).double().unbind(0)
-    for distances in (torch.randn(9, 8).double(), torch.randn(3, 9, 8).double()):
-        out = reference.attention(q, k, v, scale=0.3, rel_pos_keys=distances)
+    for keys in (torch.randn(9, 8).double(), torch.randn(3, 9, 8).double()):
+        out = reference.attention(q, k, v, scale=0.3, rel_pos_keys=keys)
         scores = torch.einsum("bihd,bjhd->bhij", q, k)
         for h in range(3):
             for i in range(5):
                 for j in range(5):
-                    key = distances[i - j + 4] if distances.ndim == 2 else distances[h, i - j + 4]
+                    key = keys[i - j + 4] if keys.ndim == 2 else keys[h, i - j + 4]
                     scores[:, h, i, j] += q[:, i, h] @ key
         torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bihd", (scores * 0.3).softmax(-1), v))
 

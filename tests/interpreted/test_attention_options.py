@@ -148,15 +148,15 @@ def test_a_table_is_a_bias() -> None:
 # --- relative position keys ----------------------------------------------------------------------------------------
 
 
-def distances(tokens: int, dim: int = 16, dtype: torch.dtype = F32, heads: int | None = None) -> Tensor:
+def rel_pos_keys(tokens: int, dim: int = 16, dtype: torch.dtype = F32, heads: int | None = None) -> Tensor:
     return make(*(() if heads is None else (heads,)), 2 * tokens - 1, dim, dtype=dtype)
 
 
 @pytest.mark.parametrize("heads", [None, 2], ids=["shared", "each head's"])
 @pytest.mark.parametrize("tokens", [1, 5, 50])
 def test_rel_pos_keys(tokens: int, heads: int | None) -> None:
-    """Fewer tokens than a tile has, and several tiles of queries, of keys and of distances."""
-    check("attention_qkvpacked", qkv=make(2, tokens, 3, 2, 16), rel_pos_keys=distances(tokens, heads=heads))
+    """Fewer tokens than a tile has, and several tiles of queries, of keys and of relative positions."""
+    check("attention_qkvpacked", qkv=make(2, tokens, 3, 2, 16), rel_pos_keys=rel_pos_keys(tokens, heads=heads))
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -164,18 +164,18 @@ def test_rel_pos_keys(tokens: int, heads: int | None) -> None:
 def test_rel_pos_keys_in_half_precision(dtype: torch.dtype, arch: int) -> None:
     """Where architectures have tiles of other forms, higher or wider, and with a head dim in pieces."""
     with launch.assume(arch):
-        check(**qkv(70, 70, dtype, batch=1, dim=24), rel_pos_keys=distances(70, 24, dtype, heads=2))
+        check(**qkv(70, 70, dtype, batch=1, dim=24), rel_pos_keys=rel_pos_keys(70, 24, dtype, heads=2))
 
 
 def test_rel_pos_keys_for_197_tokens() -> None:
     with launch.assume(90):
-        check(**qkv(197, 197, torch.float16, batch=1), rel_pos_keys=distances(197, dtype=torch.float16), lse=False)
+        check(**qkv(197, 197, torch.float16, batch=1), rel_pos_keys=rel_pos_keys(197, dtype=torch.float16), lse=False)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_rel_pos_keys_are_rounded_to_the_dtype_of_queries(dtype: torch.dtype) -> None:
     """Wide ones are parameters under autocast; their gradient is wide."""
-    args, keys = qkv(21, 21, dtype), distances(21)
+    args, keys = qkv(21, 21, dtype), rel_pos_keys(21)
     results = []
     for given in (keys, keys.to(dtype)):
         out = ops.attention(**args, rel_pos_keys=given)
@@ -188,7 +188,7 @@ def test_rel_pos_keys_are_rounded_to_the_dtype_of_queries(dtype: torch.dtype) ->
 def test_rel_pos_keys_with_everything() -> None:
     mask = torch.rand(2, 37) > 0.3
     mask[1] = False
-    more = {"rel_pos_keys": distances(37, heads=2), "key_mask": mask, "dropout_p": 0.4, "seed": seed(), "scale": -0.3}
+    more = {"rel_pos_keys": rel_pos_keys(37, heads=2), "key_mask": mask, "dropout_p": 0.4, "seed": seed(), "scale": -0.3}
     check(**qkv(37, 37), **more, lse=False)
 
 
@@ -201,7 +201,7 @@ def test_rel_pos_keys_of_any_strides() -> None:
 
 def test_rel_pos_keys_are_a_bias() -> None:
     """The same as the materialised scores in everything, for every gradient but that of the queries."""
-    keys = distances(21, heads=2)
+    keys = rel_pos_keys(21, heads=2)
     args = qkv(21, 21) | {"key_mask": torch.rand(2, 21) > 0.3, "dropout_p": 0.3, "seed": seed()}
     bias = reference.relative_bias(args["q"].detach(), keys, None)
     results = []
@@ -339,7 +339,7 @@ def test_starts_outside_the_tensors_are_cut_to_them() -> None:
 
 def test_gradients_are_deterministic() -> None:
     table = {"rel_pos_table": make(28, 2), "window": (3, 3), "key_mask": torch.rand(2, 10) > 0.3}
-    for more in (table, {"bias": make(1, 1, 10, 10)}, {"rel_pos_keys": distances(10)}):
+    for more in (table, {"bias": make(1, 1, 10, 10)}, {"rel_pos_keys": rel_pos_keys(10)}):
         assert_same_bits_twice(ops.attention, qkv(10, 10) | more | {"dropout_p": 0.3, "seed": seed()})
 
 
