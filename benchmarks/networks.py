@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from benchmarks import images
-from fastvit.models import registry
+from fastvit.models import list_models
+from fastvit.models.families import bit
+from fastvit.models.families.vit import VARIANTS
 
 # Figure 11 of the ViT paper, and the ResNets that most people run.
 FIGURE_11 = (
@@ -26,7 +28,7 @@ FIGURE_11 = (
     "resnetv2_200x3_bit",
 )
 RESNETS = ("resnet50", "resnet101", "resnet152")
-BIT = {f"resnetv2_{size}_bit": size for size in registry.RESNETS}
+BIT = {f"resnetv2_{size}_bit": size for size in bit.SIZES}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def family(name: str) -> str:
         return "resnet"
     if name in BIT:
         return "bit"
-    vits = [vit for vit in registry.list_models("vit_*_224") if timm.is_model(vit)]
+    vits = [vit for vit in list_models("vit_*_224") if timm.is_model(vit)]
     if name in vits:
         return "vit"
     raise ValueError(f"{name!r} is no network of the benchmarks; these are {', '.join([*vits, *BIT, *RESNETS])}")
@@ -62,7 +64,7 @@ def title(name: str) -> str:
     if name in RESNETS:
         return "ResNet-" + name.removeprefix("resnet")
     variant = name.removeprefix("vit_").partition("_patch")[0]
-    known = registry.VARIANTS.get(variant)
+    known = VARIANTS.get(variant)
     return f"ViT-{known.paper if known else variant}/{_patch(name)}"
 
 
@@ -91,7 +93,7 @@ def _create(name: str, size: int) -> tuple[nn.Module, int]:
         from timm.models.resnetv2 import ResNetV2
 
         depth, width = BIT[name].split("x")  # timm has names for some only; these are the arguments of all
-        conv, layers = partial(StdConv2d, eps=1e-8), registry.RESNET_LAYERS[depth]
+        conv, layers = partial(StdConv2d, eps=1e-8), bit.LAYERS[depth]
         return ResNetV2(layers, width_factor=int(width), stem_type="fixed", conv_layer=conv), size
     size = size // _patch(name) * _patch(name)
     return timm.create_model(name, img_size=size, num_classes=1000), size  # timm has no head for some names

@@ -35,6 +35,8 @@ from checkpoint_cases import (
 )
 from fastvit.checkpoints import convert, layouts, load_checkpoint, read_checkpoint
 from fastvit.checkpoints.files import write
+from fastvit.models.families import FAMILIES
+from fastvit.models.families.clip import OPENCLIP
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -72,15 +74,16 @@ def test_a_configuration_tells_what_names_do_not(tmp_path: Path) -> None:
 
 def test_files_of_the_hub_have_other_names_than_models_in_memory() -> None:
     """As transformers before its fifth version had them, and as files there still do."""
-    pairs = {
-        "huggingface": (layouts.HUGGINGFACE_5, layouts.HUGGINGFACE),
-        "dinov2, gated": (layouts.DINOV2_HUGGINGFACE_5, layouts.DINOV2_HUGGINGFACE),
-        "dinov3, gated": (layouts.DINOV3_HUGGINGFACE_5, layouts.DINOV3_HUGGINGFACE),
-        "beit": (layouts.BEIT_HUGGINGFACE_5, layouts.BEIT_HUGGINGFACE),
-        "beit, shared": (layouts.BEIT_HUGGINGFACE_5, layouts.BEIT_HUGGINGFACE),
-        "deit, distilled": (layouts.DEIT_HUGGINGFACE_5, layouts.DEIT_HUGGINGFACE),
+    kinds = {
+        "huggingface": "vit",
+        "dinov2, gated": "dinov2",
+        "dinov3, gated": "dinov3",
+        "beit": "beit",
+        "beit, shared": "beit",
+        "deit, distilled": "deit",
     }
-    for name, (new, old) in pairs.items():
+    for name, family in kinds.items():
+        new, old = (layout for layout in FAMILIES[family].layouts if "huggingface" in layout.name)
         theirs, run = MODELS[name]()
         state, _, unknown = new.to_ours(theirs.state_dict())
         assert not unknown
@@ -99,7 +102,7 @@ def test_openclip(whole: bool) -> None:
     clip, run = timms(pre_norm=True, norm_layer=lambda width, **kw: nn.LayerNorm(width, eps=1e-5, **kw))
     with torch.no_grad():
         clip.head.bias.zero_()  # type: ignore[union-attr, operator]
-    written = layouts.OPENCLIP.from_ours({k: v for k, v in clip.state_dict().items() if k != "head.bias"})
+    written = OPENCLIP.from_ours({k: v for k, v in clip.state_dict().items() if k != "head.bias"})
     written = {f"visual.{key}": value for key, value in written.items()}
     back = timm.models.vision_transformer._convert_openai_clip(written, clip)
     for key, value in clip.state_dict().items():
@@ -503,7 +506,7 @@ def test_wrong_files_are_named_and_nothing_is_half_loaded(tmp_path: Path) -> Non
         "foreign": (state | {"blocks.0.attn.rope": torch.ones(3)}, "has blocks.0.attn.rope, which no ViT has"),
         "misshapen": (state | {"norm.bias": torch.ones(65)}, r"norm.bias: the file has \(65,\), the model \(64,\)"),
         "no key of three": (_without(hf, "vit.layers.1.attention.k_proj.weight"), "goes with .*k_proj.weight, which"),
-        "another network": (timm.create_model("resnet18").state_dict(), "no layout that is known; accepted: dinov3, t"),
+        "another network": (timm.create_model("resnet18").state_dict(), "no layout that is known; accepted: clip-huggingface, dinov2,"),
         "quantised": (state | {"head.weight": state["head.weight"].char()}, "weights of integers.*head.weight"),
         "BEiT": (state | {"blocks.0.attn.relative_position_bias_table": torch.ones(3, 2)}, "has no blocks.0.attn.rel"),
         "EVA": (state | {"blocks.0.gamma_1": torch.ones(64)}, "gamma_1 and pos_embed, as EVA and the Perception Enc"),
@@ -561,7 +564,7 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     for layout, path in (("torchvision", "tv.pth"), ("npz", "vit.npz")):
         with pytest.raises(ValueError, match="has no names for reg_token"):
             convert(state, tmp_path / path, layout, num_heads=2)
-    with pytest.raises(ValueError, match="layout 'jax' can't be written; accepted: timm, torchvision"):
+    with pytest.raises(ValueError, match="layout 'jax' can't be written; accepted: huggingface, huggingface-5, timm, torchvision, npz"):
         convert(state, tmp_path / "x.pth", "jax")
     with pytest.raises(ValueError, match="go together"):
         convert(state, tmp_path / "x.npz", "timm")

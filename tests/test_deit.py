@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import fastvit
-from fastvit.checkpoints import layouts
+from fastvit.models.families import FAMILIES
 from parity import Tensors, assert_parity, randomise
 
 SIZES = {"depth": 2, "embed_dim": 48, "num_heads": 3, "patch_size": 8, "num_classes": 5, "img_size": 32}
@@ -100,7 +100,7 @@ def test_hugging_face() -> None:
     )  # fmt: skip
 
     def translate(given: Tensors) -> Tensors:
-        return layouts.DEIT_HUGGINGFACE_5.to_ours(given)[0]
+        return FAMILIES["deit"].layouts[0].to_ours(given)[0]
 
     def forward(model: Any, images: Tensor) -> Tensor:
         return model(images).logits

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 import fastvit
-from fastvit.checkpoints import layouts
+from fastvit.models.families import FAMILIES
 from parity import Tensors, assert_parity, randomise
 
 SIZES = {"depth": 2, "embed_dim": 64, "num_heads": 2, "patch_size": 8, "num_classes": 5}
@@ -88,7 +88,7 @@ def test_hugging_face(gated: bool, size: tuple[int, int]) -> None:
     ours = fastvit.create_model(name, **options)
 
     def translate(given: Tensors) -> Tensors:
-        return layouts.DINOV3_HUGGINGFACE_5.to_ours(given)[0]
+        return FAMILIES["dinov3"].layouts[2].to_ours(given)[0]
 
     def forward(model: Any, images: Tensor) -> Tensor:
         return model(images).last_hidden_state
@@ -106,7 +106,7 @@ def test_names_are_timms(name: str) -> None:
     assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
     assert ours.patch_embed.img_size == theirs.patch_embed.img_size
     assert ours.global_pool == theirs.global_pool and ours.norm.eps == theirs.norm.eps
-    assert fastvit.models.families.FAMILIES[name]["depth"] == len(whole.blocks)
+    assert fastvit.models.families.find(name)[1].arguments["depth"] == len(whole.blocks)
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ from checkpoint_cases import randomise as shuffled
 from fastvit import analysis
 from fastvit.checkpoints import convert, load_checkpoint
 from fastvit.integrations.timm_registry import register
-from fastvit.models.families import HYBRIDS, PAPERS
+from fastvit.models.families.hybrid import FAMILY, HYBRIDS
 from fastvit.models.hybrid import HybridEmbed
 from parity import assert_parity, assert_same, randomise
 
+PAPERS = FAMILY.aliases
 SIZES: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
 
 

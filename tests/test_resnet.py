@@ -16,7 +16,7 @@ from timm.models.resnetv2 import ResNetV2 as TimmResNetV2
 from torch import Tensor, nn
 
 import fastvit
-from fastvit.models.registry import RESNETS
+from fastvit.models.families.bit import SIZES as RESNETS
 from fastvit.models.resnet import standardised
 from fastvit.resnet import ResNetV2
 from numerics import assert_model_as_right_as_eager

@@ -20,7 +20,7 @@ import fastvit
 from fastvit.checkpoints import load_checkpoint
 from fastvit.layers import Attention, Block, Mlp, SwiGLU
 from fastvit.models import ViT, create_model, list_models
-from fastvit.models.registry import VARIANTS
+from fastvit.models.families.vit import VARIANTS
 from fastvit.ops import backends
 from parity import Calls, assert_same, gradients
 

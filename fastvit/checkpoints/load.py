@@ -42,12 +42,14 @@ class Checkpoint:
         layout: that they came in.
         state: the weights.
         options: arguments of :class:`fastvit.ViT` that the file or its configuration tells, and "eps" of its norms.
+        heads: attention heads by width of the models in that layout, where they are not the plain ViT's.
     """
 
     name: str
     layout: str
     state: State
     options: dict[str, Any] = field(default_factory=dict)
+    heads: Mapping[int, int] = field(default_factory=dict)
 
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | files.Raw | Checkpoint
@@ -82,7 +84,7 @@ def read_checkpoint(source: Source, prefix: str = "") -> Checkpoint:
     if useless:
         log.info("%s: %s left out", raw.name, _listed(useless))
     log.info("%s: layout %s, %d tensors", raw.name, layout.name, len(state))
-    return Checkpoint(raw.name, layout.name, state, options)
+    return Checkpoint(raw.name, layout.name, state, options, layout.heads)
 
 
 def _listed(names: list[str], most: int = 8) -> str:
@@ -244,9 +246,6 @@ def mismatch_advice(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     return "\n".join(f"  {line}" for line in advice)
 
 
-WRITTEN = ("timm", "torchvision", "huggingface", "huggingface-5", "npz")
-
-
 def convert(source: Source, path: str | os.PathLike[str], layout: str = "timm", num_heads: int | None = None) -> None:
     """Write the weights of ``source`` to ``path`` in another layout; the values stay what they are, bit for bit.
 
@@ -254,15 +253,15 @@ def convert(source: Source, path: str | os.PathLike[str], layout: str = "timm", 
         source: as in :func:`load_checkpoint`.
         path: .safetensors, .npz (of layout "npz" alone), else torch.save's. In Hugging Face's layouts a path without a
             suffix is a folder, with the config.json that transformers' ``from_pretrained`` reads.
-        layout: one of :data:`WRITTEN`.
+        layout: "npz" or one of :func:`fastvit.checkpoints.layouts.written`.
         num_heads: attention heads, which an .npz and a folder need, where the source does not tell.
 
     Raises:
         ValueError: an unknown layout, or weights that it has no place for.
     """
-    if layout not in WRITTEN:
-        raise ValueError(f"layout {layout!r} can't be written; accepted: {', '.join(WRITTEN)}")
     path = Path(path)
+    if layout != "npz":
+        named(layout, {})  # or an error
     if (path.suffix == ".npz") != (layout == "npz"):
         raise ValueError(f"{path} in layout {layout!r}: .npz files and the layout 'npz' go together")
     checkpoint = read_checkpoint(source)
@@ -270,7 +269,7 @@ def convert(source: Source, path: str | os.PathLike[str], layout: str = "timm", 
         files.write(path, to_npz(checkpoint.state, _heads(checkpoint, num_heads, "an .npz")))
         return
     found = named(layout, checkpoint.state)
-    if found.model_type and (path.is_dir() or not path.suffix):
+    if found.huggingface is not None and (path.is_dir() or not path.suffix):
         heads = _heads(checkpoint, num_heads, "a config.json")
         files.write_folder(path, *folder_of(checkpoint.state, found, checkpoint.options, heads, checkpoint.name))
     else:

@@ -8,8 +8,8 @@ what is not in the tower (a classifier beside it, a text tower) has a "/" in fro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -102,6 +102,44 @@ def is_gated(state: Mapping[str, Tensor]) -> bool:
     return fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]
 
 
+def blocks(state: Mapping[str, Tensor]) -> Iterator[int]:
+    """Yield the numbers of the blocks that ``state``, under our names, has weights of."""
+    found = (re.match(r"blocks\.(\d+)\.", name) for name in state)
+    yield from sorted({int(match[1]) for match in found if match})
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """A kind of model in transformers, for folders that its ``from_pretrained`` takes.
+
+    Args:
+        model_type: its name in config.json.
+        model: its class without a classifier.
+        classifier: its class with one; None where it has none that reads what ours does.
+        needs: our names of weights that all such models have, besides those of every Transformer.
+        config: (weights under our names, arguments of :class:`fastvit.ViT`, name of the source) -> entries of
+            config.json that only this kind has.
+        unused: tensors that such a model holds in any case and does not read, from the weights under our names.
+        gated: whether its MLPs may have a gate.
+        no_embed_class: whether positions are for the class token and the patches alone, and registers have none.
+        square: whether it takes square images only.
+        labels: whether its classifier is described by labels.
+        accelerated: whether its attention and MLPs are ones that :func:`fastvit.accelerate` replaces.
+    """
+
+    model_type: str
+    model: str
+    classifier: str | None
+    needs: tuple[str, ...]
+    config: Callable[[State, Mapping[str, Any], str], dict[str, Any]] = lambda state, options, name: {}
+    unused: Callable[[State], State] = lambda state: {}
+    gated: bool = False
+    no_embed_class: bool = False
+    square: bool = False
+    labels: bool = True
+    accelerated: bool = True
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way to name a Vision Transformer's weights.
@@ -116,7 +154,9 @@ class Layout:
         options: arguments of :class:`fastvit.ViT` that shapes don't tell, from the file's configuration.
         finish: what is left to do to our names.
         begin: what is to be done to them before they are written.
-        model_type: what transformers' configurations call this kind of model; "" in other libraries' layouts.
+        huggingface: (weights under our names) -> the kind of model in transformers; None in other libraries' layouts.
+        written: names under which ``fastvit convert`` writes this layout; none: it is only read.
+        heads: attention heads by width of the models in this layout, where they are not the plain ViT's.
     """
 
     name: str
@@ -128,7 +168,9 @@ class Layout:
     options: Callable[[Config], dict[str, Any]] = lambda config: {}
     finish: Callable[[State], None] = lambda state: None
     begin: Callable[[State], None] = lambda state: None
-    model_type: str = ""
+    huggingface: Callable[[State], HuggingFace] | None = None
+    written: tuple[str, ...] = ()
+    heads: Mapping[int, int] = field(default_factory=dict)
 
     def prefix(self, names: Sequence[str]) -> str | None:
         """What precedes the tower's names; None where these are names of another layout."""

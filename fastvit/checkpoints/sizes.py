@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvit.checkpoints.layouts import blocks
+from fastvit.checkpoints.rules import blocks
 from fastvit.layers.resample import window_of
 
 

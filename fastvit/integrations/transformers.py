@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
+from fastvit.checkpoints.layouts import LAYOUTS
 from fastvit.integrations.twin import Twin
 from fastvit.layers import LayerNorm, fuse
 from fastvit.layers.attention import mask_arguments
@@ -32,17 +33,16 @@ class Mlp(nn.Module):
         return fuse.linear(fc2, fuse.linear(fc1, hidden_states, act=self.activation_fn))
 
 
-_MODELS = {
-    "vit": "ViT",
-    "deit": "DeiT",
-    "beit": "Beit",
-    "dinov2": "Dinov2",
-    "dinov2_with_registers": "Dinov2WithRegisters",
-    "clip": "CLIP",
-    "siglip": "Siglip",
+# The kinds of models whose attention has been held against SDPA's: model_type -> the prefix of its classes.
+_KINDS = {
+    kind.model_type.removesuffix("_vision_model"): kind.model.removesuffix("Model").removesuffix("Vision")
+    for layout in LAYOUTS
+    if layout.huggingface is not None
+    for kind in (layout.huggingface({}), layout.huggingface({"reg_token": torch.empty(0)}))
+    if kind.accelerated
 }
 TWINS = {
-    **{f"transformers.models.{file}.modeling_{file}.{name}MLP": Twin(Mlp) for file, name in _MODELS.items()},
+    **{f"transformers.models.{file}.modeling_{file}.{name}MLP": Twin(Mlp) for file, name in _KINDS.items()},
     "torch.nn.modules.normalization.LayerNorm": Twin(LayerNorm),
 }
 
@@ -107,7 +107,7 @@ def _is_transformers(model: nn.Module) -> bool:
 
 def _kinds(model: nn.Module) -> bool:
     """Whether it is one of the models whose attention has been held against SDPA's."""
-    return getattr(getattr(model, "config", None), "model_type", "").split("_vision")[0] in _MODELS
+    return getattr(getattr(model, "config", None), "model_type", "").split("_vision")[0] in _KINDS
 
 
 def set_attention(model: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,77 +11,43 @@ from typing import Any
 import torch
 
 from fastvit.checkpoints import files
+from fastvit.checkpoints.infer import infer_arguments
 from fastvit.checkpoints.load import Checkpoint, Source, fit, load_checkpoint, read_checkpoint
 from fastvit.models import families
-from fastvit.models.architecture import architecture, resnet_architecture
-from fastvit.models.axial import AxialResNet, AxialViT
-from fastvit.models.families import VARIANTS
-from fastvit.models.resnet import ResNetV2
+from fastvit.models.families.vit import VARIANTS, by_width
 from fastvit.models.vit import ViT
 
-PATCHES = (8, 14, 16, 32)
 
-# The BiT ResNets of "Big Transfer" and of the ViT paper (figure 11): depth x width.
-RESNETS = ("50x1", "50x2", "50x3", "101x1", "101x3", "152x1", "152x2", "152x4", "200x3")
-RESNET_LAYERS = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3), "200": (3, 24, 36, 3)}
+def _find(name: str) -> tuple[families.Family, families.Model]:
+    """Return the family and the model of a name, or raise a ValueError with the nearest names."""
+    found = families.find(name)
+    if found is not None:
+        return found
 
-_BY_PAPER = {variant.paper: name for name, variant in VARIANTS.items()}
-_TIMM = re.compile(r"vit_(?P<size>[a-z0-9]+)_patch(?P<patch>\d+)(?:_(?P<image>\d+))?")
-_PAPER = re.compile(r"ViT-(?P<size>[A-Za-z0-9]+)/(?P<patch>\d+)(?:[-_](?P<image>\d+))?")
-_AXIAL = re.compile("axial_(?=vit_)|Axial-(?=ViT-)")
-_AXIAL_RESNETS = {name: depth for depth in ("50",) for name in (f"axial_resnet{depth}", f"AxialResNet{depth}")}
-_RESNET_SIZES = {name: size for size in RESNETS for name in (f"resnetv2_{size}_bit", f"R{size}")}
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
 
-
-def _parse(name: str) -> tuple[type[ViT] | type[ResNetV2], dict[str, Any]]:
-    """(class, sizes) that a name stands for, or a ValueError with the nearest names."""
-    if name in _RESNET_SIZES:
-        depth, width = _RESNET_SIZES[name].split("x")
-        return ResNetV2, {"layers": RESNET_LAYERS[depth], "width_factor": int(width)}
-    if name in _AXIAL_RESNETS:
-        return AxialResNet, {"layers": RESNET_LAYERS[_AXIAL_RESNETS[name]]}
-    if (of_family := families.arguments(name)) is not None:
-        return ViT, of_family
-    plain = _AXIAL.sub("", name)
-    timm, paper = _TIMM.fullmatch(plain), _PAPER.fullmatch(plain)
-    match = timm or paper
-    size = timm["size"] if timm else _BY_PAPER.get(paper["size"], "") if paper else ""
-    if match is None or size not in VARIANTS or int(match["patch"]) not in PATCHES:
-        papers = [f"ViT-{v.paper}/{p}" for v in VARIANTS.values() for p in PATCHES] + [f"R{size}" for size in RESNETS]
-        papers += families.PAPERS
-
-        def likeness(other: str) -> float:
-            return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
-
-        near = sorted([*list_models(), *papers], key=likeness, reverse=True)[:4]
-        raise ValueError(f"unknown model {name!r}; the nearest names are {', '.join(near)} (list_models() has all)")
-    variant = VARIANTS[size]
-    return ViT if plain == name else AxialViT, {
-        "img_size": int(match["image"] or 224),
-        "patch_size": int(match["patch"]),
-        **variant.arguments,
-    }
+    known = [*list_models(), *(alias for family in families.FAMILIES.values() for alias in family.aliases)]
+    near = sorted(known, key=likeness, reverse=True)[:4]
+    raise ValueError(f"unknown model {name!r}; the nearest names are {', '.join(near)} (list_models() has all)")
 
 
-def model_class(name: str) -> type[ViT] | type[ResNetV2]:
-    """The class of a model's name.
+def model_class(name: str) -> Any:
+    """Return the class of a model's name.
 
     Raises:
         ValueError: an unknown name; the nearest ones are listed.
     """
-    return _parse(name)[0]
+    return _find(name)[0].build
 
 
 def list_models(filter: str = "") -> list[str]:
-    """The names that :func:`create_model` takes; any image size may stand for a ViT's 224.
+    """Return the names that :func:`create_model` takes; any image size may stand for a ViT's own.
 
     Args:
         filter: a part of the name, or a pattern with * and ?: "vit_*" are the Vision Transformers.
     """
-    names = [f"vit_{size}_patch{patch}_224" for size in VARIANTS for patch in PATCHES]
-    names += families.FAMILIES
-    names += ["axial_vit_base_patch16_224", "axial_vit_base_patch32_224", "axial_resnet50"]
-    names += [f"resnetv2_{size}_bit" for size in RESNETS]
+    names = [name for family in families.FAMILIES.values() for name in family.models]
     pattern = filter if any(c in filter for c in "*?[") else f"*{filter}*"
     return fnmatch.filter(names, pattern)
 
@@ -119,10 +84,10 @@ def create_model(
             "pretrained=True would download weights, which fastvit does not; give checkpoint_path= a file, or "
             "load_state_dict(timm.create_model(..., pretrained=True).state_dict())"
         )
-    model_class, sizes = _parse(name)
-    if issubclass(model_class, ResNetV2) and checkpoint_path is not None and Path(checkpoint_path).suffix == ".npz":
+    family, known = _find(name)
+    if family.own_names and checkpoint_path is not None and Path(checkpoint_path).suffix == ".npz":
         raise ValueError(f"{checkpoint_path}: .npz files are for ViTs; a ResNet takes .safetensors or a state_dict")
-    model = model_class(**{**sizes, **kwargs})
+    model = family.build(**{**known.arguments, **kwargs})
     if checkpoint_path is not None:
         load_checkpoint(model, checkpoint_path)
     return model
@@ -161,25 +126,20 @@ def from_checkpoint(
     if not isinstance(source, Checkpoint):
         source = files.read(source)
         if is_resnet(source):
-            return _resnet(source, num_classes, device, dtype, kwargs)
+            return _with_own_names(source, num_classes, device, dtype, kwargs)
     checkpoint = read_checkpoint(source)
     del source  # or the file's tensors would outlive the checkpoint's
-    told = checkpoint.options if num_heads is None else {**checkpoint.options, "num_heads": num_heads}
-    heads = {variant.width: variant.heads for variant in VARIANTS.values()}
-    if "rope" in told:
-        heads |= {variant.width: variant.heads for variant, _ in families.DINOV3.values()}
-    kind: type[ViT] = ViT
-    state = checkpoint.state
-    if any(name.startswith("blocks.0.row.") for name in state):  # of which the columns' blocks have the shapes too
-        kind, state = AxialViT, {name.replace(".row.", "."): value for name, value in state.items()}
-    found = architecture(state, told, checkpoint.name, heads) | kwargs
+    options = checkpoint.options if num_heads is None else {**checkpoint.options, "num_heads": num_heads}
+    family, state = families.family_of(checkpoint.state), checkpoint.state
+    heads = {**by_width(VARIANTS), **checkpoint.heads}
+    found = infer_arguments(family.plain(state), options, checkpoint.name, heads, *families.infer(state)) | kwargs
     dtype = dtype or torch.get_default_dtype()
     if num_classes not in (None, found["num_classes"]):
-        model = kind(**found | {"num_classes": num_classes}, device=device, dtype=dtype)
+        model = family.build(**found | {"num_classes": num_classes}, device=device, dtype=dtype)
         load_checkpoint(model, checkpoint, head="drop")
         return model
     # Never twice in memory: the model takes a file's tensors for its parameters. Those read before are somebody's own.
-    model = kind(**found, device="meta", dtype=dtype)
+    model = family.build(**found, device="meta", dtype=dtype)
     values = fit(model, checkpoint, "keep")
     if not copy:
         checkpoint.state.clear()
@@ -190,26 +150,25 @@ def from_checkpoint(
 
 
 def is_resnet(raw: files.Raw) -> bool:
-    """Whether weights are a ResNet's, which :func:`fastvit.load_checkpoint` reads by no other names than its own."""
-    return "stem.conv.weight" in raw.tensors and "patch_embed.proj.weight" not in raw.tensors
+    """Return whether weights are a ResNet's, which :func:`fastvit.load_checkpoint` reads by its own names alone."""
+    return families.family_of(raw.tensors).own_names
 
 
-def _resnet(
+def _with_own_names(
     raw: files.Raw,
     num_classes: int | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     options: Mapping[str, Any],
-) -> ResNetV2:
-    """The ResNet that weights are of; see :func:`from_checkpoint`.
+) -> Any:
+    """Return the model of weights under its class's own names; see :func:`from_checkpoint`.
 
     Raises:
-        ValueError: weights are missing, unexpected or of other shapes; or an option is none of a ResNet's.
+        ValueError: weights are missing, unexpected or of other shapes; or an option is not of that class.
     """
+    family = families.family_of(raw.tensors)
     try:
-        found = resnet_architecture(raw.tensors)
-        kind = AxialResNet if "num_heads" in found else ResNetV2
-        model = kind(**found | dict(options), device=device, dtype=dtype)
+        model = family.build(**family.infer(raw.tensors) | dict(options), device=device, dtype=dtype)
         model.load_state_dict(raw.tensors)
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{raw.name} is a ResNet's, but: {error}") from error

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from fastvit.checkpoints import files
+from fastvit.checkpoints.infer import arguments_not_in_shapes
 from fastvit.data.datasets import Data, open_data
 from fastvit.models import ViT, create_model, from_checkpoint
-from fastvit.models.architecture import untold
 from fastvit.models.axial import AxialResNet
 from fastvit.models.registry import is_resnet, model_class
 from fastvit.models.resnet import ResNetV2
@@ -119,7 +119,7 @@ def describe(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
     """A config.json, as timm has it: with model.safetensors the folder is one that ``from_checkpoint`` takes."""
     size = [model.in_chans, recipe.image_size, recipe.image_size]
     pixels = {"input_size": size, "mean": list(recipe.mean), "std": list(recipe.std)}
-    return {"model_args": untold(model) if isinstance(model, ViT) else {}, "pretrained_cfg": pixels}
+    return {"model_args": arguments_not_in_shapes(model) if isinstance(model, ViT) else {}, "pretrained_cfg": pixels}
 
 
 def run(command: str, call: Callable[[], str]) -> int:

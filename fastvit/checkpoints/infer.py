@@ -1,4 +1,4 @@
-"""What the shapes of weights say about the model that they are of."""
+"""Infer the arguments of :class:`fastvit.ViT` from the names and shapes of weights."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit.checkpoints.backbone import layers_of, stem_of
-from fastvit.checkpoints.layouts import blocks
+from fastvit.checkpoints.rules import blocks
 from fastvit.checkpoints.sizes import heads_of, position_arguments
-from fastvit.layers import BeitBlock, LayerNorm, Mlp, SwiGLU
+from fastvit.layers import LayerNorm, Mlp, SwiGLU
 from fastvit.layers.resolve import ACTIVATIONS
-from fastvit.models.hybrid import HybridEmbed, reduction
-from fastvit.models.resnet import CHANNELS, STEM_CHANNELS
-from fastvit.models.vit import ViT
 
 log = logging.getLogger("fastvit")
 
-_TABLE = "relative_position_bias_table"
 
-
-def architecture(
-    state: Mapping[str, Tensor], options: Mapping[str, Any], name: str, heads: Mapping[int, int]
+def infer_arguments(
+    state: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    name: str,
+    heads: Mapping[int, int],
+    family: Mapping[str, Any],
+    reduction: int = 1,
 ) -> dict[str, Any]:
-    """Arguments of :class:`fastvit.ViT` for weights under timm's names.
+    """Return the arguments of :class:`fastvit.ViT` for weights under timm's names.
 
     Args:
         state: the weights.
-        options: what the file or the caller says, which goes before what shapes say. ``eps`` is the norms'.
+        options: arguments that the file's configuration or the caller gives; they override the shapes. ``eps`` is the
+            norms'.
         name: of the file, for messages.
-        heads: attention heads by width, where neither anybody nor a tensor says how many there are; 64 features each
-            at other widths.
+        heads: attention heads by width, where neither ``options`` nor a tensor tells them; 64 features each at other
+            widths.
+        family: arguments that the weights' families infer, see :func:`fastvit.models.families.infer`.
+        reduction: pixels of the image, on a side, that are one pixel of what patches are cut from.
 
     Raises:
-        ValueError: they are no complete ViT's, or the positions fit no grid.
+        ValueError: the weights are not a complete ViT's, or the positions fit no grid.
     """
     patches = state.get("patch_embed.proj.weight")
     numbers = list(blocks(state))
@@ -72,19 +74,11 @@ def architecture(
         "fc_norm": "fc_norm.weight" in state,
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         "global_pool": _pool(state),
-        "use_rel_pos_bias": f"blocks.0.attn.{_TABLE}" in state,
-        "use_shared_rel_pos_bias": f"rel_pos_bias.{_TABLE}" in state,
+        **family,
     }
-    if any(f"blocks.0.{name}" in state for name in ("gamma_1", "attn.q_bias", f"attn.{_TABLE}")):
-        found["block_fn"] = BeitBlock
     if hidden == 2 * fc2.shape[1]:
         found["mlp_layer"] = SwiGLU
         options.pop("act_layer", None)
-    layers = layers_of(state)
-    if layers is not None:
-        found["embed_layer"] = partial(HybridEmbed, layers=layers)
-        found["in_chans"] = state[f"{stem_of(state)}.conv.weight"].shape[1]
-        p, q = (reduction(layers) * side for side in (p, q))  # pixels
     if "pre_logits.fc.weight" in state:
         found["representation_size"] = state["pre_logits.fc.weight"].shape[0]
     if "eps" in options:
@@ -95,11 +89,11 @@ def architecture(
         options["num_heads"] = heads.get(width, max(width // 64, 1))
         known = "as models of that width have" if width in heads else "64 features each"
         log.info("%s: %d attention heads, %s; num_heads= says otherwise", name, options["num_heads"], known)
-    return found | position_arguments(state, (p, q), options, name) | options
+    return found | position_arguments(state, (reduction * p, reduction * q), options, name) | options
 
 
-def untold(model: ViT) -> dict[str, Any]:
-    """What :func:`architecture` has to be told of a model, in ``options``: the arguments that shapes don't tell."""
+def arguments_not_in_shapes(model: Any) -> dict[str, Any]:
+    """Return the arguments of a :class:`fastvit.ViT` that :func:`infer_arguments` needs in ``options``."""
     modules = list(model.blocks.modules())
     act = next(m.act for m in modules if isinstance(m, Mlp | SwiGLU))
     found = {
@@ -112,27 +106,6 @@ def untold(model: ViT) -> dict[str, Any]:
         "rope": model.rope,
     }
     return {name: value for name, value in found.items() if value is not None}
-
-
-def resnet_architecture(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of :class:`fastvit.resnet.ResNetV2` for weights under its names, which are timm's; of an AxialResNet,
-    whose attention's keys tell the size of the images, "img_size" and "num_heads" too."""
-    stem, classifier = state["stem.conv.weight"], state.get("head.fc.weight")
-    depths = [
-        sum(f"stages.{i}.blocks.{j}.norm1.weight" in state for j in range(len(state))) for i in range(len(CHANNELS))
-    ]
-    found: dict[str, Any] = {
-        "layers": depths,
-        "width_factor": stem.shape[0] // STEM_CHANNELS,
-        "in_chans": stem.shape[1],
-        "num_classes": 0 if classifier is None else classifier.shape[0],
-    }
-    attention = "stages.0.blocks.0.conv2"
-    if f"{attention}.row.rel_pos_keys" in state:
-        keys = [state[f"{attention}.{axis}.rel_pos_keys"] for axis in ("column", "row")]
-        found["img_size"] = tuple(4 * ((len(of) + 1) // 2) for of in keys)
-        found["num_heads"] = state[f"{attention}.row.qkv.weight"].shape[1] // keys[1].shape[1]
-    return found
 
 
 def _pool(state: Mapping[str, Tensor]) -> str:
