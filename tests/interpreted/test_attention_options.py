@@ -188,7 +188,8 @@ def test_rel_pos_keys_are_rounded_to_the_dtype_of_queries(dtype: torch.dtype) ->
 def test_rel_pos_keys_with_everything() -> None:
     mask = torch.rand(2, 37) > 0.3
     mask[1] = False
-    more = {"rel_pos_keys": rel_pos_keys(37, heads=2), "key_mask": mask, "dropout_p": 0.4, "seed": seed(), "scale": -0.3}
+    more = {"rel_pos_keys": rel_pos_keys(37, heads=2), "key_mask": mask, "scale": -0.3}
+    more |= {"dropout_p": 0.4, "seed": seed()}
     check(**qkv(37, 37), **more, lse=False)
 
 
