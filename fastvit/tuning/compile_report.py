@@ -249,7 +249,7 @@ def flops(launch: Any) -> int:
     match name:
         case "linear_pointer_kernel" | "linear_tma_kernel":
             return 2 * args["M"] * args["N"] * args["K"]
-        case "attention_forward_kernel" if args["options"].cu_q_ptr is None:  # else only the device knows
+        case "attention_forward_kernel" if args["option_ptrs"].cu_q_ptr is None:  # else only the device knows
             return 4 * args["q_ptr"].numel() * args["k_ptr"].shape[1]
         case "patch_embed_forward_kernel":
             return 2 * args["images_ptr"].numel() * args["D"]

@@ -58,14 +58,14 @@ def _attend(
     start,
     keys,
     scale_log2,
-    options,
+    option_ptrs,
     site,  # (image, head, H, its first query, its queries (BLOCK_M,), Tq)
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,  # pieces of the keys to add, which begin at ``start``
     DIM: tl.constexpr,
     PIECES: tl.constexpr,
     EDGE: tl.constexpr,  # the last of these keys is the last key; no keys came before
-    SCORE_MOD: tl.constexpr,  # options change the scores, which are scaled at once; else their maximum is that of q k^T
+    SCORE_MOD: tl.constexpr,  # the options change the scores, which are scaled at once; else their maximum is that of q k^T
     PRECISION: tl.constexpr,
 ):
     """Take one step of the online softmax."""
@@ -79,13 +79,15 @@ def _attend(
             q, load_rows(k, at, keys, KEYS[j], DIM, PIECES, EDGE and last(KEYS, j)), BLOCK_M, KEYS[j], PRECISION
         )
         columns = at + tl.arange(0, KEYS[j])
-        if options.rel_pos_keys_ptr is not None:
+        if option_ptrs.rel_pos_keys_ptr is not None:
             s += diagonals(
-                q, rel_pos_keys_rows(options, head, DIM), first - at + count - KEYS[j], 2 * count - 1,
+                q, rel_pos_keys_rows(option_ptrs, head, DIM), first - at + count - KEYS[j], 2 * count - 1,
                 BLOCK_M, KEYS[j], DIM, PIECES, False, PRECISION,
             )  # fmt: skip
         if SCORE_MOD:
-            s = score_mod(s * scale_log2, options, image, head, heads, queries[:, None], columns[None, :], count, keys)
+            s = score_mod(
+                s * scale_log2, option_ptrs, image, head, heads, queries[:, None], columns[None, :], count, keys
+            )
         if EDGE and last(KEYS, j):
             s = tl.where((columns < keys)[None, :], s, float("-inf"))
         values += (load_rows(v, at, keys, KEYS[j], DIM, PIECES, EDGE and last(KEYS, j)),)
@@ -101,9 +103,9 @@ def _attend(
         else:
             p = tl.math.exp2(scores[j] * scale_log2 - (m_new * scale_log2)[:, None])
         l_i += tl.sum(p, 1)
-        if options.seed_ptr is not None:
+        if option_ptrs.seed_ptr is not None:
             columns = start + before(KEYS, j) + tl.arange(0, KEYS[j])
-            p *= dropout_factor(options, image * heads + head, queries[:, None], columns[None, :])
+            p *= dropout_factor(option_ptrs, image * heads + head, queries[:, None], columns[None, :])
         acc = add_products(acc, p, values[j], PRECISION)
     return m_new, l_i, acc
 
@@ -124,7 +126,7 @@ def attention_forward_kernel(
     keys,  # Tk
     longest,  # Tq, or at least as many queries as any packed sequence has
     scale,
-    options,  # see attention_scores.py
+    option_ptrs,  # see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
@@ -133,14 +135,14 @@ def attention_forward_kernel(
     TAIL: tl.constexpr,  # pieces of the keys that do not fill a block
     PRECISION: tl.constexpr,
 ):
-    SCORE_MOD: tl.constexpr = options.changed is not None
+    SCORE_MOD: tl.constexpr = option_ptrs.changed is not None
     blocks = tl.cdiv(longest, BLOCK_M)
     row = tl.program_id(0) // blocks  # image * H + head
     first = tl.program_id(0) % blocks * BLOCK_M
     image, head = row // heads, row % heads
-    q_start, q_length, holder = sequence(options.cu_q_ptr, image, queries)
-    k_start, k_length, _ = sequence(options.cu_k_ptr, image, keys)
-    if options.cu_q_ptr is not None and first >= q_length:
+    q_start, q_length, holder = sequence(option_ptrs.cu_q_ptr, image, queries)
+    k_start, k_length, _ = sequence(option_ptrs.cu_k_ptr, image, keys)
+    if option_ptrs.cu_q_ptr is not None and first >= q_length:
         return
     q = head_rows(q_ptr, q_strides, holder, head, UNIT, q_start)
     k = head_rows(k_ptr, k_strides, holder, head, UNIT, k_start)
@@ -170,7 +172,7 @@ def attention_forward_kernel(
         full,
         k_length,
         scale_log2,
-        options,
+        option_ptrs,
         site,
         BLOCK_M,
         TAIL,
@@ -183,7 +185,7 @@ def attention_forward_kernel(
     if BLOCK_N:
         for start in range(0, full, BLOCK_N):
             state = _attend(
-                state, q, k, v, start, k_length, scale_log2, options, site,
+                state, q, k, v, start, k_length, scale_log2, option_ptrs, site,
                 BLOCK_M, (BLOCK_N,), DIM, PIECES, False, SCORE_MOD, PRECISION,
             )  # fmt: skip
     m_i, l_i, acc = state
@@ -286,7 +288,7 @@ def work(
     if packed:
         constants["TAIL"] = (tile["block"],)
     return tile, {
-        "options": pointers,
+        "option_ptrs": pointers,
         **constants,
         "PRECISION": precision(tensor.dtype),
     }

@@ -68,7 +68,7 @@ def _through_keys(
     start,
     keys,
     scale_log2,
-    options,
+    option_ptrs,
     site,  # (image, head, H, its first query, its queries (BLOCK_M,), Tq)
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -85,21 +85,21 @@ def _through_keys(
     v_tiles = load_rows(v, start, keys, BLOCK_N, DIM, PIECES, EDGE)
     s = products(q, k_tiles, BLOCK_M, BLOCK_N, PRECISION)
     lowest = first - start + count - BLOCK_N  # of the relative position keys that are needed
-    if options.rel_pos_keys_ptr is not None:
-        rel_pos_keys = rel_pos_keys_rows(options, head, DIM)
+    if option_ptrs.rel_pos_keys_ptr is not None:
+        rel_pos_keys = rel_pos_keys_rows(option_ptrs, head, DIM)
         s += diagonals(q, rel_pos_keys, lowest, 2 * count - 1, BLOCK_M, BLOCK_N, DIM, PIECES, False, PRECISION)
     s *= scale_log2
     if SCORE_MOD:
-        s = score_mod(s, options, image, head, heads, queries[:, None], columns[None, :], count, keys)
+        s = score_mod(s, option_ptrs, image, head, heads, queries[:, None], columns[None, :], count, keys)
     p = tl.math.exp2(s - lse[:, None])
     if EDGE:
         p = tl.where((columns < keys)[None, :], p, 0.0)
     dp = products(dout, v_tiles, BLOCK_M, BLOCK_N, PRECISION)
-    if options.seed_ptr is not None:
-        dp *= dropout_factor(options, image * heads + head, queries[:, None], columns[None, :])
+    if option_ptrs.seed_ptr is not None:
+        dp *= dropout_factor(option_ptrs, image * heads + head, queries[:, None], columns[None, :])
     ds = p * (dp - delta[:, None])
     dq = add_products(dq, ds, k_tiles, PRECISION)
-    if options.rel_pos_keys_ptr is not None:
+    if option_ptrs.rel_pos_keys_ptr is not None:
         dq = add_diagonals(
             dq, ds, rel_pos_keys, lowest, 2 * count - 1, BLOCK_M, BLOCK_N, DIM, PIECES, k_tiles[0].dtype, PRECISION
         )
@@ -128,7 +128,7 @@ def attention_query_gradient_kernel(
     keys,  # Tk
     longest,  # Tq, or at least as many queries as any packed sequence has
     scale,
-    options,  # see attention_scores.py
+    option_ptrs,  # see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
@@ -137,14 +137,14 @@ def attention_query_gradient_kernel(
     TAIL: tl.constexpr,  # pieces of the keys that do not fill a block
     PRECISION: tl.constexpr,
 ):
-    SCORE_MOD: tl.constexpr = options.changed is not None
+    SCORE_MOD: tl.constexpr = option_ptrs.changed is not None
     blocks = tl.cdiv(longest, BLOCK_M)
     row = tl.program_id(0) // blocks  # image * H + head
     first = tl.program_id(0) % blocks * BLOCK_M
     image, head = row // heads, row % heads
-    q_start, q_length, holder = sequence(options.cu_q_ptr, image, queries)
-    k_start, k_length, _ = sequence(options.cu_k_ptr, image, keys)
-    if options.cu_q_ptr is not None and first >= q_length:
+    q_start, q_length, holder = sequence(option_ptrs.cu_q_ptr, image, queries)
+    k_start, k_length, _ = sequence(option_ptrs.cu_k_ptr, image, keys)
+    if option_ptrs.cu_q_ptr is not None and first >= q_length:
         return
     k = head_rows(k_ptr, k_strides, holder, head, UNIT, k_start)
     v = head_rows(v_ptr, v_strides, holder, head, UNIT, k_start)
@@ -174,13 +174,13 @@ def attention_query_gradient_kernel(
     if BLOCK_N:
         for start in range(0, full, BLOCK_N):
             dq = _through_keys(
-                dq, q, dout, k, v, lse, delta, start, k_length, c, options, site,
+                dq, q, dout, k, v, lse, delta, start, k_length, c, option_ptrs, site,
                 BLOCK_M, BLOCK_N, DIM, PIECES, False, SCORE_MOD, PRECISION,
             )  # fmt: skip
     for j in tl.static_range(len(TAIL)):
         start = full + before(TAIL, j)
         dq = _through_keys(
-            dq, q, dout, k, v, lse, delta, start, k_length, c, options, site,
+            dq, q, dout, k, v, lse, delta, start, k_length, c, option_ptrs, site,
             BLOCK_M, TAIL[j], DIM, PIECES, last(TAIL, j), SCORE_MOD, PRECISION,
         )  # fmt: skip
     dq_rows = head_rows(dq_ptr, dq_strides, holder, head, UNIT, q_start)
@@ -199,7 +199,7 @@ def _through_queries(
     start,
     queries,
     scale_log2,
-    options,
+    option_ptrs,
     site,  # (image, head, H, its first key, its keys (BLOCK_N,), Tk)
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -219,20 +219,20 @@ def _through_queries(
     lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float("inf")) * LOG2_E
     delta = tl.load(delta_ptr + rows, mask=rows < queries, other=0.0)
     s = products(k, q_tiles, BLOCK_N, BLOCK_M, PRECISION)
-    if options.rel_pos_keys_ptr is not None:
+    if option_ptrs.rel_pos_keys_ptr is not None:
         s += diagonals(
-            q_tiles, rel_pos_keys_rows(options, head, DIM), start - first + count - BLOCK_N, 2 * count - 1,
+            q_tiles, rel_pos_keys_rows(option_ptrs, head, DIM), start - first + count - BLOCK_N, 2 * count - 1,
             BLOCK_M, BLOCK_N, DIM, PIECES, True, PRECISION,
         )  # fmt: skip
     s *= scale_log2
     if SCORE_MOD:
         lse = backward_lse(lse)
-        s = score_mod(s, options, image, head, heads, rows[None, :], keys[:, None], queries, count)
+        s = score_mod(s, option_ptrs, image, head, heads, rows[None, :], keys[:, None], queries, count)
     p = tl.math.exp2(s - lse[None, :])
     dp = products(v, dout_tiles, BLOCK_N, BLOCK_M, PRECISION)
     kept = p
-    if options.seed_ptr is not None:
-        factor = dropout_factor(options, image * heads + head, rows[None, :], keys[:, None])
+    if option_ptrs.seed_ptr is not None:
+        factor = dropout_factor(option_ptrs, image * heads + head, rows[None, :], keys[:, None])
         dp *= factor
         kept *= factor
     ds = p * (dp - delta[None, :])
@@ -260,7 +260,7 @@ def attention_key_value_gradient_kernel(
     keys,  # Tk
     longest,  # Tk, or at least as many keys as any packed sequence has
     scale,
-    options,  # see attention_scores.py
+    option_ptrs,  # see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
@@ -269,14 +269,14 @@ def attention_key_value_gradient_kernel(
     TAIL: tl.constexpr,  # pieces of the queries that do not fill a block
     PRECISION: tl.constexpr,
 ):
-    SCORE_MOD: tl.constexpr = options.changed is not None
+    SCORE_MOD: tl.constexpr = option_ptrs.changed is not None
     blocks = tl.cdiv(longest, BLOCK_N)
     row = tl.program_id(0) // blocks  # image * H + head
     first = tl.program_id(0) % blocks * BLOCK_N
     image, head = row // heads, row % heads
-    q_start, q_length, holder = sequence(options.cu_q_ptr, image, queries)
-    k_start, k_length, _ = sequence(options.cu_k_ptr, image, keys)
-    if options.cu_q_ptr is not None and first >= k_length:
+    q_start, q_length, holder = sequence(option_ptrs.cu_q_ptr, image, queries)
+    k_start, k_length, _ = sequence(option_ptrs.cu_k_ptr, image, keys)
+    if option_ptrs.cu_q_ptr is not None and first >= k_length:
         return
     q = head_rows(q_ptr, q_strides, holder, head, UNIT, q_start)
     dout = head_rows(dout_ptr, dout_strides, holder, head, UNIT, q_start)
@@ -295,13 +295,13 @@ def attention_key_value_gradient_kernel(
     if BLOCK_M:
         for start in range(0, full, BLOCK_M):
             grads = _through_queries(
-                grads, k, v, q, dout, lse_ptr, delta_ptr, start, q_length, c, options, site,
+                grads, k, v, q, dout, lse_ptr, delta_ptr, start, q_length, c, option_ptrs, site,
                 BLOCK_N, BLOCK_M, DIM, PIECES, False, SCORE_MOD, PRECISION,
             )  # fmt: skip
     for j in tl.static_range(len(TAIL)):
         start = full + before(TAIL, j)
         grads = _through_queries(
-            grads, k, v, q, dout, lse_ptr, delta_ptr, start, q_length, c, options, site,
+            grads, k, v, q, dout, lse_ptr, delta_ptr, start, q_length, c, option_ptrs, site,
             BLOCK_N, TAIL[j], DIM, PIECES, last(TAIL, j), SCORE_MOD, PRECISION,
         )  # fmt: skip
     dk, dv = grads

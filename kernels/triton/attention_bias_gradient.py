@@ -33,7 +33,7 @@ def _score_gradient(
     j_inside,
     fixed,  # an addend of the scores, in units of log2
     scale_log2,
-    options,
+    option_ptrs,
     UNIT: tl.constexpr,
     DIM: tl.constexpr,
     PIECES: tl.constexpr,
@@ -53,11 +53,11 @@ def _score_gradient(
     lse = backward_lse(tl.load(pointers[4] + at, mask=i_inside, other=float("inf")) * LOG2_E)
     delta = tl.load(pointers[5] + at, mask=i_inside, other=0.0)
     s = products(q, k, BLOCK_M, BLOCK_N, PRECISION) * scale_log2 + fixed
-    s = score_mod(s, options, image, head, heads, i[:, None], j[None, :], queries, keys)
+    s = score_mod(s, option_ptrs, image, head, heads, i[:, None], j[None, :], queries, keys)
     p = tl.where(j_inside[None, :], tl.math.exp2(s - lse[:, None]), 0.0)
     dp = products(dout, v, BLOCK_M, BLOCK_N, PRECISION)
-    if options.seed_ptr is not None:
-        dp *= dropout_factor(options, row, i[:, None], j[None, :])
+    if option_ptrs.seed_ptr is not None:
+        dp *= dropout_factor(option_ptrs, row, i[:, None], j[None, :])
     return p * (dp - delta[:, None])
 
 
@@ -81,7 +81,7 @@ def attention_bias_gradient_kernel(
     shared_heads,  # H where it is the same for all heads, else 1
     own_heads,  # heads of dbias: 1 or H
     scale,
-    options,  # see attention_scores.py
+    option_ptrs,  # see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
@@ -112,7 +112,7 @@ def attention_bias_gradient_kernel(
         image = own_image + n // k_through // q_through // shared_heads
         acc += _score_gradient(
             (q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr), (q_strides, k_strides, v_strides, dout_strides),
-            (heads, queries, keys), image, head, i, j, i < queries, j < keys, 0.0, scale * LOG2_E, options,
+            (heads, queries, keys), image, head, i, j, i < queries, j < keys, 0.0, scale * LOG2_E, option_ptrs,
             UNIT, DIM, PIECES, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
@@ -149,7 +149,7 @@ def attention_table_gradient_kernel(
     w,
     prefix,  # 1 with a class token: R = (2h-1)(2w-1) + 3, else 0 and no 3
     scale,
-    options,  # those besides the table; see attention_scores.py
+    option_ptrs,  # those besides the table; see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
@@ -217,7 +217,7 @@ def attention_table_gradient_kernel(
         j_inside = (x + c >= shift) & (x + c - shift < j_count) & (j >= first_key) & (j < tokens)
         acc += _score_gradient(
             (q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr), (q_strides, k_strides, v_strides, dout_strides),
-            (heads, tokens, tokens), n // steps, head, i, j, i_inside, j_inside, fixed, scale * LOG2_E, options,
+            (heads, tokens, tokens), n // steps, head, i, j, i_inside, j_inside, fixed, scale * LOG2_E, option_ptrs,
             UNIT, DIM, PIECES, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
@@ -270,7 +270,7 @@ def attention_bias_gradient(
         "shared_images": batch // own_images if own_images else 0,
         "shared_heads": heads // own_heads,
         "own_heads": own_heads,
-        "options": pointers,
+        "option_ptrs": pointers,
         "BLOCK_M": fit(queries, tile["rows"]),
         "BLOCK_N": fit(keys, tile["block"]),
         "SUM_QUERIES": own_queries == 1,
@@ -316,7 +316,7 @@ def attention_table_gradient(
         "h": h,
         "w": w,
         "prefix": prefix,
-        "options": pointers._replace(table_ptr=None, window=None),
+        "option_ptrs": pointers._replace(table_ptr=None, window=None),
         "BLOCK_M": rows,
         "BLOCK_N": tile["block"],
         "SPLIT": w > rows,

@@ -59,7 +59,7 @@ def attention_rel_pos_keys_gradient_kernel(
     tokens,  # T
     shared_heads,  # H where the heads share the relative position keys, else 1
     scale,
-    options,  # see attention_scores.py
+    option_ptrs,  # see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
@@ -71,7 +71,9 @@ def attention_rel_pos_keys_gradient_kernel(
     blocks = tl.cdiv(count, ROWS)
     own_head, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS
     r = first + tl.arange(0, ROWS)
-    own = neighbours(rel_pos_keys_rows(options, own_head, DIM), first, count, ROWS, DIM, PIECES, q_ptr.dtype.element_ty)
+    own = neighbours(
+        rel_pos_keys_rows(option_ptrs, own_head, DIM), first, count, ROWS, DIM, PIECES, q_ptr.dtype.element_ty
+    )
 
     # Row r has the pairs (i, i - r + T - 1): the queries from r - T + 1 to r, as far as there are any.
     lowest = tl.maximum(first - tokens + 1, 0)
@@ -96,11 +98,11 @@ def attention_rel_pos_keys_gradient_kernel(
         s = (s + products(own, q, ROWS, BLOCK_M, PRECISION)) * (scale * LOG2_E)
         i, j = i[None, :], i[None, :] - r[:, None] + tokens - 1
         exists = (j >= 0) & (j < tokens)
-        s = score_mod(s, options, image, head, heads, i, tl.maximum(j, 0), tokens, tokens)
+        s = score_mod(s, option_ptrs, image, head, heads, i, tl.maximum(j, 0), tokens, tokens)
         p = tl.where(exists, tl.math.exp2(s - lse[None, :]), 0.0)
         dp = diagonals(dout, v, nearest, tokens, BLOCK_M, ROWS, DIM, PIECES, True, PRECISION)
-        if options.seed_ptr is not None:
-            dp *= dropout_factor(options, image * heads + head, i, j)
+        if option_ptrs.seed_ptr is not None:
+            dp *= dropout_factor(option_ptrs, image * heads + head, i, j)
         grad = add_products(grad, p * (dp - delta[None, :]), q, PRECISION)
 
     drel_pos_keys = drel_pos_keys_ptr + own_head.to(tl.int64) * count * DIM, DIM
@@ -133,7 +135,7 @@ def attention_rel_pos_keys_gradient(
         "images": batch,
         "tokens": tokens,
         "shared_heads": heads // own_heads,
-        "options": pointers,
+        "option_ptrs": pointers,
         "ROWS": fit(count, tile["rows"]),
         "BLOCK_M": fit(tokens, tile["block"]),
     }

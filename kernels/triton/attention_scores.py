@@ -1,6 +1,6 @@
 """The score mod of attention: bias, table or relative position keys, absent keys, packed sequences, dropout.
 
-The kernels take one argument for all of it, :class:`OptionPointers`, and call the functions here. The compiler knows
+The kernels take one argument for all of it, ``option_ptrs`` (Triton keeps the name ``options``), and call the functions here. The compiler knows
 which of its members are None: it makes no code for options that are not used.
 """
 
@@ -82,51 +82,51 @@ def sequence(cu_ptr, image, tokens):
 
 
 @triton.jit
-def score_mod(s, options, image, head, heads, i, j, queries, keys):
+def score_mod(s, option_ptrs, image, head, heads, i, j, queries, keys):
     """Return s + bias for queries i and keys j of one head, in units of log2; -inf where a key is absent.
 
     i and j broadcast to the shape of s, so a tile may have its queries along either axis. What lies beyond the last
     query or key is not loaded, and only its being finite is of any use.
     """
     inside = (i < queries) & (j < keys)
-    if options.bias_ptr is not None:
-        strides = options.bias_strides
-        start = options.bias_ptr + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    if option_ptrs.bias_ptr is not None:
+        strides = option_ptrs.bias_strides
+        start = option_ptrs.bias_ptr + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
         bias = tl.load(start + i.to(tl.int64) * strides[2] + j.to(tl.int64) * strides[3], mask=inside, other=0.0)
         s += bias.to(tl.float32) * LOG2_E
-    if options.table_ptr is not None:
-        h, w, prefix = options.window[0], options.window[1], options.window[2]
+    if option_ptrs.table_ptr is not None:
+        h, w, prefix = option_ptrs.window[0], option_ptrs.window[1], option_ptrs.window[2]
         across, last = 2 * w - 1, (2 * h - 1) * (2 * w - 1) + 2
         patch_i, patch_j = i - prefix, j - prefix
         # (yi - yj + h - 1) (2w - 1) + xi - xj + w - 1: what i gives less what j takes
         row = (patch_i // w + h - 1) * across + patch_i % w + w - 1 - (patch_j // w * across + patch_j % w)
         row = tl.where(j < prefix, last - 1, row)
         row = tl.where(i < prefix, tl.where(j < prefix, last, last - 2), row)
-        bias = tl.load(options.table_ptr + row * heads + head, mask=inside, other=0.0)
+        bias = tl.load(option_ptrs.table_ptr + row * heads + head, mask=inside, other=0.0)
         s += bias.to(tl.float32) * LOG2_E
-    if options.mask_ptr is not None:
-        strides = options.mask_strides
-        start = options.mask_ptr + image.to(tl.int64) * strides[0]
+    if option_ptrs.mask_ptr is not None:
+        strides = option_ptrs.mask_strides
+        start = option_ptrs.mask_ptr + image.to(tl.int64) * strides[0]
         kept = tl.load(start + j.to(tl.int64) * strides[1], mask=j < keys, other=0)
         s = tl.where(kept != 0, s, float("-inf"))
     return s
 
 
 @triton.jit
-def rel_pos_keys_rows(options, head, DIM: tl.constexpr):
+def rel_pos_keys_rows(option_ptrs, head, DIM: tl.constexpr):
     """Return (the first of one head's relative position keys, the step to the next)."""
-    return options.rel_pos_keys_ptr + head.to(tl.int64) * options.rel_pos_keys_stride * DIM, DIM
+    return option_ptrs.rel_pos_keys_ptr + head.to(tl.int64) * option_ptrs.rel_pos_keys_stride * DIM, DIM
 
 
 @triton.jit
-def dropout_factor(options, row, i, j):
+def dropout_factor(option_ptrs, row, i, j):
     """Return the factor of each weight of queries i and keys j: 0 or gain. ``row`` is image * H + head.
 
     Word 0 of Philox4x32-10 (Salmon et al., 2011) with counter (j, i, row, 0), the seed for a key.
     """
-    bits, _, _, _ = tl.philox(tl.load(options.seed_ptr), j, i, row, 0)
-    dropped = bits < tl.full((), options.threshold, tl.uint32)
-    return tl.where(dropped, 0.0, options.gain)
+    bits, _, _, _ = tl.philox(tl.load(option_ptrs.seed_ptr), j, i, row, 0)
+    dropped = bits < tl.full((), option_ptrs.threshold, tl.uint32)
+    return tl.where(dropped, 0.0, option_ptrs.gain)
 
 
 @triton.jit
