@@ -65,7 +65,7 @@ def _attend(
     DIM: tl.constexpr,
     PIECES: tl.constexpr,
     EDGE: tl.constexpr,  # the last of these keys is the last key; no keys came before
-    SCORE_MOD: tl.constexpr,  # the options change the scores, which are scaled at once; else their maximum is that of q k^T
+    SCORE_MOD: tl.constexpr,  # options change the scores: they are scaled at once; else their maximum is that of q k^T
     PRECISION: tl.constexpr,
 ):
     """Take one step of the online softmax."""

@@ -1,7 +1,8 @@
 """The score mod of attention: bias, table or relative position keys, absent keys, packed sequences, dropout.
 
-The kernels take one argument for all of it, ``option_ptrs`` (Triton keeps the name ``options``), and call the functions here. The compiler knows
-which of its members are None: it makes no code for options that are not used.
+The kernels take one argument for all of it, ``option_ptrs``, an :class:`OptionPointers` (Triton keeps the name
+``options``), and call the functions here. The compiler knows which of its members are None: it makes no code for
+options that are not used.
 """
 
 from __future__ import annotations
