@@ -7,23 +7,23 @@ namespace fastvit {
 
 namespace sm80 {
 void attention_forward(
-    const Device&, const AttentionModifiers&, const Array& q, const Array& k, const Array& v, double scale,
+    const Device&, const AttentionOptions&, const Array& q, const Array& k, const Array& v, double scale,
     const Array& out, const Array& lse);
 void attention_query_gradient(
-    const Device&, const AttentionModifiers&, const Array& dout, const Array& dlse, const Array& q, const Array& k, const Array& v,
+    const Device&, const AttentionOptions&, const Array& dout, const Array& dlse, const Array& q, const Array& k, const Array& v,
     const Array& out, const Array& lse, double scale, const Array& dq, const Array& delta);
 void attention_key_value_gradient(
-    const Device&, const AttentionModifiers&, const Array& dout, const Array& q, const Array& k, const Array& v,
+    const Device&, const AttentionOptions&, const Array& dout, const Array& q, const Array& k, const Array& v,
     const Array& lse, const Array& delta, double scale, const Array& dk, const Array& dv);
 void attention_bias_gradient(
-    const Device&, const AttentionModifiers&, const Array& dout, const Array& q, const Array& k, const Array& v,
+    const Device&, const AttentionOptions&, const Array& dout, const Array& q, const Array& k, const Array& v,
     const Array& lse, const Array& delta, double scale, const Array& dbias);
 void attention_table_gradient(
-    const Device&, const AttentionModifiers&, const Array& dout, const Array& q, const Array& k, const Array& v,
+    const Device&, const AttentionOptions&, const Array& dout, const Array& q, const Array& k, const Array& v,
     const Array& lse, const Array& delta, double scale, const Array& dtable);
-void attention_distances_gradient(
-    const Device&, const AttentionModifiers&, const Array& dout, const Array& q, const Array& k, const Array& v,
-    const Array& lse, const Array& delta, double scale, const Array& ddistances);
+void attention_rel_pos_keys_gradient(
+    const Device&, const AttentionOptions&, const Array& dout, const Array& q, const Array& k, const Array& v,
+    const Array& lse, const Array& delta, double scale, const Array& drel_pos_keys);
 void linear_forward(
     const Device&, const Array& x, const Array& weight, const Array& bias, const std::string& activation,
     const Array& residual, const Array& gamma, const Array& row_scale, const Array& out, const Array& preact);
@@ -67,47 +67,47 @@ constexpr bool hopper(const Device&) { return false; }
 
 }  // namespace
 
-// Modifiers are for the family for 8.0 alone.
+// Mod are for the family for 8.0 alone.
 void attention_forward(
-    const Device& device, const AttentionModifiers& modifiers, const Array& q, const Array& k, const Array& v,
+    const Device& device, const AttentionOptions& options, const Array& q, const Array& k, const Array& v,
     double scale, const Array& out, const Array& lse) {
 #ifdef FASTVIT_SM90
-  if (hopper(device) && !modifiers.any() && sm90::attention_forward_takes(device, q, k, v)) {
+  if (hopper(device) && !options.any() && sm90::attention_forward_takes(device, q, k, v)) {
     return sm90::attention_forward(device, q, k, v, scale, out, lse);
   }
 #endif
-  sm80::attention_forward(device, modifiers, q, k, v, scale, out, lse);
+  sm80::attention_forward(device, options, q, k, v, scale, out, lse);
 }
 
 void attention_query_gradient(
-    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& dlse, const Array& q,
+    const Device& device, const AttentionOptions& options, const Array& dout, const Array& dlse, const Array& q,
     const Array& k, const Array& v, const Array& out, const Array& lse, double scale, const Array& dq,
     const Array& delta) {
-  sm80::attention_query_gradient(device, modifiers, dout, dlse, q, k, v, out, lse, scale, dq, delta);
+  sm80::attention_query_gradient(device, options, dout, dlse, q, k, v, out, lse, scale, dq, delta);
 }
 
 void attention_key_value_gradient(
-    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
+    const Device& device, const AttentionOptions& options, const Array& dout, const Array& q, const Array& k,
     const Array& v, const Array& lse, const Array& delta, double scale, const Array& dk, const Array& dv) {
-  sm80::attention_key_value_gradient(device, modifiers, dout, q, k, v, lse, delta, scale, dk, dv);
+  sm80::attention_key_value_gradient(device, options, dout, q, k, v, lse, delta, scale, dk, dv);
 }
 
 void attention_bias_gradient(
-    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
+    const Device& device, const AttentionOptions& options, const Array& dout, const Array& q, const Array& k,
     const Array& v, const Array& lse, const Array& delta, double scale, const Array& dbias) {
-  sm80::attention_bias_gradient(device, modifiers, dout, q, k, v, lse, delta, scale, dbias);
+  sm80::attention_bias_gradient(device, options, dout, q, k, v, lse, delta, scale, dbias);
 }
 
 void attention_table_gradient(
-    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
+    const Device& device, const AttentionOptions& options, const Array& dout, const Array& q, const Array& k,
     const Array& v, const Array& lse, const Array& delta, double scale, const Array& dtable) {
-  sm80::attention_table_gradient(device, modifiers, dout, q, k, v, lse, delta, scale, dtable);
+  sm80::attention_table_gradient(device, options, dout, q, k, v, lse, delta, scale, dtable);
 }
 
-void attention_distances_gradient(
-    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
-    const Array& v, const Array& lse, const Array& delta, double scale, const Array& ddistances) {
-  sm80::attention_distances_gradient(device, modifiers, dout, q, k, v, lse, delta, scale, ddistances);
+void attention_rel_pos_keys_gradient(
+    const Device& device, const AttentionOptions& options, const Array& dout, const Array& q, const Array& k,
+    const Array& v, const Array& lse, const Array& delta, double scale, const Array& drel_pos_keys) {
+  sm80::attention_rel_pos_keys_gradient(device, options, dout, q, k, v, lse, delta, scale, drel_pos_keys);
 }
 
 void linear_forward(

@@ -1,6 +1,6 @@
 // Registers every launcher of ops.h with PyTorch, through the LibTorch stable ABI: one shared object for every supported
 // version. The schema of an op follows from its C++ signature: all its arrays are `Tensor?`, outputs too, and before them
-// stands a tensor that says on which device to run. fastvit/ops/cuda.py is the only caller.
+// stands a tensor that says on which device to run. fastvit/cuda/ is the only caller.
 //
 // Built with g++ and FASTVIT_HOST, the same ops take CPU tensors and run in tests/emulator.
 
@@ -82,8 +82,12 @@ struct Scope {
     for (int i = 0; i < a.dims; ++i) last += (a.size[i] - 1) * a.stride[i];
     host::allocation(a.data, (last + 1) * bytes(a.dtype));
   }
-  static void allow(const AttentionModifiers& m) {
-    for (const Array* a : {&m.bias, &m.table, &m.distances, &m.key_mask, &m.cu_q, &m.cu_k, &m.seed}) allow(*a);
+  static void allow(const AttentionOptions& m) {
+#define FASTVIT_ALLOW(name) allow(m.name);
+#define FASTVIT_SKIP(name)
+    FASTVIT_ATTENTION_OPTIONS(FASTVIT_ALLOW, FASTVIT_SKIP, FASTVIT_SKIP)
+#undef FASTVIT_ALLOW
+#undef FASTVIT_SKIP
   }
   template <class T> static void allow(const T&) {}
 };
@@ -160,8 +164,8 @@ auto run(const Tensor& on, const P&... arguments) {
 }
 
 template <class... P>
-std::string schema_of(const char* name, const char* result) {
-  std::string text = std::string(name) + "(Tensor on";
+std::string schema_of(const char* name, const char* result, const char* options = "") {
+  std::string text = std::string(name) + "(Tensor on" + options;
   int i = 0;
   ((text += std::string(", ") + schema_name<P> + " x" + std::to_string(i++)), ...);
   return text + ") -> " + result;
@@ -176,23 +180,35 @@ struct Op<launcher, R (*)(const Device&, P...)> {
   static std::string schema(const char* name) { return schema_of<P...>(name, schema_name<R>); }
 };
 
-// Attention's modifiers come one by one, before the other arguments and in the order of their struct.
+// Attention's options come one by one, before the other arguments and under their names.
 template <auto launcher, class R, class... P>
-struct Op<launcher, R (*)(const Device&, const AttentionModifiers&, P...)> {
-  using MaybeTensor = std::optional<Tensor>;
-
+struct Op<launcher, R (*)(const Device&, const AttentionOptions&, P...)> {
+#define FASTVIT_ARRAY(name) const std::optional<Tensor> name,
+#define FASTVIT_INTEGER(name) const int64_t name,
+#define FASTVIT_REAL(name) const double name,
   static R call(
-      const Tensor on, MaybeTensor bias, MaybeTensor table, MaybeTensor distances, MaybeTensor key_mask,
-      MaybeTensor cu_q, MaybeTensor cu_k, MaybeTensor seed, int64_t window_height, int64_t window_width, int64_t max_q, int64_t max_k, double dropout_p,
+      const Tensor on, FASTVIT_ATTENTION_OPTIONS(FASTVIT_ARRAY, FASTVIT_INTEGER, FASTVIT_REAL)
       typename Parameter<P>::Boxed... boxed) {
-    const AttentionModifiers modifiers{
-        array(bias), array(table), array(distances), array(key_mask), array(cu_q), array(cu_k), array(seed),
-        window_height, window_width, max_q, max_k, dropout_p};
-    return run<launcher>(on, modifiers, Parameter<P>::unbox(boxed)...);
+#undef FASTVIT_ARRAY
+#undef FASTVIT_INTEGER
+#undef FASTVIT_REAL
+#define FASTVIT_ARRAY(name) array(name),
+#define FASTVIT_NUMBER(name) name,
+    const AttentionOptions options{FASTVIT_ATTENTION_OPTIONS(FASTVIT_ARRAY, FASTVIT_NUMBER, FASTVIT_NUMBER)};
+#undef FASTVIT_ARRAY
+#undef FASTVIT_NUMBER
+    return run<launcher>(on, options, Parameter<P>::unbox(boxed)...);
   }
+
   static std::string schema(const char* name) {
-    using A = const Array&;
-    return schema_of<A, A, A, A, A, A, A, int64_t, int64_t, int64_t, int64_t, double, P...>(name, schema_name<R>);
+#define FASTVIT_ARRAY(name) ", Tensor? " #name
+#define FASTVIT_INTEGER(name) ", int " #name
+#define FASTVIT_REAL(name) ", float " #name
+    return schema_of<P...>(
+        name, schema_name<R>, FASTVIT_ATTENTION_OPTIONS(FASTVIT_ARRAY, FASTVIT_INTEGER, FASTVIT_REAL));
+#undef FASTVIT_ARRAY
+#undef FASTVIT_INTEGER
+#undef FASTVIT_REAL
   }
 };
 
@@ -219,11 +235,11 @@ struct Op<launcher, R (*)(const Device&, const AttentionModifiers&, P...)> {
   _(attention_key_value_gradient)    \
   _(attention_bias_gradient)         \
   _(attention_table_gradient)        \
-  _(attention_distances_gradient)    \
+  _(attention_rel_pos_keys_gradient)    \
   _(attention_rows)                  \
   _(attention_distance)              \
   _(attention_distance_blocks)       \
-  _(rope)                            \
+  _(apply_rotary)                    \
   _(patch_embed_forward)             \
   _(patch_embed_weight_gradient)     \
   _(patch_embed_weight_gradient_splits) \

@@ -255,7 +255,7 @@ def table_bias(table: Tensor, window: tuple[int, int], queries: Tensor | None = 
 
 
 def relative_bias(q: Tensor, keys: Tensor, scale: float | None, queries: Tensor | None = None) -> Tensor:
-    """q's scores (B, H, T, T) with keys of the distances: ((H,) 2T-1, d), row i - j + T - 1 for query i and key j.
+    """q's scores (B, H, T, T) with relative position keys: ((H,) 2T-1, d), row i - j + T - 1 for query i and key j.
 
     With ``queries`` (R,) those of some queries alone, (B, H, R, T).
 
@@ -432,12 +432,12 @@ def bias_of_rows(
 
 
 def attention_rows(
-    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, *, scale: float | None = None, **modifiers: Any
+    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, *, scale: float | None = None, **options: Any
 ) -> Tensor:
     """See :func:`fastvit.ops.attention_rows`. exp(scores - lse) of the rows (R,), which may count from the end."""
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = rows % q.shape[1]
-    added = bias_of_rows(q, rows, wide, scale, **modifiers)
+    added = bias_of_rows(q, rows, wide, scale, **options)
     scores = q[:, rows].transpose(1, 2).to(wide) @ k.permute(0, 2, 3, 1).to(wide)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     lse = lse[:, :, rows, None]

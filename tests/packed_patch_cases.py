@@ -52,8 +52,8 @@ def make(
 
 
 class PackedPatchCases:
-    forward: Callable[..., Tensor]  # patch_embed_packed_forward
-    weight_gradient: Callable[..., Tensor]  # patch_embed_packed_weight_gradient
+    forward: Callable[..., Tensor]  # patch_embed_forward
+    weight_gradient: Callable[..., Tensor]  # patch_embed_weight_gradient
 
     def check(self, packed: PackedImages, args: dict[str, Any], **options: Any) -> None:
         """``options`` are the launchers' own."""
@@ -77,7 +77,7 @@ class PackedPatchCases:
                 dout[0, rows],
                 packed.pixels,
                 weight.shape,
-                packed.layout,
+                layout=packed.layout,
                 mean=args["mean"],
                 std=args["std"],
                 **options,
@@ -141,6 +141,6 @@ class PackedPatchCases:
         packed, args = make(dtype=torch.bfloat16)
         dout = torch.randn(len(packed.layout.image), 24).bfloat16()
         first, second = (
-            self.weight_gradient(dout, packed.pixels, args["weight"].shape, packed.layout) for _ in range(2)
+            self.weight_gradient(dout, packed.pixels, args["weight"].shape, layout=packed.layout) for _ in range(2)
         )
         assert torch.equal(first, second)

@@ -564,7 +564,9 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     for layout, path in (("torchvision", "tv.pth"), ("npz", "vit.npz")):
         with pytest.raises(ValueError, match="has no names for reg_token"):
             convert(state, tmp_path / path, layout, num_heads=2)
-    with pytest.raises(ValueError, match="layout 'jax' can't be written; accepted: huggingface, huggingface-5, timm, torchvision, npz"):
+    with pytest.raises(
+        ValueError, match="layout 'jax' can't be written; accepted: huggingface, huggingface-5, timm, torchvision, npz"
+    ):
         convert(state, tmp_path / "x.pth", "jax")
     with pytest.raises(ValueError, match="go together"):
         convert(state, tmp_path / "x.npz", "timm")

@@ -30,7 +30,7 @@ PRODUCTS = {
     "attention_backward_sm80": AMPERE,
     "attention_rows": AMPERE,
     "attention_bias_sm80": AMPERE,
-    "attention_distances_sm80": {"HMMA", "LDSM"},  # copies of its own warp alone: nothing to run ahead of
+    "attention_rel_pos_keys_sm80": {"HMMA", "LDSM"},  # copies of its own warp alone: nothing to run ahead of
     "attention_sm80": AMPERE,
     "attention_sm90": HOPPER,
     "linear_sm80": AMPERE,

@@ -25,16 +25,16 @@ def test_attention_without_keys_is_zero() -> None:
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
-def test_keys_of_distances_are_more_attention() -> None:
+def test_rel_pos_keys_are_more_attention() -> None:
     """The ViT paper's appendix D.3, with one set of keys for all heads, and with one for each."""
     q, k, v = torch.randn(3, 2, 5, 3, 8).double().unbind(0)
-    for distances in (torch.randn(9, 8).double(), torch.randn(3, 9, 8).double()):
-        out = reference.attention(q, k, v, scale=0.3, rel_pos_keys=distances)
+    for keys in (torch.randn(9, 8).double(), torch.randn(3, 9, 8).double()):
+        out = reference.attention(q, k, v, scale=0.3, rel_pos_keys=keys)
         scores = torch.einsum("bihd,bjhd->bhij", q, k)
         for h in range(3):
             for i in range(5):
                 for j in range(5):
-                    key = distances[i - j + 4] if distances.ndim == 2 else distances[h, i - j + 4]
+                    key = keys[i - j + 4] if keys.ndim == 2 else keys[h, i - j + 4]
                     scores[:, h, i, j] += q[:, i, h] @ key
         torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bihd", (scores * 0.3).softmax(-1), v))
 
@@ -44,30 +44,30 @@ def test_packed_attention_is_attention() -> None:
     assert torch.equal(reference.attention_qkvpacked(qkv), reference.attention(*qkv.unbind(2)))
 
 
-@pytest.mark.parametrize("what", ["plain", "bias", "table", "distances", "mask"])
+@pytest.mark.parametrize("what", ["plain", "bias", "table", "rel_pos_keys", "mask"])
 def test_rows_of_attention_are_the_softmax(what: str) -> None:
     q, k = torch.randn(2, 2, 7, 3, 8).double()
-    modifiers = {
+    options = {
         "plain": {},
         "bias": {"bias": torch.randn(1, 3, 7, 7).double()},
         "table": {"rel_pos_table": torch.randn(3 * 5 + 3, 3).double(), "window": (2, 3)},
-        "distances": {"rel_pos_keys": torch.randn(3, 13, 8).double()},
+        "rel_pos_keys": {"rel_pos_keys": torch.randn(3, 13, 8).double()},
         "mask": {"key_mask": torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0] * 7]).bool()},
     }[what]
-    _, lse = reference.attention(q, k, k, scale=0.3, return_lse=True, **modifiers)
+    _, lse = reference.attention(q, k, k, scale=0.3, return_lse=True, **options)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.3
     scores = (
         scores
         + {
             "plain": lambda: 0,
-            "bias": lambda: modifiers["bias"],
-            "table": lambda: reference.table_bias(modifiers["rel_pos_table"], (2, 3)),
-            "distances": lambda: reference.relative_bias(q, modifiers["rel_pos_keys"], 0.3),
-            "mask": lambda: torch.where(modifiers["key_mask"], 0, -math.inf)[:, None, None],
+            "bias": lambda: options["bias"],
+            "table": lambda: reference.table_bias(options["rel_pos_table"], (2, 3)),
+            "rel_pos_keys": lambda: reference.relative_bias(q, options["rel_pos_keys"], 0.3),
+            "mask": lambda: torch.where(options["key_mask"], 0, -math.inf)[:, None, None],
         }[what]()
     )
     rows = torch.tensor([3, 0, -1])
-    found = reference.attention_rows(q, k, lse, rows, scale=0.3, **modifiers)
+    found = reference.attention_rows(q, k, lse, rows, scale=0.3, **options)
     torch.testing.assert_close(found, scores.softmax(-1)[:, :, rows].nan_to_num(0))
 
 

@@ -88,7 +88,9 @@ def _check(compiled: compile_report.Compiled, half: bool) -> None:
         assert "tf32" not in compiled.ptx, f"{where}: tf32 in a float32 kernel"
     elif compiled.has_dot:
         # One query, a row of a window, or tiles for many registers: wgmma and tcgen05 start at 64 rows.
-        few_rows = any(f"ROWS={n}," in compiled.constants for n in (16, 32))
+        owned = "BLOCK_N" if "key_value" in compiled.name else "ROWS" if "rel_pos_keys" in compiled.name else "BLOCK_M"
+        attention = compiled.name.startswith("attention")
+        few_rows = attention and any(f"{owned}={n}," in compiled.constants for n in (16, 32))
         mnemonic = "HMMA" if few_rows else {90: "HGMMA", 100: "tcgen05"}.get(compiled.arch, "HMMA")
         assert mnemonic in (compiled.ptx if mnemonic == "tcgen05" else compiled.instructions()), (
             f"{where}: no {mnemonic}"
@@ -177,7 +179,7 @@ def test_every_row_of_the_linear_table_is_compiled(arch: int, dtype: torch.dtype
 @pytest.mark.parametrize("arch", SLOW_BUT_90)
 def test_what_no_workload_runs_compiles_and_passes_its_gates(arch: int, dtype: torch.dtype) -> None:
     """Rotations, and rows and distances of attention's weights, at head dims with and without a rest."""
-    from fastvit.triton.launchers import attention_distance, attention_rows, rope
+    from fastvit.triton.launchers import apply_rotary, attention_distance, attention_rows
 
     with launch.record(arch) as launches:
         for head_dim in (64, 72, 128):
@@ -185,7 +187,7 @@ def test_what_no_workload_runs_compiles_and_passes_its_gates(arch: int, dtype: t
             lse = torch.empty(64, 12, 201, device="meta")
             cos, sin = torch.empty(2, 196, head_dim, device="meta")
             for inverse in (False, True):
-                rope(q, k, cos, sin, inverse=inverse)
+                apply_rotary(q, k, cos, sin, inverse=inverse)
             for count in (1, 64):
                 bias = torch.empty(1, 1, count, 201, device="meta").expand(64, 12, -1, -1) if count > 1 else None
                 attention_rows(q, k, lse, torch.empty(count, dtype=torch.int64, device="meta"), 0.125, bias=bias)

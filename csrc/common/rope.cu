@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_angles(float (&to)[N], const Angles& angles
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) rope_kernel(
+__global__ void __launch_bounds__(kThreads) apply_rotary_kernel(
     Heads<T> q,      // (B, T, H, d)
     Heads<T> k,      // (B, T, H, d)
     Heads<T> q_out,  // (B, T, H, d)
@@ -108,23 +108,23 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(
 
 void require_heads(const char* what, const Array& a, const Array& like) {
   const bool same = a.dims == 4 && std::equal(a.size, a.size + 4, like.size);
-  require(same && a.dtype == like.dtype && a.stride[3] == 1, "rope: ", what, "; accepted: q's shape and dtype, ",
+  require(same && a.dtype == like.dtype && a.stride[3] == 1, "apply_rotary: ", what, "; accepted: q's shape and dtype, ",
           "with a unit last stride");
   for (int i = 0; i < 3; ++i) {
-    require(a.stride[i] % 8 == 0, "rope: ", what, " has a stride of ", a.stride[i], "; accepted: multiples of 8");
+    require(a.stride[i] % 8 == 0, "apply_rotary: ", what, " has a stride of ", a.stride[i], "; accepted: multiples of 8");
   }
-  require(reinterpret_cast<uintptr_t>(a.data) % 16 == 0, "rope: ", what, "; accepted: at a multiple of 16 bytes");
+  require(reinterpret_cast<uintptr_t>(a.data) % 16 == 0, "apply_rotary: ", what, "; accepted: at a multiple of 16 bytes");
 }
 
 }  // namespace
 
-void rope(
+void apply_rotary(
     const Device& device, const Array& q, const Array& k, const Array& cos, const Array& sin, int64_t inverse,
     const Array& q_out, const Array& k_out) {
-  require(q.dims == 4 && (q.dtype == DType::float16 || q.dtype == DType::bfloat16), "rope: q is ", name(q.dtype),
+  require(q.dims == 4 && (q.dtype == DType::float16 || q.dtype == DType::bfloat16), "apply_rotary: q is ", name(q.dtype),
           "; accepted: (B, T, H, d) float16, bfloat16");
   const int64_t batch = q.size[0], tokens = q.size[1], heads = q.size[2], dim = q.size[3];
-  require(dim % 8 == 0 && dim <= 1024, "rope: head dim ", dim, "; accepted: multiples of 8 up to 1024");
+  require(dim % 8 == 0 && dim <= 1024, "apply_rotary: head dim ", dim, "; accepted: multiples of 8 up to 1024");
   require_heads("q", q, q);
   require_heads("k", k, q);
   require_heads("q_out", q_out, q);
@@ -133,10 +133,10 @@ void rope(
     const int last = each->dims - 1;
     require((last == 1 || (last == 2 && each->size[0] == batch)) && each->size[last] == dim && each->dtype == cos.dtype &&
                 each->size[last - 1] == cos.size[cos.dims - 2] && each->size[last - 1] <= tokens,
-            "rope: cos or sin; accepted: (T', ", dim, ") or (", batch, ", T', ", dim, ") with T' up to ", tokens);
+            "apply_rotary: cos or sin; accepted: (T', ", dim, ") or (", batch, ", T', ", dim, ") with T' up to ", tokens);
     require(each->dtype != DType::uint8 && reinterpret_cast<uintptr_t>(each->data) % 16 == 0 && each->stride[last] == 1 &&
                 each->stride[last - 1] == dim,
-            "rope: cos or sin; accepted: float32, float16 or bfloat16, contiguous, at a multiple of 16 bytes");
+            "apply_rotary: cos or sin; accepted: float32, float16 or bfloat16, contiguous, at a multiple of 16 bytes");
   }
   const int64_t rows = batch * tokens;
   if (rows == 0) return;
@@ -144,12 +144,12 @@ void rope(
   const int64_t blocks = ceil_div(rows, kThreads / (dim / 2 / n));
   // Few blocks are shared out by heads.
   const int64_t per_block = blocks >= 4 * device.multiprocessors ? heads : 1, groups = ceil_div(heads, per_block);
-  require(blocks < (int64_t{1} << 31) && tokens < (int64_t{1} << 31) && groups < 65536, "rope: ", rows, " tokens of ",
+  require(blocks < (int64_t{1} << 31) && tokens < (int64_t{1} << 31) && groups < 65536, "apply_rotary: ", rows, " tokens of ",
           heads, " heads; accepted: up to 2^31 blocks, 65535 heads");
   const auto angles = [](const Array& a) { return Angles{a.data, a.dtype, a.dims == 3 ? a.stride[0] : 0}; };
   const auto run = [&](auto type, auto vector) {
     using T = decltype(type);
-    launch(device, rope_kernel<T, vector()>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)), kThreads,
+    launch(device, apply_rotary_kernel<T, vector()>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)), kThreads,
            0, heads_of<T>(q), heads_of<T>(k), heads_of<T>(q_out), heads_of<T>(k_out), angles(cos), angles(sin), rows,
            static_cast<int>(tokens), static_cast<int>(heads), static_cast<int>(per_block),
            static_cast<int>(tokens - cos.size[cos.dims - 2]), static_cast<int>(dim / 2), inverse != 0);

@@ -136,29 +136,40 @@ void finish_weight_gradient(
     const Array& dweight,  // (N, K) any, contiguous
     const Array& dgamma);  // (N,) float32, or none
 
-// What attention's scores may be given besides their scale; what is none, or 0, changes nothing. Scores are
-// x = scale * q k^T + bias, or + table[...]; where key_mask is 0, -inf. A row without any key gives zeros, a lse of -inf
-// and no gradient.
-struct AttentionModifiers {
-  Array bias;      // (B, H, Tq, Tk) any, any strides (0 where it is broadcast), or none
-  Array table;     // ((2h - 1) (2w - 1) [+ 3], H) any, any strides, or none: BEiT's, of a window of h x w patches
-  Array distances; // (H, 2T - 1, d) in q's dtype, each head's contiguous, or none: + scale q_i . distances[i - j + T - 1]
-  Array key_mask;  // (B, Tk) uint8, any strides, or none: 0 for keys that are not there
-  Array cu_q;      // (n + 1,) int32, or none: the starts of n sequences that lie packed in the one row of q; B is 1 then,
-  Array cu_k;      //   and vectors are (1, H, Tq). Kernels take them as within the tensors, whatever they say.
-  Array seed;      // (1,) int64, or none: of dropout
-  int64_t window_height = 0, window_width = 0;  // h, w
-  int64_t max_q = 0, max_k = 0;                 // the longest sequence of q, and of k
-  double dropout_p = 0;  // weight (i, j) stays if Philox4x32-10 of (j, i, image * H + head, 0) reaches p * 2^32
+// The options of fastvit/attention_options.py: its tensors in their order, then its numbers. What is none, or 0, changes
+// nothing. Scores are x = scale * q k^T + bias, or + rel_pos_table[...]; where key_mask is 0, -inf. A row without any key
+// gives zeros, a lse of -inf and no gradient. The struct, the schemas and their unboxing (library.cpp) derive from this.
+#define FASTVIT_ATTENTION_OPTIONS(ARRAY, INTEGER, REAL)                                                             \
+  ARRAY(bias)          /* (B, H, Tq, Tk) any, any strides (0 where it is broadcast) */                             \
+  ARRAY(rel_pos_table) /* ((2h - 1) (2w - 1) [+ 3], H) any, any strides: BEiT's, of a window of h x w patches */   \
+  ARRAY(rel_pos_keys)  /* (H, 2T - 1, d) in q's dtype, a head's contiguous: + scale q_i . rel_pos_keys[i - j + T - 1] */ \
+  ARRAY(key_mask)      /* (B, Tk) uint8, any strides: 0 for absent keys */                                         \
+  ARRAY(cu_q)          /* (n + 1,) int32: the starts of n sequences that lie packed in the one row of q; B is 1 then, */ \
+  ARRAY(cu_k)          /*   and vectors are (1, H, Tq). Kernels clamp them to the tensors. */                      \
+  ARRAY(seed)          /* (1,) int64: of dropout */                                                                \
+  INTEGER(window_height)                                                                                           \
+  INTEGER(window_width)                                                                                            \
+  INTEGER(max_q)       /* the longest sequence of q, and of k */                                                   \
+  INTEGER(max_k)                                                                                                   \
+  REAL(dropout_p)      /* weight (i, j) stays if Philox4x32-10 of (j, i, image * H + head, 0) reaches p * 2^32 */
 
-  bool any() const { return bias || table || distances || key_mask || cu_q || cu_k || dropout_p != 0; }
+struct AttentionOptions {
+#define FASTVIT_ARRAY(name) Array name;
+#define FASTVIT_INTEGER(name) int64_t name = 0;
+#define FASTVIT_REAL(name) double name = 0;
+  FASTVIT_ATTENTION_OPTIONS(FASTVIT_ARRAY, FASTVIT_INTEGER, FASTVIT_REAL)
+#undef FASTVIT_ARRAY
+#undef FASTVIT_INTEGER
+#undef FASTVIT_REAL
+
+  bool any() const { return bias || rel_pos_table || rel_pos_keys || key_mask || cu_q || cu_k || dropout_p != 0; }
 };
 
 // out = softmax(x) v for every head, weights dropped out after the softmax; lse the natural logarithm of its denominator.
 // Tk > 0.
 void attention_forward(
     const Device& device,
-    const AttentionModifiers& modifiers,
+    const AttentionOptions& options,
     const Array& q,     // (B, Tq, H, d) float16 or bfloat16, last stride 1, others multiples of 8
     const Array& k,     // (B, Tk, H, d)
     const Array& v,     // (B, Tk, H, d)
@@ -169,7 +180,7 @@ void attention_forward(
 // dq, and delta = rowsum(out * dout) - dlse.
 void attention_query_gradient(
     const Device& device,
-    const AttentionModifiers& modifiers,
+    const AttentionOptions& options,
     const Array& dout,  // (B, Tq, H, d)
     const Array& dlse,  // (B, H, Tq) float32, contiguous, or none
     const Array& q,
@@ -184,7 +195,7 @@ void attention_query_gradient(
 // dk and dv.
 void attention_key_value_gradient(
     const Device& device,
-    const AttentionModifiers& modifiers,
+    const AttentionOptions& options,
     const Array& dout,
     const Array& q,
     const Array& k,
@@ -198,7 +209,7 @@ void attention_key_value_gradient(
 // The gradient of the bias, summed over what it is broadcast over; not with packed sequences.
 void attention_bias_gradient(
     const Device& device,
-    const AttentionModifiers& modifiers,
+    const AttentionOptions& options,
     const Array& dout,
     const Array& q,
     const Array& k,
@@ -211,7 +222,7 @@ void attention_bias_gradient(
 // The gradient of the table.
 void attention_table_gradient(
     const Device& device,
-    const AttentionModifiers& modifiers,
+    const AttentionOptions& options,
     const Array& dout,
     const Array& q,
     const Array& k,
@@ -221,10 +232,10 @@ void attention_table_gradient(
     double scale,
     const Array& dtable);  // (R, H) float32, contiguous
 
-// The gradient of the keys of distances, summed over the heads where there is one for all.
-void attention_distances_gradient(
+// The gradient of the relative position keys, summed over the heads where there is one for all.
+void attention_rel_pos_keys_gradient(
     const Device& device,
-    const AttentionModifiers& modifiers,
+    const AttentionOptions& options,
     const Array& dout,
     const Array& q,
     const Array& k,
@@ -232,7 +243,7 @@ void attention_distances_gradient(
     const Array& lse,
     const Array& delta,
     double scale,
-    const Array& ddistances);  // (H or 1, 2T - 1, d) float32, contiguous
+    const Array& drel_pos_keys);  // (H or 1, 2T - 1, d) float32, contiguous
 
 // out[b, h, r] = exp(scale q[b, rows[r], h] k^T + bias - lse): rows of attention's weights. A row with lse = -inf is 0.
 void attention_rows(
@@ -255,7 +266,7 @@ void attention_distance(
 int64_t attention_distance_blocks(const Device& device, int64_t patches);
 
 // x cos + half(x) sin for x in (q, k), half(x) = (-x[d/2:], x[:d/2]); with inverse the transpose of that.
-void rope(
+void apply_rotary(
     const Device& device,
     const Array& q,        // (B, T, H, d) float16 or bfloat16, last stride 1, others multiples of 8
     const Array& k,        // (B, T, H, d)

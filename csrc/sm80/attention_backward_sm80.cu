@@ -18,7 +18,7 @@
 // is swizzled (swizzle.cuh): no read or write has a bank conflict. Blocks are 64 rows up to a head dim of 64 and 32
 // above, so that the accumulators and both blocks of scores fit registers, two or three times over in a multiprocessor.
 //
-// With modifiers (attention_modifiers.h) the same kernels take a block in parts of a few pairs of slices, so that scores
+// With options (attention_options.h) the same kernels take a block in parts of a few pairs of slices, so that scores
 // and what belongs to them fit registers, and every part takes the same path: scores that are absent or masked are -inf,
 // their p and ds 0. Under dropout dp is 0 where a weight was taken, and p too in dv.
 //
@@ -28,7 +28,7 @@
 // dq in memory.
 #include <type_traits>
 
-#include "attention_modifiers.h"
+#include "attention_options.h"
 
 namespace fastvit::sm80 {
 
@@ -44,9 +44,9 @@ template <int DIM>
 constexpr int kBlockRows = kBlockPairs<DIM> * kPair;
 // Pairs of slices whose scores are in registers at a time.
 template <int DIM, class M>
-constexpr int kPairs = M::kModified ? 1 : kBlockPairs<DIM>;
+constexpr int kPairs = M::kScoreMod ? 1 : kBlockPairs<DIM>;
 template <int DIM, class M>
-constexpr int kQueryBlocks = DIM <= 64 && !M::kModified ? kMostBlocks : 2;
+constexpr int kQueryBlocks = DIM <= 64 && !M::kScoreMod ? kMostBlocks : 2;
 
 template <class T, class M>
 struct Problem : M {
@@ -221,7 +221,7 @@ __device__ __forceinline__ float* staged_table() {
   return reinterpret_cast<float*>(shared_memory() + kSharedBytes<DIM>);
 }
 
-// The warp's window of keys of distances, which lies in the table's place.
+// The warp's window of relative position keys, which lies in the table's place.
 template <class T, int DIM>
 __device__ __forceinline__ T* window() {
   return reinterpret_cast<T*>(staged_table<DIM>()) + threadIdx.x / kLanes * kWindow * DIM;
@@ -232,15 +232,15 @@ __global__ void __launch_bounds__(kThreads, (kQueryBlocks<DIM, M>)) query_gradie
     const QueryProblem<T, M> problem) {
   constexpr int kPairs = sm80::kPairs<DIM, M>;
   const Place place(problem.first_image, kOwnedRows);
-  const M& modifiers = problem;
-  const Rows queries = modifiers.queries(place, problem.queries), keys = modifiers.keys(place, problem.keys);
-  if (M::kModified && place.first >= queries.count) return;
+  const M& options = problem;
+  const Rows queries = options.queries(place, problem.queries), keys = options.keys(place, problem.keys);
+  if (M::kScoreMod && place.first >= queries.count) return;
   const Walk<T, DIM> walk(
       Matrix<T>(problem.q, place, queries), Matrix<T>(problem.dout, place, queries), queries.count,
       Matrix<T>(problem.k, place, keys), Matrix<T>(problem.v, place, keys), keys.count, place.first);
   walk.load_owned();
   walk.load_rest();
-  modifiers.stage(staged_table<DIM>(), place.head);
+  options.stage(staged_table<DIM>(), place.head);
 
   // While they are on their way: delta, and the log-sum-exp in units of log2, of the lane's two rows.
   const int first = place.first + threadIdx.x / kLanes * 16;
@@ -265,8 +265,8 @@ __global__ void __launch_bounds__(kThreads, (kQueryBlocks<DIM, M>)) query_gradie
   }
 
   const typename M::template Warp<false> around(
-      modifiers, place.image, place.head, gridDim.y, queries.count, keys.count, staged_table<DIM>(), first);
-  const float scale_log2 = M::kModified ? kLog2e : problem.scale * kLog2e;
+      options, place.image, place.head, gridDim.y, queries.count, keys.count, staged_table<DIM>(), first);
+  const float scale_log2 = M::kScoreMod ? kLog2e : problem.scale * kLog2e;
   float dq[1][DIM / 8][4];
   clear<DIM>(dq);
   const auto add = [&]<bool FULL>(int step, int part, int count, std::bool_constant<FULL>) {
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, (kQueryBlocks<DIM, M>)) query_gradie
     float s[1][2 * kPairs][4], dp[1][2 * kPairs][4];
     uint32_t ds[kPairs][1][4];
     walk.template scores<FULL>(s, dp, step, part, count);
-    if constexpr (M::kRelative) {
+    if constexpr (M::kRelPosKeys) {
       static_assert(kPairs == 1, "one window at a time");
       around.template load_window<DIM>(window<T, DIM>(), walk.start(step) + part);
       add_diagonals<T, DIM>(s[0][0], s[0][1], SharedRows<T, DIM>{walk.owned_tile(0)}, window<T, DIM>());
@@ -297,12 +297,12 @@ __global__ void __launch_bounds__(kThreads, (kQueryBlocks<DIM, M>)) query_gradie
         for (int i = 0; i < 4; ++i) {
           y[i] = ptx::exp2(fmaf(x[i], scale_log2, -lse[i / 2])) * (y[i] - delta[i / 2]);
           // A key that is not there is 0, but what multiplies it may be infinite.
-          if (!M::kModified && !FULL && kPair * j + 8 * h + lane_id() % 4 * 2 + i % 2 >= count) y[i] = 0.0f;
+          if (!M::kScoreMod && !FULL && kPair * j + 8 * h + lane_id() % 4 * 2 + i % 2 >= count) y[i] = 0.0f;
         }
       }
       pack_pair<T>(ds[j][0], dp[0][2 * j], dp[0][2 * j + 1]);
     }
-    if constexpr (M::kRelative) add_spread<T, DIM>(dq, dp[0][0], dp[0][1], window<T, DIM>());
+    if constexpr (M::kRelPosKeys) add_spread<T, DIM>(dq, dp[0][0], dp[0][1], window<T, DIM>());
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       if (j >= kSure && kPair * j >= count) break;
@@ -322,16 +322,16 @@ __global__ void __launch_bounds__(kThreads, 2) key_value_gradient_kernel(const K
   constexpr int kRows = kBlockRows<DIM>;
   const int thread = threadIdx.x;
   const Place place(problem.first_image, kOwnedRows);
-  const M& modifiers = problem;
-  const Rows queries = modifiers.queries(place, problem.queries), keys = modifiers.keys(place, problem.keys);
-  if (M::kModified && place.first >= keys.count) return;
+  const M& options = problem;
+  const Rows queries = options.queries(place, problem.queries), keys = options.keys(place, problem.keys);
+  if (M::kScoreMod && place.first >= keys.count) return;
   const Walk<T, DIM> walk(
       Matrix<T>(problem.k, place, keys), Matrix<T>(problem.v, place, keys), keys.count,
       Matrix<T>(problem.q, place, queries), Matrix<T>(problem.dout, place, queries), queries.count, place.first);
   float* statistics = reinterpret_cast<float*>(walk.tile(0, 0) + kStages * 2 * kRows * DIM);  // (kStages, 2, kRows)
   walk.load_owned();
   walk.load_rest();
-  modifiers.stage(staged_table<DIM>(), place.head);
+  options.stage(staged_table<DIM>(), place.head);
 
   // lse in units of log2, and delta, of the queries of a step: fetched by the first threads into a register each while
   // the step before is computed, and put beside the step's tiles after it. A query that is not there has an infinite
@@ -355,8 +355,8 @@ __global__ void __launch_bounds__(kThreads, 2) key_value_gradient_kernel(const K
   const int first = place.first + thread / kLanes * 16;
   const bool active = first < keys.count;
   const typename M::template Warp<true> around(
-      modifiers, place.image, place.head, gridDim.y, queries.count, keys.count, staged_table<DIM>(), first);
-  const float scale_log2 = M::kModified ? kLog2e : problem.scale * kLog2e;
+      options, place.image, place.head, gridDim.y, queries.count, keys.count, staged_table<DIM>(), first);
+  const float scale_log2 = M::kScoreMod ? kLog2e : problem.scale * kLog2e;
   float dk[1][DIM / 8][4], dv[1][DIM / 8][4];
   clear<DIM>(dk);
   clear<DIM>(dv);
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, 2) key_value_gradient_kernel(const K
     constexpr int kSure = FULL ? kPairs : 1;
     float s[1][2 * kPairs][4], dp[1][2 * kPairs][4];
     walk.template scores<FULL>(s, dp, step, part, count);
-    if constexpr (M::kRelative) {
+    if constexpr (M::kRelPosKeys) {
       static_assert(kPairs == 1, "one window at a time");
       around.template load_window<DIM>(window<T, DIM>(), walk.start(step) + part);
       add_transposed_diagonals<T, DIM>(s[0][0], s[0][1], walk.tile(step, 0) + part * DIM, window<T, DIM>());
@@ -418,12 +418,12 @@ Problem<T, M> problem_of(
           static_cast<float>(scale)};
 }
 
-// f.template operator()<T, DIM>(Plain, Modified or Relative, bytes of shared memory).
+// f.template operator()<T, DIM>(Plain, ScoreMod or RelPosKeys, bytes of shared memory).
 template <class F>
-void with_modifiers(
-    const Device& device, const AttentionModifiers& modifiers, const Array& q, const Array& k, double scale, const F& f) {
+void with_options(
+    const Device& device, const AttentionOptions& options, const Array& q, const Array& k, double scale, const F& f) {
   with_dtype_and_dim(q, [&]<class T, int DIM>() {
-    with_kind(modifiers, q, k, scale, [&](auto m) {
+    with_kind(options, q, k, scale, [&](auto m) {
       const size_t shared = stage<DIM>(device, kSharedBytes<DIM>, kWarps, m);
       f.template operator()<T, DIM>(m, shared);
     });
@@ -433,15 +433,15 @@ void with_modifiers(
 }  // namespace
 
 void attention_query_gradient(
-    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& dlse, const Array& q,
+    const Device& device, const AttentionOptions& options, const Array& dout, const Array& dlse, const Array& q,
     const Array& k, const Array& v, const Array& out, const Array& lse, double scale, const Array& dq,
     const Array& delta) {
   check_heads(q, k, {{"out", &out}, {"dout", &dout}, {"dq", &dq}}, {{"v", &v}});
   if (q.elements() == 0) return;
   if (k.size[1] == 0) throw error("attention: no keys; accepted: at least 1");
-  const Extent all = extent(modifiers, q, k);
-  const bool packed = bool(modifiers.cu_q);
-  with_modifiers(device, modifiers, q, k, scale, [&]<class T, int DIM, class M>(const M& m, size_t shared) {
+  const Extent all = extent(options, q, k);
+  const bool packed = bool(options.cu_q);
+  with_options(device, options, q, k, scale, [&]<class T, int DIM, class M>(const M& m, size_t shared) {
     const QueryProblem<T, M> problem{
         problem_of<T>(m, q, k, v, dout, scale, packed), heads_of<const T>(out, packed), heads_of<T>(dq, packed),
         lse.as<const float>(), dlse.as<const float>(), delta.as<float>()};
@@ -451,14 +451,14 @@ void attention_query_gradient(
 }
 
 void attention_key_value_gradient(
-    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
+    const Device& device, const AttentionOptions& options, const Array& dout, const Array& q, const Array& k,
     const Array& v, const Array& lse, const Array& delta, double scale, const Array& dk, const Array& dv) {
   check_heads(q, k, {{"dout", &dout}}, {{"v", &v}, {"dk", &dk}, {"dv", &dv}});
   if (k.elements() == 0) return;
   if (q.size[1] == 0) throw error("attention: no queries; accepted: at least 1");
-  const Extent all = extent(modifiers, q, k);
-  const bool packed = bool(modifiers.cu_q);
-  with_modifiers(device, modifiers, q, k, scale, [&]<class T, int DIM, class M>(const M& m, size_t shared) {
+  const Extent all = extent(options, q, k);
+  const bool packed = bool(options.cu_q);
+  with_options(device, options, q, k, scale, [&]<class T, int DIM, class M>(const M& m, size_t shared) {
     const KeyValueProblem<T, M> problem{
         problem_of<T>(m, q, k, v, dout, scale, packed), heads_of<T>(dk, packed), heads_of<T>(dv, packed),
         lse.as<const float>(), delta.as<const float>()};

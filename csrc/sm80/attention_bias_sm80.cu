@@ -3,7 +3,7 @@
 //
 //     ds = p * (dp - delta)        p = exp(x - lse)        dp = dout v^T, dropped out as the weights were
 //
-// with x as attention_modifiers.h has it, recomputed as in attention_backward_sm80.cu. A warp takes it in squares of 16
+// with x as attention_options.h has it, recomputed as in attention_backward_sm80.cu. A warp takes it in squares of 16
 // queries by 16 keys: it copies 16 rows of q, dout, k and v to shared memory of its own, has two products to make and
 // adds ds to the 8 registers in which it sums. What is summed, in which order, depends on the shapes alone.
 //
@@ -18,7 +18,7 @@
 //
 // Bytes: 4 x 16 rows for 256 scores, from L2 (a head's operands are read once from memory where its blocks run together);
 // latency is hidden by other warps, not by stages.
-#include "attention_modifiers.h"
+#include "attention_options.h"
 
 namespace fastvit::sm80 {
 
@@ -32,7 +32,7 @@ constexpr int kDiagonals = 2 * kSide - 1;  // of a square
 constexpr int kClassEntries = 3;
 
 template <class T>
-struct Problem : Modified {
+struct Problem : ScoreMod {
   Heads<const T> q, k, v, dout;  // (B, Tq, H, d), (B, Tk, H, d) twice, (B, Tq, H, d)
   const float *lse, *delta;      // (B, H, Tq)
   int images, heads, queries, keys;
@@ -84,16 +84,16 @@ __device__ __forceinline__ void add_square(
   copy(3, problem.v, at.key, at.key_end);
   ptx::copy_async_commit();
 
-  const Modified& modifiers = problem;
-  const Modified::Warp<false> around(
-      modifiers, at.image, at.head, problem.heads, at.query_end, at.key_end, table, at.query);
+  const ScoreMod& options = problem;
+  const ScoreMod::Warp<false> around(
+      options, at.image, at.head, problem.heads, at.query_end, at.key_end, table, at.query);
   float lse[2], delta[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = at.query + lane_id() / 4 + 8 * i;
     const bool inside = row < at.query_end;
     const int64_t where = (at.image * problem.heads + at.head) * problem.queries + row;
-    lse[i] = inside ? in_log2<Modified>(problem.lse[where]) : INFINITY;
+    lse[i] = inside ? in_log2<ScoreMod>(problem.lse[where]) : INFINITY;
     delta[i] = inside ? problem.delta[where] : 0.0f;
   }
   ptx::copy_async_wait<0>();
@@ -202,8 +202,8 @@ __global__ void __launch_bounds__(kThreads, 3) table_gradient_kernel(const Probl
   const int w = problem.width, h = problem.lines, tokens = problem.queries;
   float* sums = reinterpret_cast<float*>(shared_memory() + kSharedBytes<DIM>);  // (2w - 1,): one for each dx
   float* table = sums + 2 * w - 1;
-  const Modified& modifiers = problem;
-  modifiers.stage(table, head);
+  const ScoreMod& options = problem;
+  options.stage(table, head);
   for (int i = thread; i < 2 * w - 1; i += kThreads) sums[i] = 0.0f;
   __syncthreads();
   const auto write = [&](int entry, float sum) {
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 3) table_gradient_kernel(const Probl
 
 template <class T>
 Problem<T> problem_of(
-    const Modified& m, const Array& dout, const Array& q, const Array& k, const Array& v, const Array& lse,
+    const ScoreMod& m, const Array& dout, const Array& q, const Array& k, const Array& v, const Array& lse,
     const Array& delta, const Array& gradient) {
   return {m, heads_of<const T>(q), heads_of<const T>(k), heads_of<const T>(v), heads_of<const T>(dout),
           lse.as<const float>(), delta.as<const float>(), static_cast<int>(q.size[0]), static_cast<int>(q.size[2]),
@@ -273,20 +273,20 @@ Problem<T> problem_of(
 }  // namespace
 
 void attention_bias_gradient(
-    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
+    const Device& device, const AttentionOptions& options, const Array& dout, const Array& q, const Array& k,
     const Array& v, const Array& lse, const Array& delta, double scale, const Array& dbias) {
   check_heads(q, k, {{"dout", &dout}}, {{"v", &v}});
   check_gradient("dbias", dbias);
-  require(bool(modifiers.bias) && dbias.dims == 4, "attention: dbias; accepted: 4 dimensions, where there is a bias");
+  require(bool(options.bias) && dbias.dims == 4, "attention: dbias; accepted: 4 dimensions, where there is a bias");
   int64_t squares = 1;
   for (int i = 0; i < 4; ++i) {
-    require(dbias.size[i] == 1 || dbias.size[i] == modifiers.bias.size[i], "attention: dbias with ", dbias.size[i],
-            " in dimension ", i, "; accepted: 1 or ", modifiers.bias.size[i]);
+    require(dbias.size[i] == 1 || dbias.size[i] == options.bias.size[i], "attention: dbias with ", dbias.size[i],
+            " in dimension ", i, "; accepted: 1 or ", options.bias.size[i]);
     squares *= i < 2 ? dbias.size[i] : ceil_div(dbias.size[i], kSide);
   }
   if (dbias.elements() == 0) return;
   with_dtype_and_dim(q, [&]<class T, int DIM>() {
-    Problem<T> problem = problem_of<T>(modified(modifiers, q, k, scale), dout, q, k, v, lse, delta, dbias);
+    Problem<T> problem = problem_of<T>(score_mod(options, q, k, scale), dout, q, k, v, lse, delta, dbias);
     for (int i = 0; i < 4; ++i) problem.own[i] = static_cast<int>(dbias.size[i]);
     problem.sharers = squares < 16 * device.multiprocessors ? kWarps : 1;
     launch(device, bias_gradient_kernel<T, DIM>, dim3(static_cast<unsigned>(ceil_div(squares * problem.sharers, kWarps))),
@@ -295,17 +295,17 @@ void attention_bias_gradient(
 }
 
 void attention_table_gradient(
-    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
+    const Device& device, const AttentionOptions& options, const Array& dout, const Array& q, const Array& k,
     const Array& v, const Array& lse, const Array& delta, double scale, const Array& dtable) {
   check_heads(q, k, {{"dout", &dout}}, {{"v", &v}});
   check_gradient("dtable", dtable);
-  require(bool(modifiers.table) && dtable.dims == 2 && dtable.size[0] == modifiers.table.size[0] &&
-              dtable.size[1] == modifiers.table.size[1],
+  require(bool(options.rel_pos_table) && dtable.dims == 2 && dtable.size[0] == options.rel_pos_table.size[0] &&
+              dtable.size[1] == options.rel_pos_table.size[1],
           "attention: dtable; accepted: of the table's shape");
   if (dtable.elements() == 0) return;
   with_dtype_and_dim(q, [&]<class T, int DIM>() {
-    Problem<T> problem = problem_of<T>(modified(modifiers, q, k, scale), dout, q, k, v, lse, delta, dtable);
-    problem.lines = static_cast<int>(modifiers.window_height);
+    Problem<T> problem = problem_of<T>(score_mod(options, q, k, scale), dout, q, k, v, lse, delta, dtable);
+    problem.lines = static_cast<int>(options.window_height);
     const int blocks = 2 * problem.lines - 1 + (problem.prefix ? kClassEntries : 0);
     const size_t shared = stage_table(device, kSharedBytes<DIM> + (2 * problem.width - 1) * sizeof(float), problem);
     launch(device, table_gradient_kernel<T, DIM>, dim3(blocks, static_cast<unsigned>(q.size[2])), kThreads, shared,

@@ -16,13 +16,13 @@
 // queries wait in what becomes the second stage until they are in registers. Up to a head dim of 64 a warp owns 32
 // rows, so that what it reads from shared memory serves twice the products.
 //
-// With modifiers (attention_modifiers.h) online softmax serves every count, 16 rows a warp: the registers that a second
+// With options (attention_options.h) online softmax serves every count, 16 rows a warp: the registers that a second
 // instance of the single pass or more rows would need go to what belongs to a score. Every block of keys then takes the
 // same path, scores in natural units, absent keys and masked ones -inf; dropout follows the sum of exponentials.
 //
 // Bytes: q and out once; k and v once from memory, and once more from L2 for every further block of rows. Shared memory
 // is swizzled (swizzle.cuh): no read or write of it has a bank conflict.
-#include "attention_modifiers.h"
+#include "attention_options.h"
 
 namespace fastvit::sm80 {
 
@@ -37,9 +37,9 @@ constexpr int kOnlineWarps = 4;
 constexpr int kOnlineStages = 2;
 
 template <int DIM, class M>
-constexpr int kOnlineRowTiles = DIM <= 64 && !M::kModified ? 2 : 1;
+constexpr int kOnlineRowTiles = DIM <= 64 && !M::kScoreMod ? 2 : 1;
 template <int DIM, class M>
-constexpr int kOnlineBlocks = DIM > 64 && DIM <= 88 && !M::kModified ? kMostBlocks : 2;
+constexpr int kOnlineBlocks = DIM > 64 && DIM <= 88 && !M::kScoreMod ? kMostBlocks : 2;
 template <int DIM>
 constexpr size_t kOnlineBytes = kOnlineStages * 2 * kOnlineKeys * DIM * sizeof(uint16_t);
 
@@ -49,7 +49,7 @@ struct Problem : M {
   Heads<T> out;            // (B, Tq, H, d)
   float* lse;              // (B, H, Tq)
   int queries, keys;
-  float scale_log2;  // |scale| / ln 2, and not 0: the score of an absent key, -inf, stays -inf; 1 / ln 2 when Modified
+  float scale_log2;  // |scale| / ln 2, and not 0: the score of an absent key, -inf, stays -inf; 1 / ln 2 when ScoreMod
   uint32_t flip;     // the scale's sign, given to q, exactly: the highest score is then the highest scaled score
   int64_t first_image = 0;
 };
@@ -161,9 +161,9 @@ __device__ __forceinline__ void add_values(
 }
 
 // out / total, and the log of the softmax's denominator; scratch: 16 M rows of shared memory that are this warp's.
-template <class T, int DIM, int M, class Modifiers>
+template <class T, int DIM, int M, class Mod>
 __device__ __forceinline__ void finish(
-    const Problem<T, Modifiers>& problem, const State<DIM, M>& state, const Place& place, const Rows& queries, int first,
+    const Problem<T, Mod>& problem, const State<DIM, M>& state, const Place& place, const Rows& queries, int first,
     T* scratch) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
@@ -172,7 +172,7 @@ __device__ __forceinline__ void finish(
     for (int i = 0; i < 2; ++i) {
       const float total = row_sum(state.total[m][i]);
       const int row = first + 16 * m + 8 * i + lane_id() / 4;
-      if constexpr (Modifiers::kModified) {
+      if constexpr (Mod::kScoreMod) {
         factor[i] = total > 0.0f ? problem.kept_scale / total : 0.0f;
       } else {
         factor[i] = 1.0f / total;
@@ -223,18 +223,18 @@ __global__ void __launch_bounds__(kSingleWarps * kLanes, 2) single_pass_kernel(c
   finish(problem, state, place, problem.Plain::queries(place, problem.queries), first, rows);
 }
 
-template <class T, int DIM, class Modifiers>
-__global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Modifiers>) online_kernel(
-    const Problem<T, Modifiers> problem) {
-  constexpr int M = kOnlineRowTiles<DIM, Modifiers>;
+template <class T, int DIM, class Mod>
+__global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Mod>) online_kernel(
+    const Problem<T, Mod> problem) {
+  constexpr int M = kOnlineRowTiles<DIM, Mod>;
   constexpr int kStage = 2 * kOnlineKeys * DIM;
   constexpr int kThreads = kOnlineWarps * kLanes, kBlockRows = kOnlineWarps * 16 * M;
   static_assert(kBlockRows <= 2 * kOnlineKeys, "the queries wait in one stage");
   const int thread = threadIdx.x, warp = thread / kLanes;
   const Place place(problem.first_image, kBlockRows);
-  const Modifiers& modifiers = problem;
-  const Rows queries = modifiers.queries(place, problem.queries), keys = modifiers.keys(place, problem.keys);
-  if (Modifiers::kModified && place.first >= queries.count) return;
+  const Mod& options = problem;
+  const Rows queries = options.queries(place, problem.queries), keys = options.keys(place, problem.keys);
+  if (Mod::kScoreMod && place.first >= queries.count) return;
   const int full = (keys.count - 1) / kOnlineKeys, rest = keys.count - full * kOnlineKeys;
   T* stages = reinterpret_cast<T*>(shared_memory());  // (kOnlineStages, {k, v}, kOnlineKeys, DIM)
   float* table = reinterpret_cast<float*>(stages + kOnlineStages * kStage);
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Modi
                        place.first, queries.count, thread, kThreads);
   ptx::copy_async_commit();
   load_rest();
-  modifiers.stage(table, place.head);
+  options.stage(table, place.head);
   ptx::copy_async_wait<1>();
   __syncthreads();
   const int first = place.first + 16 * M * warp;
@@ -279,10 +279,10 @@ __global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Modi
       finish(problem, state, place, queries, first, stages + (full + 1) % kOnlineStages * kStage + 16 * M * warp * DIM);
     }
   };
-  if constexpr (Modifiers::kModified) {
+  if constexpr (Mod::kScoreMod) {
     State<DIM, M> state(kNoScore);
-    const typename Modifiers::template Warp<false> around(
-        modifiers, place.image, place.head, gridDim.y, queries.count, keys.count, table, first);
+    const typename Mod::template Warp<false> around(
+        options, place.image, place.head, gridDim.y, queries.count, keys.count, table, first);
     for (int step = 0; step <= full && keys.count > 0; ++step) {
       ptx::copy_async_wait<0>();
       __syncthreads();
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Modi
       const T* stage = stages + step % kOnlineStages * kStage;
       const int start = (step == 0 ? full : step - 1) * kOnlineKeys, count = step == 0 ? rest : kOnlineKeys;
       products<T, DIM, 1>(s, rows, stage, (count + 7) / 8);
-      if constexpr (Modifiers::kRelative) {
+      if constexpr (Mod::kRelPosKeys) {
         T* window = reinterpret_cast<T*>(table) + warp * kWindow * DIM;
 #pragma unroll
         for (int j = 0; j < kOnlinePairs; ++j) {
@@ -340,12 +340,12 @@ __global__ void __launch_bounds__(kOnlineWarps * kLanes, kOnlineBlocks<DIM, Modi
   }
 }
 
-template <class T, int DIM, class Modifiers>
+template <class T, int DIM, class Mod>
 void online(
-    const Device& device, const Problem<T, Modifiers>& problem, int64_t images, int64_t heads, int64_t queries,
+    const Device& device, const Problem<T, Mod>& problem, int64_t images, int64_t heads, int64_t queries,
     size_t shared) {
-  constexpr int kBlockRows = kOnlineWarps * 16 * kOnlineRowTiles<DIM, Modifiers>;
-  launch_blocks(device, online_kernel<T, DIM, Modifiers>, images, heads, ceil_div(queries, kBlockRows),
+  constexpr int kBlockRows = kOnlineWarps * 16 * kOnlineRowTiles<DIM, Mod>;
+  launch_blocks(device, online_kernel<T, DIM, Mod>, images, heads, ceil_div(queries, kBlockRows),
                 kOnlineWarps * kLanes, shared, problem);
 }
 
@@ -370,10 +370,10 @@ void forward(const Device& device, const Problem<T, Plain>& problem, const Array
 }  // namespace
 
 void attention_forward(
-    const Device& device, const AttentionModifiers& modifiers, const Array& q, const Array& k, const Array& v,
+    const Device& device, const AttentionOptions& options, const Array& q, const Array& k, const Array& v,
     double scale, const Array& out, const Array& lse) {
   check_heads(q, k, {{"out", &out}}, {{"v", &v}});
-  const bool packed = bool(modifiers.cu_q);
+  const bool packed = bool(options.cu_q);
   if (out.elements() == 0) return;
   if (k.size[1] == 0) throw error("attention: no keys; accepted: at least 1");
   with_dtype_and_dim(q, [&]<class T, int DIM>() {
@@ -382,10 +382,10 @@ void attention_forward(
               heads_of<T>(out, packed), lse.as<float>(), static_cast<int>(q.size[1]), static_cast<int>(k.size[1]),
               scale_log2, flip};
     };
-    with_kind(modifiers, q, k, scale, [&](auto m) {
+    with_kind(options, q, k, scale, [&](auto m) {
       using M = decltype(m);
-      if constexpr (M::kModified) {
-        const Extent all = extent(modifiers, q, k);
+      if constexpr (M::kScoreMod) {
+        const Extent all = extent(options, q, k);
         const size_t shared = stage<DIM>(device, kOnlineBytes<DIM>, kOnlineWarps, m);
         online<T, DIM>(device, problem(m, kLog2e, 0), all.images, q.size[2], all.queries, shared);
       } else {

@@ -8,34 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit.attention_options import UNMODIFIED, Modifiers
+from fastvit.attention_options import NO_OPTIONS, TENSORS, AttentionOptions
 from fastvit.cuda import extension
 from fastvit.cuda.extension import aligned
 
 
-def _in_order(given: Modifiers, dtype: torch.dtype) -> tuple[Any, ...]:
-    """``AttentionModifiers`` of csrc/include/ops.h, for a q of ``dtype``. Of float64, a copy in float32 is read."""
-    bias, table = (None if t is None else t.float() if t.dtype == torch.float64 else t for t in given[:2])
-    distances = given.rel_pos_keys
-    if distances is not None:
-        shared = distances.stride(0) == 0
-        distances = aligned((distances[:1] if shared else distances).to(dtype).contiguous()).expand_as(distances)
-    mask = None if given.key_mask is None else given.key_mask.view(torch.uint8)
-    seed = None if given.seed is None else given.seed.reshape(1)
-    window = given.window or (0, 0)
-    return (
-        bias,
-        table,
-        distances,
-        mask,
-        given.cu_q,
-        given.cu_k,
-        seed,
-        *window,
-        given.max_q,
-        given.max_k,
-        given.dropout_p,
-    )
+def _arguments(options: AttentionOptions, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return the options as csrc/include/ops.h lists them, tensors first, for a q of ``dtype``."""
+    values = options._asdict()
+    for name in ("bias", "rel_pos_table"):
+        t = values[name]
+        values[name] = t.float() if t is not None and t.dtype == torch.float64 else t
+    keys = options.rel_pos_keys
+    if keys is not None:
+        shared = keys.stride(0) == 0
+        values["rel_pos_keys"] = aligned((keys[:1] if shared else keys).to(dtype).contiguous()).expand_as(keys)
+    if options.key_mask is not None:
+        values["key_mask"] = options.key_mask.view(torch.uint8)
+    if options.seed is not None:
+        values["seed"] = options.seed.reshape(1)
+    tensors = [values.pop(name) for name in TENSORS]
+    return *tensors, *(values.pop("window") or (0, 0)), *values.values()
 
 
 def attention_forward(
@@ -43,15 +36,15 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     scale: float,
-    modifiers: Modifiers = UNMODIFIED,
+    options: AttentionOptions = NO_OPTIONS,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse), as :func:`fastvit.triton.attention.attention_forward`; d is a multiple of 8 from 32 to 128."""
+    """Return (out, lse) as :func:`fastvit.triton.attention.attention_forward`; d is a multiple of 8 from 32 to 128."""
     batch, queries, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    given = _in_order(modifiers, q.dtype)
+    given = _arguments(options, q.dtype)
     extension.library.attention_forward(q, *given, aligned(q), aligned(k), aligned(v), float(scale), out, lse)
     return out, lse
 
@@ -68,7 +61,7 @@ def attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    modifiers: Modifiers = UNMODIFIED,
+    options: AttentionOptions = NO_OPTIONS,
     dlearned: Tensor | None = None,
 ) -> None:
     """Write dq, dk, dv and, if given, dlearned: :func:`fastvit.triton.attention_backward.attention_backward`."""
@@ -80,13 +73,13 @@ def attention_backward(
     dout, q, k, v, out = map(aligned, (dout, q, k, v, out))
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     dlse = None if dlse is None else dlse.contiguous()
-    given, scale = _in_order(modifiers, q.dtype), float(scale)
+    given, scale = _arguments(options, q.dtype), float(scale)
     extension.library.attention_query_gradient(q, *given, dout, dlse, q, k, v, out, lse, scale, dq, delta)
     extension.library.attention_key_value_gradient(q, *given, dout, q, k, v, lse, delta, scale, dk, dv)
     if dlearned is not None:
         kernel = "attention_bias_gradient"
-        if modifiers.rel_pos_table is not None:
+        if options.rel_pos_table is not None:
             kernel = "attention_table_gradient"
-        elif modifiers.rel_pos_keys is not None:
-            kernel, dlearned = "attention_distances_gradient", dlearned.view(-1, *dlearned.shape[-2:])
+        elif options.rel_pos_keys is not None:
+            kernel, dlearned = "attention_rel_pos_keys_gradient", dlearned.view(-1, *dlearned.shape[-2:])
         getattr(extension.library, kernel)(q, *given, dout, q, k, v, lse, delta, scale, dlearned)

@@ -7,7 +7,7 @@ happens. The tests load the same sources compiled for the CPU with :func:`emulat
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,8 @@ library: Any = None  # torch.ops.fastvit_cuda, or fastvit_emulated in the tests
 EMULATED = False
 
 MAX_WIDTH = 8192  # of a row that LayerNorm normalises
+MAX_HEAD_DIM = 128
+HALF = (torch.float16, torch.bfloat16)
 
 
 def _load() -> str | None:
@@ -80,6 +82,49 @@ def built_for(capability: tuple[int, int]) -> bool:
         ):
             return True
     return False
+
+
+@torch.compiler.assume_constant_result
+def _refuse_device(device: torch.device) -> str | None:
+    """Return the reason against a GPU. Dynamo calls this and does not trace it."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the GPU is older than compute capability 8.0: it has {major}.{minor}"
+    if not built_for((major, minor)):
+        return f"the CUDA extension has no code for compute capability {major}.{minor}"
+    return None
+
+
+def refuse(op: str, x: Tensor, weights: Iterable[Tensor] = ()) -> str | None:
+    """Return why the CUDA kernels can't run ``op`` on ``x``, with ``weights`` those of its products, or None."""
+    if MISSING:
+        return MISSING
+    if x.device.type not in ("cuda", "meta", "cpu" if EMULATED else "cuda"):
+        return f"the tensors are on {x.device}; cuda takes CUDA tensors"
+    if x.is_cuda and (refusal := _refuse_device(x.device)):
+        return refusal
+    if x.dtype not in (torch.float32, *HALF):
+        return f"dtype {x.dtype} is not supported; accepted: float32, float16, bfloat16"
+    if op == "layer_norm":
+        if x.shape[-1] > MAX_WIDTH:
+            return f"a width of {x.shape[-1]} is not supported; accepted: up to {MAX_WIDTH}"
+    else:
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # meta has none
+        for operand in weights or (x,):
+            dtype = operand.dtype
+            if autocast and dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(x.device.type)
+            if dtype not in HALF:
+                return f"dtype {dtype} is not supported; accepted: float16, bfloat16"
+    if op.startswith("attention") and (x.shape[-1] % 8 or not 32 <= x.shape[-1] <= MAX_HEAD_DIM):
+        return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8 from 32 to {MAX_HEAD_DIM}"
+    if op == "rotate" and x.shape[-1] % 8:
+        return f"head dim {x.shape[-1]} is not supported; accepted: multiples of 8"
+    for weight in weights:
+        widths = weight.shape if weight.ndim == 2 else weight.shape[:1]  # of patches any
+        if any(width % 8 for width in widths):
+            return f"a weight of {tuple(weight.shape)} is not supported; accepted: widths that are multiples of 8"
+    return None
 
 
 def assume(architecture: int) -> None:

@@ -1,4 +1,4 @@
-"""Every launcher of the CUDA kernels by its name: what the ops call. For Triton see kernels/triton/launchers.py."""
+"""The launchers of the CUDA kernels: :class:`fastvit.ops.launchers.Launchers`, as in kernels/triton/launchers.py."""
 
 from fastvit.cuda.attention import attention_backward, attention_forward
 from fastvit.cuda.attention_rows import attention_distance, attention_rows
@@ -7,21 +7,19 @@ from fastvit.cuda.layer_norm import layer_norm_backward, layer_norm_forward
 from fastvit.cuda.linear import (
     linear_forward,
     linear_input_gradient,
-    linear_normed_forward,
     linear_weight_gradient,
 )
 from fastvit.cuda.patch_embed import (
     patch_embed_forward,
     patch_embed_image_gradient,
-    patch_embed_packed_forward,
-    patch_embed_packed_weight_gradient,
     patch_embed_row_gradients,
     patch_embed_weight_gradient,
 )
-from fastvit.cuda.rope import rope
+from fastvit.cuda.rope import apply_rotary
 
 __all__ = [
     "activation_gradient",
+    "apply_rotary",
     "attention_backward",
     "attention_distance",
     "attention_forward",
@@ -30,14 +28,10 @@ __all__ = [
     "layer_norm_forward",
     "linear_forward",
     "linear_input_gradient",
-    "linear_normed_forward",
     "linear_weight_gradient",
     "patch_embed_forward",
     "patch_embed_image_gradient",
-    "patch_embed_packed_forward",
-    "patch_embed_packed_weight_gradient",
     "patch_embed_row_gradients",
     "patch_embed_weight_gradient",
-    "rope",
     "scale_rows",
 ]

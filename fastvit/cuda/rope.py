@@ -9,8 +9,8 @@ from fastvit.cuda import extension
 from fastvit.cuda.extension import aligned
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """(q', k'), as :func:`fastvit.triton.rope.rope`; d is a multiple of 8."""
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """Return (q', k') as :func:`fastvit.triton.rope.apply_rotary`; d is a multiple of 8."""
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    extension.library.rope(q, aligned(q), aligned(k), aligned(cos), aligned(sin), int(inverse), q_out, k_out)
+    extension.library.apply_rotary(q, aligned(q), aligned(k), aligned(cos), aligned(sin), int(inverse), q_out, k_out)
     return q_out, k_out

@@ -12,8 +12,7 @@ from fastvit.ops.backends import BackendUnavailable, backend
 from fastvit.ops.layer_norm import layer_norm
 from fastvit.ops.linear import linear
 from fastvit.ops.mlp import mlp
-from fastvit.ops.patch_embed import patch_embed
-from fastvit.ops.patch_embed_packed import patch_embed_packed
+from fastvit.ops.patch_embed import patch_embed, patch_embed_packed
 from fastvit.ops.rope import rotate
 
 __all__ = [

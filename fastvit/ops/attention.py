@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastvit import attention_options, reference
-from fastvit.attention_options import SCHEMA, Modifiers
+from fastvit import reference
+from fastvit.attention_options import LEARNED, SCHEMA, TENSORS, AttentionOptions
 from fastvit.ops import backends, checks
 from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, register, unit_stride
 from fastvit.ops.rope import rotate
@@ -47,11 +47,11 @@ def attention(
             2022) for Tq = Tk = h*w patches in raster order. Query (yi, xi) and key (yj, xj) take row
             (yi - yj + h - 1) * (2w - 1) + xi - xj + w - 1. With 3 rows more a class token comes first, and they are
             for the class token's query with any key, any query with its key, and both its own. It has a gradient.
-        rel_pos_keys: (2T-1, d) or (H, 2T-1, d) floating, with Tq = Tk = T: keys of the distances (the ViT paper's
+        rel_pos_keys: (2T-1, d) or (H, 2T-1, d) floating, with Tq = Tk = T: relative position keys (the ViT paper's
             appendix D.3): scale * q_i . rel_pos_keys[i - j + T - 1] is added to score (i, j). It has a gradient. The
             kernels round it to q's dtype. Bias, table and these exclude each other.
         key_mask: (B, Tk) bool, True = kept: the others are no keys at all.
-        rope: (cos, sin): q and k are turned first, as :func:`fastvit.ops.rope.rotate` says; Tq = Tk.
+        rope: (cos, sin): rotates q and k first, as :func:`fastvit.ops.rope.rotate` says; Tq = Tk.
         cu_seqlens: (n + 1,) int32: B = 1, and the n sequences that start there, the last of which ends at T, attend
             each to itself. Two of them where queries and keys are packed differently. Not with bias, rel_pos_table,
             rel_pos_keys or key_mask. On a CPU its values are checked; on a GPU nothing waits for them, and tokens
@@ -83,18 +83,18 @@ def attention(
         checks.same_dtype("attention", q=q, k=k, v=v)
     if rope is not None:
         q, k = rotate(q, k, *rope)
-    given = attention_options.check(
+    options = checks.attention(
         "attention", q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]),
         bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
-    wanted = needs_grad(q, k, v, given.learned)
-    chosen = backends.choose("attention", q, needs_grad=wanted)
+    needs_learned = needs_grad(q, k, v, options.learned)
+    chosen = backends.choose("attention", q, needs_grad=needs_learned)
     if chosen not in backends.KERNELS:
-        with _differentiable_twice("attention", wanted):
-            return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **given.for_reference())
+        with _differentiable_twice("attention", needs_learned):
+            return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **options.for_reference())
     q, k, v = cast_for_autocast(q, q, k, v)
-    out, lse = _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, chosen, *given)
+    out, lse = _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, chosen, *options)
     return (out, lse) if return_lse else out
 
 
@@ -129,43 +129,43 @@ def attention_qkvpacked(
     checks.floating("attention_qkvpacked", qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
         raise ValueError(f"ops.attention_qkvpacked: qkv has shape {tuple(qkv.shape)}, expected (B, T, 3, H, d)")
-    options: dict[str, Any] = {
+    keywords: dict[str, Any] = {
         "bias": bias, "rel_pos_table": rel_pos_table, "window": window, "rel_pos_keys": rel_pos_keys,
         "key_mask": key_mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "dropout_p": dropout_p, "seed": seed,
     }  # fmt: skip
     if rope is not None:
-        options |= {"scale": scale, "return_lse": return_lse, "rope": rope}
-        return attention(*qkv.unbind(2), **options)
+        keywords |= {"scale": scale, "return_lse": return_lse, "rope": rope}
+        return attention(*qkv.unbind(2), **keywords)
     batch, tokens, _, heads, _ = qkv.shape
-    given = attention_options.check("attention_qkvpacked", qkv, (batch, heads, tokens, tokens), **options)
-    wanted = needs_grad(qkv, given.learned)
-    chosen = backends.choose("attention_qkvpacked", qkv, needs_grad=wanted)
+    options = checks.attention("attention_qkvpacked", qkv, (batch, heads, tokens, tokens), **keywords)
+    needs_learned = needs_grad(qkv, options.learned)
+    chosen = backends.choose("attention_qkvpacked", qkv, needs_grad=needs_learned)
     if chosen not in backends.KERNELS:
-        with _differentiable_twice("attention_qkvpacked", wanted):
-            return reference.attention_qkvpacked(qkv, scale=scale, return_lse=return_lse, **given.for_reference())
+        with _differentiable_twice("attention_qkvpacked", needs_learned):
+            return reference.attention_qkvpacked(qkv, scale=scale, return_lse=return_lse, **options.for_reference())
     (qkv,) = cast_for_autocast(qkv, qkv)
-    out, lse = _attention_qkvpacked(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale, chosen, *given)
+    out, lse = _attention_qkvpacked(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale, chosen, *options)
     return (out, lse) if return_lse else out
 
 
 def _differentiable_twice(op: str, needs_grad: bool) -> AbstractContextManager[None]:
-    """PyTorch's fused attention has no second (or forward-mode) derivatives; who names the reference gets them."""
+    """Return a context with second and forward-mode derivatives, which PyTorch's fused attention lacks."""
     if backends.setting(op) == "reference" and (needs_grad or backends.transformed()):
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 
 
-# --- the ops: (tensors, scale, backend, *modifiers) -> (out, lse) ---------------------------------------------
+# --- the ops: (tensors, scale, backend, *values) -> (out, lse) ---------------------------------------------
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
-    given = Modifiers(*modifiers).as_wide_as(q, k)
-    return launchers(backend).attention_forward(unit_stride(q), unit_stride(k), unit_stride(v), scale, given)
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *values: Any) -> tuple[Tensor, Tensor]:
+    options = AttentionOptions(*values).expanded(q, k)
+    return launchers(backend).attention_forward(unit_stride(q), unit_stride(k), unit_stride(v), scale, options)
 
 
-def _forward_packed(qkv: Tensor, scale: float, backend: str, *modifiers: Any) -> tuple[Tensor, Tensor]:
+def _forward_packed(qkv: Tensor, scale: float, backend: str, *values: Any) -> tuple[Tensor, Tensor]:
     q, k, v = unit_stride(qkv).unbind(2)
-    return _forward(q, k, v, scale, backend, *modifiers)
+    return _forward(q, k, v, scale, backend, *values)
 
 
 def _fake(q, k, v, *_):
@@ -178,7 +178,7 @@ def _fake_packed(qkv, *_):
     return _fake(q, k, v)
 
 
-# --- their derivatives: the last argument says whether the bias's or the table's is wanted, (0,) where it isn't ---
+# --- their derivatives: needs_learned asks for the gradient of the learned option, which else has shape (0,) ---
 
 
 def _backward(
@@ -222,64 +222,53 @@ def _backward_into(
     *rest: Any,
 ) -> Tensor:
     """Write dq, dk and dv; return the float32 gradient of what is learned."""
-    *modifiers, wanted = rest
-    given = Modifiers(*modifiers)
-    dlearned = _learned_gradient(given, wanted, lse)
+    *values, needs_learned = rest
+    options = AttentionOptions(*values)
+    dlearned = _learned_gradient(options, needs_learned, lse)
     dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))
     launchers(backend).attention_backward(
-        dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, given.as_wide_as(q, k), dlearned if wanted else None
+        dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, options.expanded(q, k), dlearned if needs_learned else None
     )
     return dlearned
 
 
-def _learned_gradient(given: Modifiers, wanted: bool, lse: Tensor) -> Tensor:
-    return lse.new_empty(given.learned.shape if wanted and given.learned is not None else 0)
+def _learned_gradient(options: AttentionOptions, needs_learned: bool, lse: Tensor) -> Tensor:
+    return lse.new_empty(options.learned.shape if needs_learned and options.learned is not None else 0)
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, scale, backend, *rest):
-    *modifiers, wanted = rest
-    dlearned = _learned_gradient(Modifiers(*modifiers), wanted, lse)
+    *values, needs_learned = rest
+    dlearned = _learned_gradient(AttentionOptions(*values), needs_learned, lse)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlearned
 
 
 def _backward_fake_packed(dout, dlse, qkv, out, lse, scale, backend, *rest):
-    *modifiers, wanted = rest
-    return qkv.new_empty(qkv.shape), _learned_gradient(Modifiers(*modifiers), wanted, lse)
-
-
-_TENSORS = (
-    "bias",
-    "rel_pos_table",
-    "rel_pos_keys",
-    "key_mask",
-    "cu_q",
-    "cu_k",
-    "seed",
-)  # of the modifiers, to be saved as such
+    *values, needs_learned = rest
+    return qkv.new_empty(qkv.shape), _learned_gradient(AttentionOptions(*values), needs_learned, lse)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    count = len(inputs) - len(Modifiers._fields) - 2  # of what is attended to: q, k, v or qkv
+    count = len(inputs) - len(AttentionOptions._fields) - 2  # of what is attended to: q, k, v or qkv
     ctx.scale, ctx.backend = inputs[count : count + 2]
-    given = Modifiers(*inputs[count + 2 :])
-    ctx.others = {name: value for name, value in given._asdict().items() if name not in _TENSORS}
+    options = AttentionOptions(*inputs[count + 2 :])
+    ctx.others = {name: value for name, value in options._asdict().items() if name not in TENSORS}
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(getattr(given, name) for name in _TENSORS), *inputs[:count], *output)
+    ctx.save_for_backward(*(getattr(options, name) for name in TENSORS), *inputs[:count], *output)
 
 
 def _differentiate(ctx: Any, op: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs: those of the tensors, None for scale and backend, one for each modifier."""
+    """Return the gradients of the inputs: of the tensors, None for scale and backend, one for each option."""
     saved = ctx.saved_tensors
-    given = Modifiers(**ctx.others, **dict(zip(_TENSORS, saved[: len(_TENSORS)], strict=True)))
-    *inputs, out, lse = saved[len(_TENSORS) :]
-    needs = Modifiers(*ctx.needs_input_grad[-len(Modifiers._fields) :])
-    learned = next((name for name in ("bias", "rel_pos_table", "rel_pos_keys") if getattr(needs, name)), None)
+    options = AttentionOptions(**ctx.others, **dict(zip(TENSORS, saved[: len(TENSORS)], strict=True)))
+    *inputs, out, lse = saved[len(TENSORS) :]
+    needs = AttentionOptions(*ctx.needs_input_grad[-len(AttentionOptions._fields) :])
+    learned = next((name for name in LEARNED if getattr(needs, name)), None)
     dout = torch.zeros_like(out) if dout is None else dout
-    *gradients, dlearned = op(dout, dlse, *inputs, out, lse, ctx.scale, ctx.backend, *given, learned is not None)
-    of_modifiers: dict[str, Tensor | None] = dict.fromkeys(Modifiers._fields)
-    if given.learned is not None and learned is not None:
-        of_modifiers[learned] = dlearned.to(given.learned.dtype)
-    return *gradients, None, None, *of_modifiers.values()
+    *gradients, dlearned = op(dout, dlse, *inputs, out, lse, ctx.scale, ctx.backend, *options, learned is not None)
+    of_options: dict[str, Tensor | None] = dict.fromkeys(AttentionOptions._fields)
+    if options.learned is not None and learned is not None:
+        of_options[learned] = dlearned.to(options.learned.dtype)
+    return *gradients, None, None, *of_options.values()
 
 
 def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -292,7 +281,7 @@ def _gradient_packed(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tupl
 
 _attention_backward = register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
-    f"str backend, {SCHEMA}, bool wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"str backend, {SCHEMA}, bool needs_learned) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -305,7 +294,7 @@ _attention = register(
 )
 _attention_qkvpacked_backward = register(
     "attention_qkvpacked_backward(Tensor dout, Tensor? dlse, Tensor qkv, Tensor out, Tensor lse, float scale, "
-    f"str backend, {SCHEMA}, bool wanted) -> (Tensor, Tensor)",
+    f"str backend, {SCHEMA}, bool needs_learned) -> (Tensor, Tensor)",
     _backward_packed,
     _backward_fake_packed,
 )

@@ -1,4 +1,4 @@
-"""What attention's weights were, from its saved log-sum-exp: rows of them, and how far each head looks."""
+"""Attention's weights from its saved log-sum-exp: rows of them, and how far each head looks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit import attention_options, reference
+from fastvit import reference
 from fastvit.ops import backends, checks
 from fastvit.ops.library import autocasting, cast_for_autocast, launchers, register, unit_stride
 
@@ -27,14 +27,14 @@ def attention_rows(
     rel_pos_keys: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Rows of the attention weights, exp(scale q[rows] k^T + bias - lse[rows]), in one pass over the keys.
+    """Return rows of the attention weights, exp(scale q[rows] k^T + bias - lse[rows]), in one pass over the keys.
 
     For looking into a model: no gradient flows, and the result requires none.
 
     Args:
         q: (B, Tq, H, d) floating; k: (B, Tk, H, d), as :func:`fastvit.ops.attention` takes them.
         lse: (B, H, Tq) floating, what ``attention(..., return_lse=True)`` returned for them.
-        rows: the queries that are asked for, R ints or an int64 tensor (R,) on q's device, from -Tq to Tq - 1. On a
+        rows: the queries, R ints or an int64 tensor (R,) on q's device, from -Tq to Tq - 1. On a
             GPU the values of a tensor are not looked at: a row outside that range is NaN. Ints are copied there first,
             which a CUDA graph can't record.
         scale, bias, rel_pos_table, window, rel_pos_keys, key_mask: as attention had them. What they add to the scores
@@ -48,25 +48,25 @@ def attention_rows(
         BackendUnavailable: the backend that is set can't run this.
     """
     q, k, lse = _accept("attention_rows", q, k, lse)
-    asked = _rows(rows, q)
-    given = attention_options.check(
+    queries = _rows(rows, q)
+    checked = checks.attention(
         "attention_rows", q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]),
         bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
         cu_seqlens=None, max_seqlen=None, dropout_p=0.0, seed=None,
     )  # fmt: skip
-    modifiers: dict[str, Any] = {
+    options: dict[str, Any] = {
         "bias": bias,
         "rel_pos_table": rel_pos_table,
-        "window": given.window,
+        "window": checked.window,
         "rel_pos_keys": rel_pos_keys,
         "key_mask": key_mask,
     }
     chosen = backends.choose("attention_rows", q, needs_grad=False)
     with torch.no_grad(), _exact(q):
         if chosen not in backends.KERNELS:
-            return reference.attention_rows(q, k, lse, asked, scale=scale, **modifiers)
-        added = reference.bias_of_rows(q, asked % q.shape[1], torch.float32, scale, **modifiers)
-        return _attention_rows(q, k, lse, asked, added, q.shape[-1] ** -0.5 if scale is None else scale, chosen)
+            return reference.attention_rows(q, k, lse, queries, scale=scale, **options)
+        added = reference.bias_of_rows(q, queries % q.shape[1], torch.float32, scale, **options)
+        return _attention_rows(q, k, lse, queries, added, q.shape[-1] ** -0.5 if scale is None else scale, chosen)
 
 
 def attention_distance(
@@ -78,7 +78,7 @@ def attention_distance(
     patch_size: tuple[float, float] = (1.0, 1.0),
     scale: float | None = None,
 ) -> Tensor:
-    """How far each head looks: mean over patches i of sum_j p_ij |i - j|, j over all patches.
+    """Return how far each head looks: the mean over patches i of sum_j p_ij |i - j|, j over all patches.
 
     (The mean attention distance of Dosovitskiy et al., 2021, figures 7 and 10.) |i - j| is the Euclidean distance
     between the centres of two patches. p are the weights as attention has them: what a patch gives to the class token

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastvit.attention_options import Modifiers
+from fastvit.attention_options import AttentionOptions
 
 Shape = tuple[int, ...]
 
@@ -28,7 +28,7 @@ def linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
 
 @register_flop_formula(torch.ops.fastvit.linear_backward)
 def linear_backward(dout: Shape, x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
-    """One product for each gradient that is wanted: input, weight."""
+    """Return one product for each gradient: input, weight."""
     return _product(x, weight) * sum(rest[-2])
 
 
@@ -40,7 +40,7 @@ def mlp(x: Shape, fc1: Shape, fc1_bias: Shape | None, fc2: Shape, *_: Any, **__:
 
 @register_flop_formula(torch.ops.fastvit.mlp_backward)
 def mlp_backward(dout: Shape, x: Shape, fc1: Shape, fc1_bias: Shape | None, fc2: Shape, *rest: Any, **_: Any) -> int:
-    """The hidden gradient always, the others where they are wanted."""
+    """Return the hidden gradient always, the others where the step needs them."""
     needs_x, needs_fc1, needs_fc2 = rest[-2]
     return _product(x, fc1) * (needs_x + needs_fc1) + _product(x, fc2) * (1 + needs_fc2)
 
@@ -63,22 +63,22 @@ def _products(q: Tensor, pairs: int) -> int:
 
 
 @register_flop_formula(torch.ops.fastvit.attention, get_raw=True)
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *modifiers: Any, **_: Any) -> int:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *values: Any, **_: Any) -> int:
     """As F.scaled_dot_product_attention, and of the scores that exist only: q k^T, p v; q R^T with rel_pos_keys R."""
-    given = Modifiers(*modifiers)
-    return (2 + (given.rel_pos_keys is not None)) * _products(q, _pairs(q, k, given.cu_q, given.cu_k))
+    options = AttentionOptions(*values)
+    return (2 + (options.rel_pos_keys is not None)) * _products(q, _pairs(q, k, options.cu_q, options.cu_k))
 
 
 @register_flop_formula(torch.ops.fastvit.attention_backward, get_raw=True)
 def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
     """As F.scaled_dot_product_attention's backward: the scores once more, and one product for each of the others.
 
-    rel_pos_keys R have a share in the scores and in q's gradient, and their own if it is wanted.
+    rel_pos_keys R have a share in the scores and in q's gradient, and their own gradient.
     """
-    *modifiers, wanted = rest[-len(Modifiers._fields) - 1 :]
-    given = Modifiers(*modifiers)
-    of_distances = 0 if given.rel_pos_keys is None else 2 + wanted
-    return (5 + of_distances) * _products(q, _pairs(q, k, given.cu_q, given.cu_k))
+    *values, needs_learned = rest[-len(AttentionOptions._fields) - 1 :]
+    options = AttentionOptions(*values)
+    rel_pos_keys = 0 if options.rel_pos_keys is None else 2 + needs_learned
+    return (5 + rel_pos_keys) * _products(q, _pairs(q, k, options.cu_q, options.cu_k))
 
 
 @register_flop_formula(torch.ops.fastvit.attention_qkvpacked, get_raw=True)
@@ -97,7 +97,7 @@ def attention_qkvpacked_backward(dout: Tensor, dlse: Tensor | None, qkv: Tensor,
 
 @register_flop_formula(torch.ops.fastvit.attention_rows)
 def attention_rows(q: Shape, k: Shape, lse: Shape, rows: Shape, *_: Any, **__: Any) -> int:
-    """The scores of the rows that are asked for."""
+    """Return the scores of the rows."""
     return 2 * prod(k) * rows[0]
 
 

@@ -7,7 +7,6 @@ What such rules can't do is torch.func; there :mod:`fastvit.ops.backends` takes 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvit.ops.backends import INTERPRETING
+from fastvit.ops.launchers import Launchers
 
 LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
 KERNELS: dict[Any, Callable[..., Any]] = {}  # torch.ops.fastvit.<name>.default -> its implementation
@@ -57,13 +57,19 @@ def implement_on_cpu() -> None:
             LIBRARY.impl(op.name().removeprefix("fastvit::"), kernel, "CPU")
 
 
-def launchers(backend: str) -> Any:
-    """The module that launches a backend's kernels; all have the same functions."""
-    return importlib.import_module(f"fastvit.{backend}.launchers")
+def launchers(backend: str) -> Launchers:
+    """Return the launchers of a backend, "triton" or "cuda"."""
+    if backend == "cuda":
+        from fastvit.cuda import launchers as cuda
+
+        return cuda
+    from fastvit.triton import launchers as triton
+
+    return triton
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will want a backward for these inputs."""
+    """Return whether autograd will run a backward for these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -155,8 +155,10 @@ def normed_product(
     kernels = launchers(backend)
     if backend == "cuda" and eps is not None and not save and all(t is None for t in merged.values()):
         norm = norm_weight, norm_bias, eps
-        out, mean, rstd = kernels.linear_normed_forward(as_rows(x), norm, weight, bias, activation=activation)
-        return out, None, mean, rstd
+        from fastvit.cuda.linear import linear_normed_forward
+
+        out, row_mean, row_rstd = linear_normed_forward(as_rows(x), norm, weight, bias, activation=activation)
+        return out, None, row_mean, row_rstd
     rows, mean, rstd = normalise(kernels, x, norm_weight, norm_bias, eps, weight.dtype)
     out, preact = kernels.linear_forward(
         rows, weight, bias, activation=activation, save_preact=save and activation is not None, **merged

@@ -160,7 +160,8 @@ def _forward(
         gamma=gamma,
         row_scale=row_scale,
     )
-    return out.view(*x.shape[:-1], out.shape[-1]), *(or_empty(t, out) for t in (mean, rstd, preact))
+    mean, rstd, preact = (or_empty(t, out) for t in (mean, rstd, preact))
+    return out.view(*x.shape[:-1], out.shape[-1]), mean, rstd, preact
 
 
 def _fake(
@@ -216,6 +217,7 @@ def _backward(
         scaled, fc2_weight, gamma=gamma, preact=preact, activation=activation
     )
     if needs_fc2:
+        assert hidden is not None  # there is an activation
         dfc2, dfc2_bias, dgamma = kernels.linear_weight_gradient(
             scaled, hidden, weight=fc2_weight, bias=fc2_bias, gamma=gamma, need_bias=fc2_bias is not None
         )

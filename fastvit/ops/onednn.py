@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastvit import reference
+from fastvit.ops.tracing import exporting
 from fastvit.reference import Norm
 
 AVAILABLE = torch.backends.mkldnn.is_available()
@@ -32,6 +33,23 @@ _SMALLEST = 1 << 23  # multiply-adds; below, the packed product's own overhead (
 # packed ones are the faster ones everywhere.
 _NARROW = (1024, 1280)
 _AMX = torch.cpu._is_amx_tile_supported()
+
+
+def refuse(x: Tensor, needs_grad: bool) -> str | None:
+    """Return why oneDNN can't run an op on ``x``, or None."""
+    if torch.compiler.is_compiling() and (exporting() or x.dtype != torch.bfloat16 or BFLOAT16_INSTRUCTIONS):
+        return "it is for eager mode; torch.compile fuses the reference itself"
+    if not AVAILABLE:
+        return "this build of PyTorch has no oneDNN"
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}; onednn takes CPU tensors"
+    if needs_grad:
+        return "a gradient is needed; onednn is for inference (torch.no_grad)"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on; onednn takes weights as they are"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {x.dtype} is not supported; accepted: float32, bfloat16"
+    return None
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Images to tokens: the strided convolution, position embeddings and prefix tokens."""
+"""Images to tokens: the strided convolution, position embeddings and prefix tokens, of a batch or of packed images."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from fastvit import reference
 from fastvit.ops import backends, checks, onednn
 from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, none_if_empty, or_empty, register
+from fastvit.packing import Layout, PackedImages
 
 
 def patch_embed(
@@ -59,34 +60,14 @@ def patch_embed(
     height, right = images.shape[2:]
     if height % p or right % q:
         raise ValueError(f"ops.patch_embed: images of {height}x{right} are not divisible by the patch of {p}x{q}")
-    if images.dtype != torch.uint8:
-        checks.floating("patch_embed", images=images)
-    checks.floating("patch_embed", weight=weight, bias=bias, pos_embed=pos_embed, prefix_tokens=prefix_tokens)
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
     tokens = (height // p) * (right // q)
-    checks.shape("patch_embed", "bias", bias, (width,))
-    checks.shape("patch_embed", "prefix_tokens", prefix_tokens, (1, prefix, width))
-    if pos_embed is not None and tuple(pos_embed.shape) not in ((1, tokens, width), (1, prefix + tokens, width)):
-        raise ValueError(
-            f"ops.patch_embed: pos_embed has shape {tuple(pos_embed.shape)}, expected (1, {tokens}, {width}) "
-            f"or (1, {prefix + tokens}, {width})"
-        )
-    mean, std = (
-        constants("patch_embed", name, t, channels, images.device) for name, t in (("mean", mean), ("std", std))
+    positions = ((1, tokens, width), (1, prefix + tokens, width))
+    weight, mean, std, out_dtype, chosen = _prepare(
+        "patch_embed", images, weight, bias, pos_embed, positions, prefix_tokens, mean, std, out_dtype
     )
-    checks.same_device(
-        "patch_embed", images, weight=weight, bias=bias, pos_embed=pos_embed, prefix_tokens=prefix_tokens
-    )
-    grad = needs_grad(images, weight, bias, pos_embed, prefix_tokens)
-    chosen = backends.choose(
-        "patch_embed", images if images.dtype != torch.uint8 else weight, needs_grad=grad, weights=(weight,)
-    )
-    out_dtype = out_dtype or stream_dtype(images, pos_embed, prefix_tokens)
     if chosen in backends.KERNELS:
-        (weight,) = cast_for_autocast(images, weight)
         return _patch_embed(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, chosen)
-    if chosen == "onednn":
-        weight, out_dtype = weight.to(onednn.product_dtype(weight.dtype)), out_dtype or weight.dtype
     return reference.patch_embed(
         images,
         weight,
@@ -97,6 +78,108 @@ def patch_embed(
         std=std,
         out_dtype=out_dtype,
     )
+
+
+def patch_embed_packed(
+    packed: PackedImages,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix_tokens: Tensor | None = None,
+    mean: Tensor | Sequence[float] | None = None,
+    std: Tensor | Sequence[float] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Embed every patch of n packed images in one launch, each image's after prefix tokens of its own.
+
+    Args:
+        packed: the images, N patches in all, of the weight's channels and patch size.
+        weight: (D, C, p, q), the convolution's own parameter.
+        bias: (D,) or None.
+        pos_embed: (N, D), a row for each patch. (What positions the prefix tokens have is added to them before.)
+        prefix_tokens: (1, P, D), put before the patches of every image.
+        mean, std, out_dtype: as in :func:`fastvit.ops.patch_embed`.
+
+    Returns:
+        (1, N + n * P, D): where each image's tokens are, ``packed.sequences(P)`` says.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+        BackendUnavailable: the backend that is set can't run this.
+    """
+    name = "patch_embed_packed"
+    if not isinstance(packed, PackedImages):
+        raise ValueError(f"ops.{name}: packed is a {type(packed).__name__}; fastvit.pack makes what is expected")
+    expected = (packed.channels, *packed.patch_size)
+    if weight.ndim != 4 or tuple(weight.shape[1:]) != expected:
+        c, p, q = expected
+        raise ValueError(
+            f"ops.{name}: weight has shape {tuple(weight.shape)}, expected (D, {c}, {p}, {q}): "
+            f"the images were packed for {c} channels and patches of {p}x{q}"
+        )
+    positions = ((packed.layout.image.shape[0], weight.shape[0]),)
+    weight, mean, std, out_dtype, chosen = _prepare(
+        name, packed.pixels, weight, bias, pos_embed, positions, prefix_tokens, mean, std, out_dtype
+    )
+    if chosen in backends.KERNELS:
+        return _patch_embed_packed(
+            packed.pixels, list(packed.layout), weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, chosen
+        )
+    return reference.patch_embed_packed(
+        packed,
+        weight,
+        bias,
+        pos_embed=pos_embed,
+        prefix_tokens=prefix_tokens,
+        mean=mean,
+        std=std,
+        out_dtype=out_dtype,
+    )
+
+
+def _prepare(
+    op: str,
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    positions: tuple[tuple[int, ...], ...],
+    prefix_tokens: Tensor | None,
+    mean: Tensor | Sequence[float] | None,
+    std: Tensor | Sequence[float] | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, torch.dtype | None, str]:
+    """Check what plain and packed images have in common: pos_embed has one of the shapes ``positions``.
+
+    Returns:
+        the weight in the dtype of the product, mean, std, the result's dtype (None: the weight's) and the backend.
+    """
+    width, channels = weight.shape[:2]
+    prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
+    rows = {"bias": bias, "pos_embed": pos_embed, "prefix_tokens": prefix_tokens}
+    if images.dtype != torch.uint8:
+        checks.floating(op, images=images)
+    checks.floating(op, weight=weight, **rows)
+    checks.shape(op, "bias", bias, (width,))
+    checks.shape(op, "prefix_tokens", prefix_tokens, (1, prefix, width))
+    if pos_embed is not None and tuple(pos_embed.shape) not in positions:
+        expected = " or ".join(map(str, positions))
+        raise ValueError(f"ops.{op}: pos_embed has shape {tuple(pos_embed.shape)}, expected {expected}")
+    mean, std = (constants(op, name, t, channels, images.device) for name, t in (("mean", mean), ("std", std)))
+    checks.same_device(op, images, weight=weight, **rows)
+    chosen = backends.choose(
+        "patch_embed",
+        images if images.dtype != torch.uint8 else weight,
+        needs_grad=needs_grad(images, weight, *rows.values()),
+        weights=(weight,),
+    )
+    out_dtype = out_dtype or stream_dtype(images, pos_embed, prefix_tokens)
+    if chosen in backends.KERNELS:
+        (weight,) = cast_for_autocast(images, weight)
+    elif chosen == "onednn":
+        weight, out_dtype = weight.to(onednn.product_dtype(weight.dtype)), out_dtype or weight.dtype
+    return weight, mean, std, out_dtype, chosen
 
 
 def stream_dtype(images: Tensor, *rows: Tensor | None) -> torch.dtype | None:
@@ -135,8 +218,9 @@ def constants(
     return values.float().contiguous()
 
 
-def _forward(
+def _run(
     images: Tensor,
+    layout: Layout | None,
     weight: Tensor,
     bias: Tensor | None,
     pos_embed: Tensor | None,
@@ -150,6 +234,7 @@ def _forward(
         images,
         weight.contiguous(),
         bias,
+        layout=layout,
         pos_embed=pos_embed,
         prefix_tokens=prefix_tokens,
         mean=mean,
@@ -158,11 +243,25 @@ def _forward(
     )
 
 
+def _forward(images: Tensor, *rest: Any) -> Tensor:
+    return _run(images, None, *rest)
+
+
+def _forward_packed(pixels: Tensor, layout: list[Tensor], *rest: Any) -> Tensor:
+    return _run(pixels, Layout(*layout), *rest)
+
+
 def _fake(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, backend):
     batch, _, height, right = images.shape
     tokens = (height // weight.shape[2]) * (right // weight.shape[3])
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
     return weight.new_empty((batch, prefix + tokens, weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_packed(pixels, layout, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, backend):
+    starts, _, _, image, *_ = layout
+    prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
+    return weight.new_empty((1, image.shape[0] + starts.shape[0] * prefix, weight.shape[0]), dtype=out_dtype)
 
 
 def _backward(
@@ -189,6 +288,7 @@ def _backward(
             dout, weight, tuple(image_shape), std=std, prefix=prefix, dtype=image_dtype
         )
     if needs_weight:
+        assert images is not None
         dweight = kernels.patch_embed_weight_gradient(dout, images, weight.shape, mean=mean, std=std, prefix=prefix)
         dweight = dweight.to(weight.dtype)
     return or_empty(dimages, dout), or_empty(dweight, dout), or_empty(drows, dout)
@@ -217,8 +317,7 @@ def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 9
     images, weight, mean, std = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    needs = [wanted[0], wanted[1], any(wanted[2:5])]
+    needs = [*ctx.needs_input_grad[:2], any(ctx.needs_input_grad[2:5])]
     dimages, dweight, drows = map(
         none_if_empty,
         _patch_embed_backward(
@@ -237,6 +336,95 @@ def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     return dimages, dweight, dbias, dpos, dprefix, None, None, None, None
 
 
+def _backward_packed(
+    dout: Tensor,
+    pixels: Tensor | None,
+    size: int,
+    pixel_dtype: torch.dtype,
+    layout: list[Tensor],
+    weight: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    needs_pixels, needs_weight = needs
+    dout, places = dout.to(weight.dtype).contiguous(), Layout(*layout)
+    dpixels = dweight = None
+    if needs_pixels:
+        dpixels = _pixel_gradient(dout, weight, places, std, size, pixel_dtype)
+    if needs_weight:
+        assert pixels is not None
+        dweight = launchers(backend).patch_embed_weight_gradient(
+            dout, pixels, weight.shape, layout=places, mean=mean, std=std
+        )
+        dweight = dweight.to(weight.dtype)
+    return or_empty(dpixels, dout), or_empty(dweight, dout)
+
+
+def _pixel_gradient(
+    dout: Tensor, weight: Tensor, layout: Layout, std: Tensor | None, size: int, dtype: torch.dtype
+) -> Tensor:
+    """Compute the formula in PyTorch: only explanations of a model need it. Every pixel is in one patch."""
+    dpatches = (dout @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+    if std is not None:
+        dpatches = dpatches / std.view(-1, 1, 1)
+    gradient = torch.empty(size, dtype=dtype, device=dout.device)
+    gradient[layout.pixels(weight.shape[1], (weight.shape[2], weight.shape[3]))] = dpatches.to(dtype)
+    return gradient
+
+
+def _backward_fake_packed(dout, pixels, size, pixel_dtype, layout, weight, mean, std, needs, backend):
+    needs_pixels, needs_weight = needs
+    return (
+        weight.new_empty(size if needs_pixels else 0, dtype=pixel_dtype if needs_pixels else None),
+        weight.new_empty(weight.shape if needs_weight else 0),
+    )
+
+
+def _setup_context_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pixels, layout, weight, bias, pos_embed, prefix_tokens, mean, std, _, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.size, ctx.pixel_dtype = pixels.shape[0], pixels.dtype
+    ctx.dtypes = [None if t is None else t.dtype for t in (bias, pos_embed, prefix_tokens)]
+    ctx.prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
+    ctx.save_for_backward(pixels if weight.requires_grad else None, weight, mean, std, *layout)
+
+
+def _gradient_packed(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+    if dout is None:
+        return (None, [None] * len(Layout._fields), *(None,) * 8)
+    pixels, weight, mean, std, *layout = ctx.saved_tensors
+    needs_pixels, _, needs_weight, needs_bias, needs_pos, needs_prefix, *_ = ctx.needs_input_grad
+    places, rows = Layout(*layout), dout[0]
+    bias_dtype, pos_dtype, prefix_dtype = ctx.dtypes
+    dbias = dpos = dprefix = None
+    if ctx.prefix:
+        if needs_prefix:
+            dprefix = rows[places.prefix_tokens(ctx.prefix)].sum(0, keepdim=True, dtype=torch.float32).to(prefix_dtype)
+        rows = rows.index_select(0, places.patch_tokens(ctx.prefix))
+    if needs_bias:
+        dbias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
+    if needs_pos:
+        dpos = rows.to(pos_dtype)
+    dpixels, dweight = map(
+        none_if_empty,
+        _patch_embed_packed_backward(
+            rows,
+            pixels,
+            ctx.size,
+            ctx.pixel_dtype,
+            layout,
+            weight,
+            mean,
+            std,
+            [needs_pixels, needs_weight],
+            ctx.backend,
+        ),
+    )
+    return dpixels, [None] * len(layout), dweight, dbias, dpos, dprefix, None, None, None, None
+
+
 _patch_embed_backward = register(
     "patch_embed_backward(Tensor dout, Tensor? images, SymInt[] image_shape, ScalarType image_dtype, Tensor weight, "
     "Tensor? mean, Tensor? std, SymInt prefix, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
@@ -250,4 +438,18 @@ _patch_embed = register(
     _fake,
     backward=_gradient,
     setup_context=_setup_context,
+)
+_patch_embed_packed_backward = register(
+    "patch_embed_packed_backward(Tensor dout, Tensor? pixels, SymInt size, ScalarType pixel_dtype, Tensor[] layout, "
+    "Tensor weight, Tensor? mean, Tensor? std, bool[] needs, str backend) -> (Tensor, Tensor)",
+    _backward_packed,
+    _backward_fake_packed,
+)
+_patch_embed_packed = register(
+    "patch_embed_packed(Tensor pixels, Tensor[] layout, Tensor weight, Tensor? bias, Tensor? pos_embed, "
+    "Tensor? prefix_tokens, Tensor? mean, Tensor? std, ScalarType? out_dtype, str backend) -> Tensor",
+    _forward_packed,
+    _fake_packed,
+    backward=_gradient_packed,
+    setup_context=_setup_context_packed,
 )

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: queries and keys turned by their position before attention."""
+"""Rotary position embeddings, which rotate queries and keys by their position before attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvit.ops.library import launchers, needs_grad, register, unit_stride
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """x cos + half(x) sin for x in (q, k), with half(x) = (-x[d/2:], x[:d/2]): q and k in one pass.
+    """Return x cos + half(x) sin for x in (q, k), with half(x) = (-x[d/2:], x[:d/2]): q and k in one pass.
 
     (Su et al., 2021, equation 34, in the order of Hugging Face and DINOv3: pair i of a head is its elements i and
     i + d/2. timm's EVA pairs 2i and 2i + 1 instead, unless it is built with ``rotate_half``.)
@@ -26,10 +26,10 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             (class token, registers) stay as they are. See :func:`axial`.
 
     Returns:
-        q' and k', (B, T, H, d) in q's dtype, computed in float32. Gradients flow to q and k, as often as wanted.
+        q' and k', (B, T, H, d) in q's dtype, computed in float32. q and k have gradients of any order.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or a gradient is wanted of cos or sin.
+        ValueError: a shape, dtype or device that does not fit, or cos or sin require a gradient.
         BackendUnavailable: the backend that is set can't run this.
     """
     checks.floating("rotate", q=q, k=k, cos=cos, sin=sin)
@@ -37,7 +37,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         raise ValueError(f"ops.rotate: q {tuple(q.shape)}, k {tuple(k.shape)}; expected (B, T, H, d) of both")
     batch, tokens, _, head_dim = q.shape
     if head_dim % 2:
-        raise ValueError(f"ops.rotate: head dim {head_dim} is odd; accepted: even ones, turned in pairs")
+        raise ValueError(f"ops.rotate: head dim {head_dim} is odd; accepted: even ones, rotated in pairs")
     if cos.shape not in ((cos.shape[-2], head_dim), (batch, cos.shape[-2], head_dim)) or cos.shape[-2] > tokens:
         raise ValueError(
             f"ops.rotate: cos has shape {tuple(cos.shape)}, expected (T', {head_dim}) or ({batch}, T', {head_dim}) "
@@ -64,7 +64,7 @@ def axial(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The angles of a grid of patches as DINOv3 turns them (Siméoni et al., 2025, section 3.2): (cos, sin).
+    """Return the angles of a grid of patches as DINOv3 has them (Siméoni et al., 2025, section 3.2): (cos, sin).
 
     A patch's centre has coordinates from -1 to 1 down and across; each is multiplied by 2 pi / period, for d/4 periods.
 
@@ -106,7 +106,8 @@ def angles(
 
 
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return launchers(backend).rope(unit_stride(q), unit_stride(k), cos.contiguous(), sin.contiguous(), inverse=inverse)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    return launchers(backend).apply_rotary(unit_stride(q), unit_stride(k), cos, sin, inverse=inverse)
 
 
 def _fake(q, k, cos, sin, inverse, backend):
@@ -119,7 +120,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradient(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    """A rotation's transpose is its inverse."""
+    """Rotate the gradients back: a rotation's transpose is its inverse."""
     return *_rotate(dq, dk, *ctx.saved_tensors, not ctx.inverse, ctx.backend), None, None, None, None
 
 

@@ -11,13 +11,15 @@ import torch
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
+from fastvit.attention_options import OPTIONS
+
 # One letter an argument, then one a result. b: its first dimension is the batch's (or the batch's rows);
 # r: a parameter, whole on every rank; p: a parameter's gradient, each rank holding its images' part; -: no tensor.
-# Of attention's modifiers: a: a bias, by batch where it has one, else as r; t: a table, by heads; k: keys of distances,
-# by heads where each has its own; l: the gradient of what is learned of these; !: what is counted over all images
-# (packed sequences, a dropout's seed): they stay together.
+# Of attention's options (fastvit/attention_options.py has their letters): a: a bias, by batch where it has one, else as
+# r; t: a table, by heads; k: relative position keys, by heads where each has its own; l: the gradient of the learned
+# one of these; !: what counts all images (packed sequences, a dropout's seed), which stay on one rank.
 # c: a rotation's angles, by batch where they have one.
-_MODIFIERS = "a r - r b ! ! - - - !"
+_OPTIONS = " ".join(option.by_batch for option in OPTIONS.values())
 _BY_BATCH = {
     "patch_embed": ("b r r r r r r - -", "b"),
     "patch_embed_backward": ("b b - - r r r - - -", "b p p"),
@@ -28,21 +30,21 @@ _BY_BATCH = {
     "mlp": ("b r r r r r r - - b - r b - -", "b b b b"),
     "mlp_backward": ("b b r r r r r r - b b b - - r b - -", "b p p p p p p p"),
     "rotate": ("b b c c - -", "b b"),
-    "attention": (f"b b b - - {_MODIFIERS}", "b b"),
-    "attention_backward": (f"b b b b b b b - - {_MODIFIERS} -", "b b b l"),
-    "attention_qkvpacked": (f"b - - {_MODIFIERS}", "b b"),
-    "attention_qkvpacked_backward": (f"b b b b b - - {_MODIFIERS} -", "b l"),
+    "attention": (f"b b b - - {_OPTIONS}", "b b"),
+    "attention_backward": (f"b b b b b b b - - {_OPTIONS} -", "b b b l"),
+    "attention_qkvpacked": (f"b - - {_OPTIONS}", "b b"),
+    "attention_qkvpacked_backward": (f"b b b b b - - {_OPTIONS} -", "b l"),
     "attention_rows": ("b b b r a - -", "b"),
     "attention_distance": ("b b b - - - -", "b"),
 }
-# Where the heads are, in each tensor argument and result of the attention ops; packed sequences are no obstacle here.
-_MODIFIERS_BY_HEADS = "a t - k r r r - - - !"
+# Where the heads are, in each tensor argument and result of the attention ops; packed sequences allow that.
+_OPTIONS_BY_HEADS = " ".join(option.by_heads for option in OPTIONS.values())
 _BY_HEADS = {
     "rotate": ("2 2 c c - -", "2 2"),
-    "attention": (f"2 2 2 - - {_MODIFIERS_BY_HEADS}", "2 1"),
-    "attention_backward": (f"2 1 2 2 2 2 1 - - {_MODIFIERS_BY_HEADS} -", "2 2 2 l"),
-    "attention_qkvpacked": (f"3 - - {_MODIFIERS_BY_HEADS}", "2 1"),
-    "attention_qkvpacked_backward": (f"2 1 3 2 1 - - {_MODIFIERS_BY_HEADS} -", "3 l"),
+    "attention": (f"2 2 2 - - {_OPTIONS_BY_HEADS}", "2 1"),
+    "attention_backward": (f"2 1 2 2 2 2 1 - - {_OPTIONS_BY_HEADS} -", "2 2 2 l"),
+    "attention_qkvpacked": (f"3 - - {_OPTIONS_BY_HEADS}", "2 1"),
+    "attention_qkvpacked_backward": (f"2 1 3 2 1 - - {_OPTIONS_BY_HEADS} -", "3 l"),
     "attention_rows": ("2 2 1 r a - -", "1"),
     "attention_distance": ("2 2 1 - - - -", "1"),
 }

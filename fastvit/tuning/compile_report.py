@@ -126,7 +126,7 @@ def launches(workload: Workload, arch: int) -> Trace:
 
 @dataclass(frozen=True)
 class Attention:
-    """A call of packed attention with modifiers, whose kernels ship: of ``window`` patches and a class token."""
+    """A call of packed attention with options, whose kernels ship: of ``window`` patches and a class token."""
 
     name: str
     head_dim: int = 64
@@ -141,8 +141,8 @@ class Attention:
 ATTENTIONS = (
     *(Attention(name, d) for d in (64, 80, 128) for name in ("bias", "table", "packed")),
     *(Attention(name, dtype=torch.float32) for name in ("bias", "table", "packed")),
-    *(Attention("distances", d) for d in (64, 128)),
-    Attention("distances", dtype=torch.float32),
+    *(Attention("rel_pos_keys", d) for d in (64, 128)),
+    Attention("rel_pos_keys", dtype=torch.float32),
     Attention("key mask"),
     Attention("table", window=(24, 24)),  # a tile of 32 rows for its gradient
     Attention("table", window=(64, 64)),  # rows of the window in parts
@@ -162,7 +162,7 @@ def attention_launches(call: Attention, arch: int) -> Trace:
     elif call.name == "table":
         table = torch.empty((2 * h - 1) * (2 * w - 1) + 3, heads, requires_grad=True, **meta)
         options |= {"rel_pos_table": table, "window": call.window, "key_mask": kept}
-    elif call.name == "distances":
+    elif call.name == "rel_pos_keys":
         keys = torch.empty(heads, 2 * tokens - 1, call.head_dim, requires_grad=True, **meta)
         options |= {"rel_pos_keys": keys, "key_mask": kept}
     elif call.name == "packed":
@@ -248,7 +248,7 @@ def flops(launch: Any) -> int:
     match name:
         case "linear_pointer_kernel" | "linear_tma_kernel":
             return 2 * args["M"] * args["N"] * args["K"]
-        case "attention_forward_kernel" if args["modifiers"].cu_q_ptr is None:  # else only the device knows
+        case "attention_forward_kernel" if args["option_ptrs"].cu_q_ptr is None:  # else only the device knows
             return 4 * args["q_ptr"].numel() * args["k_ptr"].shape[1]
         case "patch_embed_forward_kernel":
             return 2 * args["images_ptr"].numel() * args["D"]

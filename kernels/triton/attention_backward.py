@@ -7,11 +7,11 @@ With p = exp(q k^T * scale - lse), recomputed from the saved log-sum-exp, and de
 
 The first kernel owns a block of queries, goes through the keys and leaves delta behind; the second owns a
 block of keys and goes through the queries with the scores transposed, so that p^T and ds^T are already the
-left operands of their products. Both go through full blocks and then through pieces that fit the rest.
+left operands of their products. Both go through full blocks and then through the tail, in pieces that fit it.
 
 With a bias b, p = exp(q k^T * scale + b - lse), and db is ds without the scale: see ``attention_bias_gradient.py``.
-With keys R of the distances, k_j + R[i - j + T - 1] takes the place of k_j in p and in dq; dR is in
-``attention_distance_keys.py``.
+With relative position keys R, k_j + R[i - j + T - 1] takes the place of k_j in p and in dq; dR is in
+``attention_rel_pos_keys.py``.
 With dropout, whose factors f of 0 or 1 / (1 - rate) are drawn again, f * (dout v^T) takes the place of dout v^T, and
 f * p that of p in dv; delta is the same sum.
 """
@@ -25,19 +25,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.attention_options import UNMODIFIED, Modifiers
+from fastvit.attention_options import NO_OPTIONS, AttentionOptions
 from fastvit.triton.attention import images, in_units, work
 from fastvit.triton.attention_bias_gradient import attention_bias_gradient, attention_table_gradient
-from fastvit.triton.attention_distance_keys import attention_distance_keys_gradient
+from fastvit.triton.attention_rel_pos_keys import attention_rel_pos_keys_gradient
 from fastvit.triton.attention_scores import (
     LOG2_E,
     NONE,
-    ModifierPointers,
+    OptionPointers,
     backward_lse,
-    distance_keys,
     dropout_factor,
-    modified,
-    modifier_pointers,
+    option_pointers,
+    rel_pos_keys_rows,
+    score_mod,
     sequence,
 )
 from fastvit.triton.attention_tiles import (
@@ -58,50 +58,50 @@ from fastvit.triton.launch import before, launch
 
 @triton.jit
 def _through_keys(
-    dq,  # accumulators (ROWS, piece)
+    dq,  # accumulators (BLOCK_M, piece)
     q,
     dout,
     k,
     v,
-    lse,  # (ROWS,), in units of log2
-    delta,  # (ROWS,)
+    lse,  # (BLOCK_M,), in units of log2
+    delta,  # (BLOCK_M,)
     start,
     keys,
     scale_log2,
-    modifiers,
-    site,  # (image, head, H, its first query, its queries (ROWS,), Tq)
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    option_ptrs,
+    site,  # (image, head, H, its first query, its queries (BLOCK_M,), Tq)
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,
     PIECES: tl.constexpr,
     EDGE: tl.constexpr,  # the last key is among these
-    MODIFIED: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq / scale with keys start .. start + KEYS added."""
+    """Return dq / scale with keys start .. start + BLOCK_N added."""
     image, head, heads, first, queries, count = site
-    columns = start + tl.arange(0, KEYS)
-    k_tiles = load_rows(k, start, keys, KEYS, DIM, PIECES, EDGE)
-    v_tiles = load_rows(v, start, keys, KEYS, DIM, PIECES, EDGE)
-    s = products(q, k_tiles, ROWS, KEYS, PRECISION)
-    lowest = first - start + count - KEYS  # of the keys of distances that are needed
-    if modifiers.distances_ptr is not None:
-        distances = distance_keys(modifiers, head, DIM)
-        s += diagonals(q, distances, lowest, 2 * count - 1, ROWS, KEYS, DIM, PIECES, False, PRECISION)
+    columns = start + tl.arange(0, BLOCK_N)
+    k_tiles = load_rows(k, start, keys, BLOCK_N, DIM, PIECES, EDGE)
+    v_tiles = load_rows(v, start, keys, BLOCK_N, DIM, PIECES, EDGE)
+    s = products(q, k_tiles, BLOCK_M, BLOCK_N, PRECISION)
+    lowest = first - start + count - BLOCK_N  # of the relative position keys that are needed
+    if option_ptrs.rel_pos_keys_ptr is not None:
+        rel_pos_keys = rel_pos_keys_rows(option_ptrs, head, DIM)
+        s += diagonals(q, rel_pos_keys, lowest, 2 * count - 1, BLOCK_M, BLOCK_N, DIM, PIECES, False, PRECISION)
     s *= scale_log2
-    if MODIFIED:
-        s = modified(s, modifiers, image, head, heads, queries[:, None], columns[None, :], count, keys)
+    if SCORE_MOD:
+        s = score_mod(s, option_ptrs, image, head, heads, queries[:, None], columns[None, :], count, keys)
     p = tl.math.exp2(s - lse[:, None])
     if EDGE:
         p = tl.where((columns < keys)[None, :], p, 0.0)
-    dp = products(dout, v_tiles, ROWS, KEYS, PRECISION)
-    if modifiers.seed_ptr is not None:
-        dp *= dropout_factor(modifiers, image * heads + head, queries[:, None], columns[None, :])
+    dp = products(dout, v_tiles, BLOCK_M, BLOCK_N, PRECISION)
+    if option_ptrs.seed_ptr is not None:
+        dp *= dropout_factor(option_ptrs, image * heads + head, queries[:, None], columns[None, :])
     ds = p * (dp - delta[:, None])
     dq = add_products(dq, ds, k_tiles, PRECISION)
-    if modifiers.distances_ptr is not None:
+    if option_ptrs.rel_pos_keys_ptr is not None:
         dq = add_diagonals(
-            dq, ds, distances, lowest, 2 * count - 1, ROWS, KEYS, DIM, PIECES, k_tiles[0].dtype, PRECISION
+            dq, ds, rel_pos_keys, lowest, 2 * count - 1, BLOCK_M, BLOCK_N, DIM, PIECES, k_tiles[0].dtype, PRECISION
         )
     return dq
 
@@ -128,39 +128,39 @@ def attention_query_gradient_kernel(
     keys,  # Tk
     longest,  # Tq, or at least as many queries as any packed sequence has
     scale,
-    modifiers,  # see attention_scores.py
+    option_ptrs,  # see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
-    ROWS: tl.constexpr,  # query rows of a program
-    REST: tl.constexpr,  # pieces of the keys that do not fill a block
-    BLOCK: tl.constexpr,  # keys in a full block; 0: they are all in REST
+    BLOCK_M: tl.constexpr,  # queries of a program
+    BLOCK_N: tl.constexpr,  # keys in a full block; 0: they are all in TAIL
+    TAIL: tl.constexpr,  # pieces of the keys that do not fill a block
     PRECISION: tl.constexpr,
 ):
-    MODIFIED: tl.constexpr = modifiers.changed is not None
-    blocks = tl.cdiv(longest, ROWS)
+    SCORE_MOD: tl.constexpr = option_ptrs.changed is not None
+    blocks = tl.cdiv(longest, BLOCK_M)
     row = tl.program_id(0) // blocks  # image * H + head
-    first = tl.program_id(0) % blocks * ROWS
+    first = tl.program_id(0) % blocks * BLOCK_M
     image, head = row // heads, row % heads
-    q_start, q_length, holder = sequence(modifiers.cu_q_ptr, image, queries)
-    k_start, k_length, _ = sequence(modifiers.cu_k_ptr, image, keys)
-    if modifiers.cu_q_ptr is not None and first >= q_length:
+    q_start, q_length, holder = sequence(option_ptrs.cu_q_ptr, image, queries)
+    k_start, k_length, _ = sequence(option_ptrs.cu_k_ptr, image, keys)
+    if option_ptrs.cu_q_ptr is not None and first >= q_length:
         return
     k = head_rows(k_ptr, k_strides, holder, head, UNIT, k_start)
     v = head_rows(v_ptr, v_strides, holder, head, UNIT, k_start)
     q_rows = head_rows(q_ptr, q_strides, holder, head, UNIT, q_start)
     out_rows = head_rows(out_ptr, out_strides, holder, head, UNIT, q_start)
     dout_rows = head_rows(dout_ptr, dout_strides, holder, head, UNIT, q_start)
-    q = load_rows(q_rows, first, q_length, ROWS, DIM, PIECES, True)
-    out = load_rows(out_rows, first, q_length, ROWS, DIM, PIECES, True)
-    dout = load_rows(dout_rows, first, q_length, ROWS, DIM, PIECES, True)
+    q = load_rows(q_rows, first, q_length, BLOCK_M, DIM, PIECES, True)
+    out = load_rows(out_rows, first, q_length, BLOCK_M, DIM, PIECES, True)
+    dout = load_rows(dout_rows, first, q_length, BLOCK_M, DIM, PIECES, True)
 
-    rows = first + tl.arange(0, ROWS)
+    rows = first + tl.arange(0, BLOCK_M)
     at = (holder * heads + head).to(tl.int64) * queries + q_start + rows
     lse = tl.load(lse_ptr + at, mask=rows < q_length, other=0.0) * LOG2_E
-    if MODIFIED:
+    if SCORE_MOD:
         lse = backward_lse(lse)
-    delta = tl.full((ROWS,), 0.0, tl.float32)
+    delta = tl.full((BLOCK_M,), 0.0, tl.float32)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + at, mask=rows < q_length, other=0.0)
     for i in tl.static_range(len(PIECES)):
@@ -169,27 +169,27 @@ def attention_query_gradient_kernel(
 
     c = scale * LOG2_E
     site = image, head, heads, first, rows, q_length
-    dq = zero_rows(ROWS, PIECES)
-    full = full_blocks(k_length, BLOCK)
-    if BLOCK:
-        for start in range(0, full, BLOCK):
+    dq = zero_rows(BLOCK_M, PIECES)
+    full = full_blocks(k_length, BLOCK_N)
+    if BLOCK_N:
+        for start in range(0, full, BLOCK_N):
             dq = _through_keys(
-                dq, q, dout, k, v, lse, delta, start, k_length, c, modifiers, site,
-                ROWS, BLOCK, DIM, PIECES, False, MODIFIED, PRECISION,
+                dq, q, dout, k, v, lse, delta, start, k_length, c, option_ptrs, site,
+                BLOCK_M, BLOCK_N, DIM, PIECES, False, SCORE_MOD, PRECISION,
             )  # fmt: skip
-    for j in tl.static_range(len(REST)):
-        start = full + before(REST, j)
+    for j in tl.static_range(len(TAIL)):
+        start = full + before(TAIL, j)
         dq = _through_keys(
-            dq, q, dout, k, v, lse, delta, start, k_length, c, modifiers, site,
-            ROWS, REST[j], DIM, PIECES, last(REST, j), MODIFIED, PRECISION,
+            dq, q, dout, k, v, lse, delta, start, k_length, c, option_ptrs, site,
+            BLOCK_M, TAIL[j], DIM, PIECES, last(TAIL, j), SCORE_MOD, PRECISION,
         )  # fmt: skip
     dq_rows = head_rows(dq_ptr, dq_strides, holder, head, UNIT, q_start)
-    store_rows(dq_rows, first, q_length, scaled(dq, scale), ROWS, DIM, PIECES)
+    store_rows(dq_rows, first, q_length, scaled(dq, scale), BLOCK_M, DIM, PIECES)
 
 
 @triton.jit
 def _through_queries(
-    grads,  # (dk, dv): accumulators (ROWS, piece)
+    grads,  # (dk, dv): accumulators (BLOCK_N, piece)
     k,
     v,
     q,
@@ -199,40 +199,40 @@ def _through_queries(
     start,
     queries,
     scale_log2,
-    modifiers,
-    site,  # (image, head, H, its first key, its keys (ROWS,), Tk)
-    ROWS: tl.constexpr,
-    QUERIES: tl.constexpr,
+    option_ptrs,
+    site,  # (image, head, H, its first key, its keys (BLOCK_N,), Tk)
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     DIM: tl.constexpr,
     PIECES: tl.constexpr,
     EDGE: tl.constexpr,  # the last query is among these
-    MODIFIED: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk / scale and dv with queries start .. start + QUERIES added."""
+    """Return dk / scale and dv with queries start .. start + BLOCK_M added."""
     image, head, heads, first, keys, count = site
     dk, dv = grads
-    q_tiles = load_rows(q, start, queries, QUERIES, DIM, PIECES, EDGE)
-    dout_tiles = load_rows(dout, start, queries, QUERIES, DIM, PIECES, EDGE)
-    rows = start + tl.arange(0, QUERIES)
+    q_tiles = load_rows(q, start, queries, BLOCK_M, DIM, PIECES, EDGE)
+    dout_tiles = load_rows(dout, start, queries, BLOCK_M, DIM, PIECES, EDGE)
+    rows = start + tl.arange(0, BLOCK_M)
     # A row that is not there has an infinite log-sum-exp: its probabilities are exactly 0.
     lse = tl.load(lse_ptr + rows, mask=rows < queries, other=float("inf")) * LOG2_E
     delta = tl.load(delta_ptr + rows, mask=rows < queries, other=0.0)
-    s = products(k, q_tiles, ROWS, QUERIES, PRECISION)
-    if modifiers.distances_ptr is not None:
+    s = products(k, q_tiles, BLOCK_N, BLOCK_M, PRECISION)
+    if option_ptrs.rel_pos_keys_ptr is not None:
         s += diagonals(
-            q_tiles, distance_keys(modifiers, head, DIM), start - first + count - ROWS, 2 * count - 1,
-            QUERIES, ROWS, DIM, PIECES, True, PRECISION,
+            q_tiles, rel_pos_keys_rows(option_ptrs, head, DIM), start - first + count - BLOCK_N, 2 * count - 1,
+            BLOCK_M, BLOCK_N, DIM, PIECES, True, PRECISION,
         )  # fmt: skip
     s *= scale_log2
-    if MODIFIED:
+    if SCORE_MOD:
         lse = backward_lse(lse)
-        s = modified(s, modifiers, image, head, heads, rows[None, :], keys[:, None], queries, count)
+        s = score_mod(s, option_ptrs, image, head, heads, rows[None, :], keys[:, None], queries, count)
     p = tl.math.exp2(s - lse[None, :])
-    dp = products(v, dout_tiles, ROWS, QUERIES, PRECISION)
+    dp = products(v, dout_tiles, BLOCK_N, BLOCK_M, PRECISION)
     kept = p
-    if modifiers.seed_ptr is not None:
-        factor = dropout_factor(modifiers, image * heads + head, rows[None, :], keys[:, None])
+    if option_ptrs.seed_ptr is not None:
+        factor = dropout_factor(option_ptrs, image * heads + head, rows[None, :], keys[:, None])
         dp *= factor
         kept *= factor
     ds = p * (dp - delta[None, :])
@@ -260,55 +260,55 @@ def attention_key_value_gradient_kernel(
     keys,  # Tk
     longest,  # Tk, or at least as many keys as any packed sequence has
     scale,
-    modifiers,  # see attention_scores.py
+    option_ptrs,  # see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
-    ROWS: tl.constexpr,  # keys of a program
-    REST: tl.constexpr,  # pieces of the queries that do not fill a block
-    BLOCK: tl.constexpr,  # queries in a full block; 0: they are all in REST
+    BLOCK_M: tl.constexpr,  # queries in a full block; 0: they are all in TAIL
+    BLOCK_N: tl.constexpr,  # keys of a program
+    TAIL: tl.constexpr,  # pieces of the queries that do not fill a block
     PRECISION: tl.constexpr,
 ):
-    MODIFIED: tl.constexpr = modifiers.changed is not None
-    blocks = tl.cdiv(longest, ROWS)
+    SCORE_MOD: tl.constexpr = option_ptrs.changed is not None
+    blocks = tl.cdiv(longest, BLOCK_N)
     row = tl.program_id(0) // blocks  # image * H + head
-    first = tl.program_id(0) % blocks * ROWS
+    first = tl.program_id(0) % blocks * BLOCK_N
     image, head = row // heads, row % heads
-    q_start, q_length, holder = sequence(modifiers.cu_q_ptr, image, queries)
-    k_start, k_length, _ = sequence(modifiers.cu_k_ptr, image, keys)
-    if modifiers.cu_q_ptr is not None and first >= k_length:
+    q_start, q_length, holder = sequence(option_ptrs.cu_q_ptr, image, queries)
+    k_start, k_length, _ = sequence(option_ptrs.cu_k_ptr, image, keys)
+    if option_ptrs.cu_q_ptr is not None and first >= k_length:
         return
     q = head_rows(q_ptr, q_strides, holder, head, UNIT, q_start)
     dout = head_rows(dout_ptr, dout_strides, holder, head, UNIT, q_start)
     k_rows = head_rows(k_ptr, k_strides, holder, head, UNIT, k_start)
     v_rows = head_rows(v_ptr, v_strides, holder, head, UNIT, k_start)
-    k = load_rows(k_rows, first, k_length, ROWS, DIM, PIECES, True)
-    v = load_rows(v_rows, first, k_length, ROWS, DIM, PIECES, True)
+    k = load_rows(k_rows, first, k_length, BLOCK_N, DIM, PIECES, True)
+    v = load_rows(v_rows, first, k_length, BLOCK_N, DIM, PIECES, True)
     at = (holder * heads + head).to(tl.int64) * queries + q_start
     lse_ptr += at
     delta_ptr += at
 
     c = scale * LOG2_E
-    site = image, head, heads, first, first + tl.arange(0, ROWS), k_length
-    grads = zero_rows(ROWS, PIECES), zero_rows(ROWS, PIECES)
-    full = full_blocks(q_length, BLOCK)
-    if BLOCK:
-        for start in range(0, full, BLOCK):
+    site = image, head, heads, first, first + tl.arange(0, BLOCK_N), k_length
+    grads = zero_rows(BLOCK_N, PIECES), zero_rows(BLOCK_N, PIECES)
+    full = full_blocks(q_length, BLOCK_M)
+    if BLOCK_M:
+        for start in range(0, full, BLOCK_M):
             grads = _through_queries(
-                grads, k, v, q, dout, lse_ptr, delta_ptr, start, q_length, c, modifiers, site,
-                ROWS, BLOCK, DIM, PIECES, False, MODIFIED, PRECISION,
+                grads, k, v, q, dout, lse_ptr, delta_ptr, start, q_length, c, option_ptrs, site,
+                BLOCK_N, BLOCK_M, DIM, PIECES, False, SCORE_MOD, PRECISION,
             )  # fmt: skip
-    for j in tl.static_range(len(REST)):
-        start = full + before(REST, j)
+    for j in tl.static_range(len(TAIL)):
+        start = full + before(TAIL, j)
         grads = _through_queries(
-            grads, k, v, q, dout, lse_ptr, delta_ptr, start, q_length, c, modifiers, site,
-            ROWS, REST[j], DIM, PIECES, last(REST, j), MODIFIED, PRECISION,
+            grads, k, v, q, dout, lse_ptr, delta_ptr, start, q_length, c, option_ptrs, site,
+            BLOCK_N, TAIL[j], DIM, PIECES, last(TAIL, j), SCORE_MOD, PRECISION,
         )  # fmt: skip
     dk, dv = grads
     dk_rows = head_rows(dk_ptr, dk_strides, holder, head, UNIT, k_start)
     dv_rows = head_rows(dv_ptr, dv_strides, holder, head, UNIT, k_start)
-    store_rows(dk_rows, first, k_length, scaled(dk, scale), ROWS, DIM, PIECES)
-    store_rows(dv_rows, first, k_length, dv, ROWS, DIM, PIECES)
+    store_rows(dk_rows, first, k_length, scaled(dk, scale), BLOCK_N, DIM, PIECES)
+    store_rows(dv_rows, first, k_length, dv, BLOCK_N, DIM, PIECES)
 
 
 def attention_backward(
@@ -323,7 +323,7 @@ def attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    modifiers: Modifiers = UNMODIFIED,
+    options: AttentionOptions = NO_OPTIONS,
     dlearned: Tensor | None = None,
 ) -> None:
     """Write the gradients of :func:`fastvit.triton.attention.attention_forward` into dq, dk and dv.
@@ -331,12 +331,12 @@ def attention_backward(
     Args:
         dout: (B, Tq, H, d), gradient of out, in its dtype; the last dimension is contiguous, other strides are free.
         dlse: (B, H, Tq) float32, gradient of lse, or None.
-        q, k, v, scale and modifiers: as given to the forward; out, lse: what it returned.
+        q, k, v, scale and options: those of the forward; out, lse: its results.
         dq (B, Tq, H, d), dk and dv (B, Tk, H, d): written in full; the last dimension is contiguous, other
             strides are free, so they may be the three views of one packed (B, T, 3, H, d) gradient.
-        dlearned: the gradient of the modifiers' bias, table or keys of distances, contiguous float32, or None: in the
-            shape of what was learned, so with size 1 where a bias is broadcast. Written in full, by a launch of its
-            own.
+        dlearned: the gradient of the bias, table or relative position keys in ``options``, contiguous float32 in the
+            shape of that option, so with size 1 where a bias is broadcast; or None. Written in full, by a launch of
+            its own.
 
     Raises:
         ValueError: the head dim is above 128.
@@ -348,17 +348,17 @@ def attention_backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    given = modifier_pointers(modifiers)
-    delta = attention_query_gradient(dout, dlse, q, k, v, out, lse, scale, dq, given=given, longest=modifiers.max_q)
-    attention_key_value_gradient(dout, q, k, v, lse, delta, scale, dk, dv, given=given, longest=modifiers.max_k)
+    pointers = option_pointers(options)
+    delta = attention_query_gradient(dout, dlse, q, k, v, out, lse, scale, dq, pointers=pointers, longest=options.max_q)
+    attention_key_value_gradient(dout, q, k, v, lse, delta, scale, dk, dv, pointers=pointers, longest=options.max_k)
     if dlearned is not None:
-        if modifiers.bias is not None:
+        if options.bias is not None:
             gradient_of = attention_bias_gradient
-        elif modifiers.rel_pos_table is not None:
+        elif options.rel_pos_table is not None:
             gradient_of = attention_table_gradient
         else:
-            gradient_of = attention_distance_keys_gradient
-        gradient_of(dout, q, k, v, lse, delta, scale, dlearned, given=given)
+            gradient_of = attention_rel_pos_keys_gradient
+        gradient_of(dout, q, k, v, lse, delta, scale, dlearned, pointers=pointers)
 
 
 def attention_query_gradient(
@@ -372,7 +372,7 @@ def attention_query_gradient(
     scale: float,
     dq: Tensor,
     *,
-    given: ModifierPointers = NONE,
+    pointers: OptionPointers = NONE,
     longest: int = 0,
     tile: dict[str, Any] | None = None,
 ) -> Tensor:
@@ -381,8 +381,8 @@ def attention_query_gradient(
     ``longest``: at least as many queries as any sequence has, where they are packed.
     """
     delta = torch.empty_like(lse)
-    packed = given.cu_q_ptr is not None
-    tile, constants = work("query_gradient", q, q.shape[1], k.shape[1], given, tile)
+    packed = pointers.cu_q_ptr is not None
+    tile, constants = work("query_gradient", q, q.shape[1], k.shape[1], pointers, tile)
     args = {
         **in_units(packed=packed, q=q, k=k, v=v, out=out, dout=dout, dq=dq),
         "lse_ptr": lse,
@@ -391,7 +391,7 @@ def attention_query_gradient(
         **_sizes(q, k, scale, longest if packed else q.shape[1]),
         **constants,
     }
-    _launch(attention_query_gradient_kernel, args, q, given, tile)
+    _launch(attention_query_gradient_kernel, args, constants["BLOCK_M"], pointers, tile)
     return delta
 
 
@@ -406,7 +406,7 @@ def attention_key_value_gradient(
     dk: Tensor,
     dv: Tensor,
     *,
-    given: ModifierPointers = NONE,
+    pointers: OptionPointers = NONE,
     longest: int = 0,
     tile: dict[str, Any] | None = None,
 ) -> None:
@@ -414,8 +414,8 @@ def attention_key_value_gradient(
 
     ``longest``: at least as many keys as any sequence has, where they are packed.
     """
-    packed = given.cu_q_ptr is not None
-    tile, constants = work("key_value_gradient", k, k.shape[1], q.shape[1], given, tile)
+    packed = pointers.cu_q_ptr is not None
+    tile, constants = work("key_value_gradient", k, k.shape[1], q.shape[1], pointers, tile, own_keys=True)
     args = {
         **in_units(packed=packed, q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
         "lse_ptr": lse,
@@ -423,7 +423,7 @@ def attention_key_value_gradient(
         **_sizes(q, k, scale, longest if packed else k.shape[1]),
         **constants,
     }
-    _launch(attention_key_value_gradient_kernel, args, q, given, tile)
+    _launch(attention_key_value_gradient_kernel, args, constants["BLOCK_N"], pointers, tile)
 
 
 def _sizes(q: Tensor, k: Tensor, scale: float, longest: int) -> dict[str, Any]:
@@ -431,7 +431,8 @@ def _sizes(q: Tensor, k: Tensor, scale: float, longest: int) -> dict[str, Any]:
     return {**sizes, "scale": float(scale)}
 
 
-def _launch(kernel: Any, args: dict[str, Any], q: Tensor, given: ModifierPointers, tile: dict[str, Any]) -> None:
-    grid = (triton.cdiv(args["longest"], args["ROWS"]) * images(q, given.cu_q_ptr) * q.shape[2],)
+def _launch(kernel: Any, args: dict[str, Any], block: int, pointers: OptionPointers, tile: dict[str, Any]) -> None:
+    q = args["q_ptr"]
+    grid = (triton.cdiv(args["longest"], block) * images(q, pointers.cu_q_ptr) * q.shape[2],)
     hot = q.dtype != torch.float32
     launch(kernel, grid, args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)

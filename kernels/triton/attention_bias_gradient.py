@@ -1,4 +1,4 @@
-"""Gradients of what is added to attention's scores: of a bias, and of BEiT's relative position table.
+"""Gradients of the attention bias, and of BEiT's relative position table.
 
 Both are sums of ds = p * (f * (dout v^T) - delta), the gradient of the scores (see ``attention_backward.py``), over
 everything that shares an entry. A program owns entries, computes ds tile by tile for all that share them and adds the
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.triton.attention import choose, fit, in_units
-from fastvit.triton.attention_scores import LOG2_E, ModifierPointers, backward_lse, dropout_factor, modified
+from fastvit.triton.attention_scores import LOG2_E, OptionPointers, backward_lse, dropout_factor, score_mod
 from fastvit.triton.attention_tiles import head_rows, pick_rows, products
 from fastvit.triton.launch import launch, pieces, precision
 
@@ -27,21 +27,21 @@ def _score_gradient(
     sizes,  # (H, Tq, Tk)
     image,
     head,
-    i,  # (ROWS,) queries
-    j,  # (COLUMNS,) keys
+    i,  # (BLOCK_M,) queries
+    j,  # (BLOCK_N,) keys
     i_inside,  # which of them count
     j_inside,
-    fixed,  # what is added to the scores, in units of log2, before the modifiers
+    fixed,  # an addend of the scores, in units of log2
     scale_log2,
-    modifiers,
+    option_ptrs,
     UNIT: tl.constexpr,
     DIM: tl.constexpr,
     PIECES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """ds (ROWS, COLUMNS) float32 of one head, 0 where a query or key does not count."""
+    """Return ds (BLOCK_M, BLOCK_N) float32 of one head, 0 where a query or key does not count."""
     heads, queries, keys = sizes
     q = pick_rows(head_rows(pointers[0], strides[0], image, head, UNIT), i, i_inside, DIM, PIECES)
     k = pick_rows(head_rows(pointers[1], strides[1], image, head, UNIT), j, j_inside, DIM, PIECES)
@@ -52,12 +52,12 @@ def _score_gradient(
     # A query that does not count has an infinite log-sum-exp: its probabilities are exactly 0.
     lse = backward_lse(tl.load(pointers[4] + at, mask=i_inside, other=float("inf")) * LOG2_E)
     delta = tl.load(pointers[5] + at, mask=i_inside, other=0.0)
-    s = products(q, k, ROWS, COLUMNS, PRECISION) * scale_log2 + fixed
-    s = modified(s, modifiers, image, head, heads, i[:, None], j[None, :], queries, keys)
+    s = products(q, k, BLOCK_M, BLOCK_N, PRECISION) * scale_log2 + fixed
+    s = score_mod(s, option_ptrs, image, head, heads, i[:, None], j[None, :], queries, keys)
     p = tl.where(j_inside[None, :], tl.math.exp2(s - lse[:, None]), 0.0)
-    dp = products(dout, v, ROWS, COLUMNS, PRECISION)
-    if modifiers.seed_ptr is not None:
-        dp *= dropout_factor(modifiers, row, i[:, None], j[None, :])
+    dp = products(dout, v, BLOCK_M, BLOCK_N, PRECISION)
+    if option_ptrs.seed_ptr is not None:
+        dp *= dropout_factor(option_ptrs, row, i[:, None], j[None, :])
     return p * (dp - delta[:, None])
 
 
@@ -81,18 +81,18 @@ def attention_bias_gradient_kernel(
     shared_heads,  # H where it is the same for all heads, else 1
     own_heads,  # heads of dbias: 1 or H
     scale,
-    modifiers,  # see attention_scores.py
+    option_ptrs,  # see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
-    ROWS: tl.constexpr,  # queries of a tile
-    COLUMNS: tl.constexpr,  # keys of a tile
+    BLOCK_M: tl.constexpr,  # queries of a tile
+    BLOCK_N: tl.constexpr,  # keys of a tile
     SUM_QUERIES: tl.constexpr,  # the bias is the same for all queries
     SUM_KEYS: tl.constexpr,  # it is the same for all keys
     PRECISION: tl.constexpr,
 ):
     """A program owns a tile of dbias."""
-    q_blocks, k_blocks = tl.cdiv(queries, ROWS), tl.cdiv(keys, COLUMNS)
+    q_blocks, k_blocks = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
     # Blocks that a program goes through, and blocks that are owned by different programs.
     q_through, q_owners = 1, q_blocks
     k_through, k_owners = 1, k_blocks
@@ -104,19 +104,19 @@ def attention_bias_gradient_kernel(
     own_k, own_q, own = pid % k_owners, pid // k_owners % q_owners, pid // k_owners // q_owners
     own_head, own_image = own % own_heads, own // own_heads
 
-    acc = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for n in range(shared_images * shared_heads * q_through * k_through):
-        i = (own_q + n // k_through % q_through) * ROWS + tl.arange(0, ROWS)
-        j = (own_k + n % k_through) * COLUMNS + tl.arange(0, COLUMNS)
+        i = (own_q + n // k_through % q_through) * BLOCK_M + tl.arange(0, BLOCK_M)
+        j = (own_k + n % k_through) * BLOCK_N + tl.arange(0, BLOCK_N)
         head = own_head + n // k_through // q_through % shared_heads
         image = own_image + n // k_through // q_through // shared_heads
         acc += _score_gradient(
             (q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr), (q_strides, k_strides, v_strides, dout_strides),
-            (heads, queries, keys), image, head, i, j, i < queries, j < keys, 0.0, scale * LOG2_E, modifiers,
-            UNIT, DIM, PIECES, ROWS, COLUMNS, PRECISION,
+            (heads, queries, keys), image, head, i, j, i < queries, j < keys, 0.0, scale * LOG2_E, option_ptrs,
+            UNIT, DIM, PIECES, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
-    own_rows, own_columns = own_q * ROWS + tl.arange(0, ROWS), own_k * COLUMNS + tl.arange(0, COLUMNS)
+    own_rows, own_columns = own_q * BLOCK_M + tl.arange(0, BLOCK_M), own_k * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, columns = queries, keys  # of dbias
     if SUM_QUERIES:
         acc = tl.sum(acc, 0, keep_dims=True)
@@ -149,13 +149,13 @@ def attention_table_gradient_kernel(
     w,
     prefix,  # 1 with a class token: R = (2h-1)(2w-1) + 3, else 0 and no 3
     scale,
-    modifiers,  # those besides the table; see attention_scores.py
+    option_ptrs,  # those besides the table; see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
-    ROWS: tl.constexpr,  # queries of a tile: a row of the window, or a part of one
-    COLUMNS: tl.constexpr,  # keys of a tile: rows of the window that are neighbours, or a part of one
-    SPLIT: tl.constexpr,  # rows of the window are wider than ROWS and taken in parts
+    BLOCK_M: tl.constexpr,  # queries of a tile: a row of the window, or a part of one
+    BLOCK_N: tl.constexpr,  # keys of a tile: rows of the window that are neighbours, or a part of one
+    SPLIT: tl.constexpr,  # rows of the window are wider than BLOCK_M and taken in parts
     PRECISION: tl.constexpr,
 ):
     """A program owns a block of the offsets dy = yi - yj with all dx = xi - xj, if SPLIT one dy and a block of dx.
@@ -165,9 +165,9 @@ def attention_table_gradient_kernel(
     its first element, one column, and the element in which they meet.
     """
     across = 2 * w - 1
-    along_y, along_x = COLUMNS // w, across  # offsets that a program owns
+    along_y, along_x = BLOCK_N // w, across  # offsets that a program owns
     if SPLIT:
-        along_y, along_x = 1, COLUMNS - ROWS + 1
+        along_y, along_x = 1, BLOCK_N - BLOCK_M + 1
     blocks_x = tl.cdiv(across, along_x)
     blocks = tl.cdiv(2 * h - 1, along_y) * blocks_x
     head, block = tl.program_id(0) % heads, tl.program_id(0) // heads
@@ -179,7 +179,7 @@ def attention_table_gradient_kernel(
     dy_top, dx_top = h - 1 - block // blocks_x * along_y, w - 1
     if SPLIT:
         dx_top -= block % blocks_x * along_x
-    r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    r, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if SPLIT:
         dy, dx = dy_top, dx_top + r[:, None] - c[None, :]
         entry = (dy + h - 1) * across + dx + w - 1
@@ -198,27 +198,27 @@ def attention_table_gradient_kernel(
     # Step (y, x) has queries i_first + y i_step + x + r with x + r < i_count, and keys j_first + y j_step + x + c with
     # 0 <= x + c - shift < j_count, both of them tokens.
     i_first = tl.where(patches, prefix, tl.where(class_column, 1, 0))
-    i_step = tl.where(patches, w, tl.where(class_column, ROWS, 0))
-    i_count = tl.where(patches, w, tl.where(class_column, ROWS, 1))
+    i_step = tl.where(patches, w, tl.where(class_column, BLOCK_M, 0))
+    i_count = tl.where(patches, w, tl.where(class_column, BLOCK_M, 1))
     j_first = tl.where(patches, prefix - dy_top * w - shift, tl.where(class_row, 1, 0))
-    j_step = tl.where(patches, w, tl.where(class_row, COLUMNS, 0))
-    j_count = tl.where(patches, w if SPLIT else along_y * w, tl.where(class_row, COLUMNS, 1))
+    j_step = tl.where(patches, w, tl.where(class_row, BLOCK_N, 0))
+    j_count = tl.where(patches, w if SPLIT else along_y * w, tl.where(class_row, BLOCK_N, 1))
     shift = tl.where(patches, shift, 0)
-    parts = tl.where(patches, tl.cdiv(w, ROWS), 1)
-    along = tl.where(class_column, ROWS, COLUMNS)
+    parts = tl.where(patches, tl.cdiv(w, BLOCK_M), 1)
+    along = tl.where(class_column, BLOCK_M, BLOCK_N)
     steps = tl.where(patches, h * parts, tl.where(class_row | class_column, tl.cdiv(tokens - 1, along), 1))
     first_key = tl.where(patches, prefix, 0)
 
-    acc = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for n in range(images * steps):
-        y, x = n % steps // parts, n % steps % parts * ROWS
+        y, x = n % steps // parts, n % steps % parts * BLOCK_M
         i, j = i_first + y * i_step + x + r, j_first + y * j_step + x + c
         i_inside = (x + r < i_count) & (i < tokens)
         j_inside = (x + c >= shift) & (x + c - shift < j_count) & (j >= first_key) & (j < tokens)
         acc += _score_gradient(
             (q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr), (q_strides, k_strides, v_strides, dout_strides),
-            (heads, tokens, tokens), n // steps, head, i, j, i_inside, j_inside, fixed, scale * LOG2_E, modifiers,
-            UNIT, DIM, PIECES, ROWS, COLUMNS, PRECISION,
+            (heads, tokens, tokens), n // steps, head, i, j, i_inside, j_inside, fixed, scale * LOG2_E, option_ptrs,
+            UNIT, DIM, PIECES, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
     for one in range(first, end):
@@ -228,7 +228,7 @@ def attention_table_gradient_kernel(
 def gradient_args(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, scale: float, tile: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments that the gradients of what is added to the scores have in common."""
+    """Return the arguments that the gradients of options have in common."""
     return {
         **in_units(q=q, k=k, v=v, dout=dout),
         "lse_ptr": lse,
@@ -251,7 +251,7 @@ def attention_bias_gradient(
     scale: float,
     dbias: Tensor,
     *,
-    given: ModifierPointers,
+    pointers: OptionPointers,
     tile: dict[str, Any] | None = None,
 ) -> None:
     """Write dbias, contiguous float32 of 4 dimensions: (B or 1, H or 1, Tq or 1, Tk or 1).
@@ -261,7 +261,7 @@ def attention_bias_gradient(
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     own_images, own_heads, own_queries, own_keys = dbias.shape
-    tile = tile or choose("bias_gradient", q, queries, keys, "modified")
+    tile = tile or choose("bias_gradient", q, queries, keys, "score_mod")
     args = {
         **gradient_args(q, k, v, dout, lse, delta, scale, tile),
         "dbias_ptr": dbias,
@@ -270,14 +270,14 @@ def attention_bias_gradient(
         "shared_images": batch // own_images if own_images else 0,
         "shared_heads": heads // own_heads,
         "own_heads": own_heads,
-        "modifiers": given,
-        "ROWS": fit(queries, tile["rows"]),
-        "COLUMNS": fit(keys, tile["block"]),
+        "option_ptrs": pointers,
+        "BLOCK_M": fit(queries, tile["rows"]),
+        "BLOCK_N": fit(keys, tile["block"]),
         "SUM_QUERIES": own_queries == 1,
         "SUM_KEYS": own_keys == 1,
     }
-    blocks = 1 if own_queries == 1 else triton.cdiv(queries, args["ROWS"])
-    blocks *= 1 if own_keys == 1 else triton.cdiv(keys, args["COLUMNS"])
+    blocks = 1 if own_queries == 1 else triton.cdiv(queries, args["BLOCK_M"])
+    blocks *= 1 if own_keys == 1 else triton.cdiv(keys, args["BLOCK_N"])
     hot = q.dtype != torch.float32
     launch(
         attention_bias_gradient_kernel, (own_images * own_heads * blocks,), args,
@@ -295,30 +295,30 @@ def attention_table_gradient(
     scale: float,
     dtable: Tensor,
     *,
-    given: ModifierPointers,
+    pointers: OptionPointers,
     tile: dict[str, Any] | None = None,
 ) -> None:
-    """Write dtable ((2h-1)(2w-1) [+3], H), contiguous float32, for the table in ``given``.
+    """Write dtable ((2h-1)(2w-1) [+3], H), contiguous float32, for the table in ``pointers``.
 
     Other arguments are those of ``attention_key_value_gradient``; ``tile``: rows, block (at least twice the rows),
     head_piece, warps, stages.
     """
     batch, tokens, heads, _ = q.shape
-    h, w, prefix = given.window
-    tile = tile or choose("table_gradient", q, tokens, tokens, "modified")
+    h, w, prefix = pointers.window
+    tile = tile or choose("table_gradient", q, tokens, tokens, "score_mod")
     rows = fit(w, tile["rows"])
     args = {
         **gradient_args(q, k, v, dout, lse, delta, scale, tile),
-        "table_ptr": given.table_ptr,
+        "table_ptr": pointers.table_ptr,
         "dtable_ptr": dtable,
         "images": batch,
         "tokens": tokens,
         "h": h,
         "w": w,
         "prefix": prefix,
-        "modifiers": given._replace(table_ptr=None, window=None),
-        "ROWS": rows,
-        "COLUMNS": tile["block"],
+        "option_ptrs": pointers._replace(table_ptr=None, window=None),
+        "BLOCK_M": rows,
+        "BLOCK_N": tile["block"],
         "SPLIT": w > rows,
     }
     if args["SPLIT"]:

@@ -1,4 +1,4 @@
-"""Attention's weights from its saved log-sum-exp: rows that are asked for, and how far the heads look.
+"""Attention's weights from its saved log-sum-exp: some of their rows, and how far the heads look.
 
 With the log-sum-exp of every row, a weight is one exponential of one score: no row needs its maximum or its sum, so
 every tile of weights stands for itself. :func:`attention_rows` writes the tiles of some rows; each program owns one.
@@ -8,6 +8,7 @@ number for a block of rows: T x T is never in memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,19 +30,19 @@ _TILES = {2: {"rows": 64, "keys": 64, "head_piece": 64}, 4: {"rows": 32, "keys":
 def _weights(
     q,
     k,
-    lse,  # (ROWS,) natural
-    bias,  # (ROWS, KEYS) or broadcast to it
+    lse,  # (BLOCK_M,) natural
+    bias,  # (BLOCK_M, BLOCK_N) or broadcast to it
     start,
     keys,
     scale,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,
     PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """exp(scale q k^T + bias - lse) for keys start .. start + KEYS: (ROWS, KEYS) float32; a row without a key is 0."""
-    s = products(q, load_rows(k, start, keys, KEYS, DIM, PIECES, True), ROWS, KEYS, PRECISION)
+    """Return exp(scale q k^T + bias - lse) for BLOCK_N keys from start: (BLOCK_M, BLOCK_N) float32; 0 without a key."""
+    s = products(q, load_rows(k, start, keys, BLOCK_N, DIM, PIECES, True), BLOCK_M, BLOCK_N, PRECISION)
     p = tl.math.exp2(s * (scale * LOG2_E) + (bias - lse[:, None]) * LOG2_E)
     return tl.where((lse == float("-inf"))[:, None], 0.0, p)
 
@@ -65,21 +66,21 @@ def attention_rows_kernel(
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(count, ROWS)
+    blocks = tl.cdiv(count, BLOCK_M)
     row = tl.program_id(0) // blocks  # image * H + head
-    places = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    start = tl.program_id(1) * KEYS
+    places = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tl.program_id(1) * BLOCK_N
     q = head_rows(q_ptr, q_strides, row // heads, row % heads, UNIT)
     k = head_rows(k_ptr, k_strides, row // heads, row % heads, UNIT)
 
     chosen = tl.load(rows_ptr + places, mask=places < count, other=0)
     chosen = tl.where(chosen < 0, chosen + queries, chosen)
-    inside = (places < count) & (chosen >= 0) & (chosen < queries)  # no other memory is read, whatever is asked
-    columns = start + tl.arange(0, KEYS)
+    inside = (places < count) & (chosen >= 0) & (chosen < queries)  # no other memory is read, whatever the row
+    columns = start + tl.arange(0, BLOCK_N)
     written = (places < count)[:, None] & (columns < keys)[None, :]
     bias = tl.full((1, 1), 0.0, tl.float32)
     if bias_ptr is not None:
@@ -89,7 +90,7 @@ def attention_rows_kernel(
     row = row.to(tl.int64)
     lse = tl.load(lse_ptr + row * queries + chosen, mask=inside, other=float("nan"))
     tile = pick_rows(q, chosen, inside, DIM, PIECES)
-    p = _weights(tile, k, lse, bias, start, keys, scale, ROWS, KEYS, DIM, PIECES, PRECISION)
+    p = _weights(tile, k, lse, bias, start, keys, scale, BLOCK_M, BLOCK_N, DIM, PIECES, PRECISION)
     tl.store(out_ptr + (row * count + places[:, None]) * keys + columns[None, :], p, mask=written)
 
 
@@ -119,25 +120,25 @@ def attention_distance_kernel(
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(patches, ROWS)
+    blocks = tl.cdiv(patches, BLOCK_M)
     row = tl.program_id(0) // blocks  # image * H + head
     block = tl.program_id(0) % blocks
     q = head_rows(q_ptr, q_strides, row // heads, row % heads, UNIT)
     k = head_rows(k_ptr, k_strides, row // heads, row % heads, UNIT)
-    place = block * ROWS + tl.arange(0, ROWS)
+    place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + row.to(tl.int64) * tokens + place, mask=place < patches, other=float("-inf"))
-    tile = load_rows(q, block * ROWS, patches, ROWS, DIM, PIECES, True)
+    tile = load_rows(q, block * BLOCK_M, patches, BLOCK_M, DIM, PIECES, True)
 
     down, across = _places(place, width, step_down, step_across)
     bias = tl.full((1, 1), 0.0, tl.float32)
-    total = tl.full((ROWS,), 0.0, tl.float32)
-    for start in range(0, patches, KEYS):
-        p = _weights(tile, k, lse, bias, start, patches, scale, ROWS, KEYS, DIM, PIECES, PRECISION)
-        other = start + tl.arange(0, KEYS)
+    total = tl.full((BLOCK_M,), 0.0, tl.float32)
+    for start in range(0, patches, BLOCK_N):
+        p = _weights(tile, k, lse, bias, start, patches, scale, BLOCK_M, BLOCK_N, DIM, PIECES, PRECISION)
+        other = start + tl.arange(0, BLOCK_N)
         y, x = _places(other, width, step_down, step_across)
         y, x = down[:, None] - y[None, :], across[:, None] - x[None, :]
         total += tl.sum(tl.where((other < patches)[None, :], p * tl.sqrt(y * y + x * x), 0.0), 1)
@@ -153,8 +154,8 @@ def _constants(q: Tensor, owned: int) -> dict[str, Any]:
     return {
         "DIM": head_dim,
         "PIECES": pieces(head_dim, 16, tile["head_piece"]),
-        "ROWS": min(tile["rows"], max(triton.next_power_of_2(owned), 16)),
-        "KEYS": tile["keys"],
+        "BLOCK_M": min(tile["rows"], max(triton.next_power_of_2(owned), 16)),
+        "BLOCK_N": tile["keys"],
         "PRECISION": precision(q.dtype),
     }
 
@@ -196,13 +197,13 @@ def attention_rows(
         "scale": float(scale),
         **constants,
     }
-    grid = (triton.cdiv(count, constants["ROWS"]) * batch * heads, triton.cdiv(keys, constants["KEYS"]))
+    grid = (triton.cdiv(count, constants["BLOCK_M"]) * batch * heads, triton.cdiv(keys, constants["BLOCK_N"]))
     launch(attention_rows_kernel, grid, args, hot=q.dtype != torch.float32)
     return out
 
 
 def attention_distance(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, grid: tuple[int, int], patch_size: tuple[float, float]
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, grid: Sequence[int], patch_size: Sequence[float]
 ) -> Tensor:
     """How far each head looks: the mean over the patches i of sum_j p_ij distance(i, j), j over the patches.
 
@@ -224,7 +225,7 @@ def attention_distance(
     patches = grid[0] * grid[1]
     prefix = tokens - patches
     constants = _constants(q, patches)
-    blocks = triton.cdiv(patches, constants["ROWS"])
+    blocks = triton.cdiv(patches, constants["BLOCK_M"])
     partials = torch.empty((blocks, batch, heads), device=q.device, dtype=torch.float32)
     args = {
         **in_units(q=q[:, prefix:], k=k[:, prefix:]),

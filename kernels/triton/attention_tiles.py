@@ -10,13 +10,13 @@ from fastvit.triton.launch import before, dot, narrow, store
 
 @triton.constexpr_function
 def last(pieces, i):
-    """Whether piece ``i`` is the last one."""
+    """Return whether piece ``i`` is the last one."""
     return i + 1 == len(pieces)
 
 
 @triton.jit
 def head_rows(pointer, strides, image, head, UNIT: tl.constexpr, start=0):
-    """(token ``start`` of one head of one image, the step to the next); strides are (image, token, head) / UNIT."""
+    """Return (token ``start`` of a head of an image, the step to the next); strides are (image, token, head) / UNIT."""
     step = tl.full((), UNIT, tl.int64)
     first = pointer + image * (strides[0] * step) + head * (strides[2] * step) + start * (strides[1] * step)
     return first, strides[1] * step
@@ -24,7 +24,7 @@ def head_rows(pointer, strides, image, head, UNIT: tl.constexpr, start=0):
 
 @triton.jit
 def full_blocks(length, BLOCK: tl.constexpr):
-    """How many of ``length`` rows come in full blocks, with something left to be last; 0 for a BLOCK of 0."""
+    """Return how many of ``length`` rows come in full blocks, with a tail left; 0 for a BLOCK of 0."""
     rows = 0
     if BLOCK:
         rows = tl.maximum(length - 1, 0) // BLOCK * BLOCK
@@ -33,7 +33,7 @@ def full_blocks(length, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_rows(x, start, limit, ROWS: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, EDGE: tl.constexpr):
-    """Rows start .. start + ROWS, a (ROWS, piece) tile for each piece of DIM; with EDGE, 0 from row ``limit`` on."""
+    """Load ROWS rows from start, a (ROWS, piece) tile for each piece of DIM; with EDGE, 0 from row ``limit`` on."""
     rows = start + tl.arange(0, ROWS)
     tiles = ()
     for i in tl.static_range(len(PIECES)):
@@ -49,7 +49,7 @@ def load_rows(x, start, limit, ROWS: tl.constexpr, DIM: tl.constexpr, PIECES: tl
 
 @triton.jit
 def pick_rows(x, rows, inside, DIM: tl.constexpr, PIECES: tl.constexpr):
-    """Rows of x = (where they start, step), a (len(rows), piece) tile for each piece of DIM; 0 where not inside."""
+    """Load rows of x = (first, step), a (len(rows), piece) tile for each piece of DIM; 0 where not inside."""
     tiles = ()
     for i in tl.static_range(len(PIECES)):
         columns = before(PIECES, i) + tl.arange(0, PIECES[i])
@@ -60,7 +60,7 @@ def pick_rows(x, rows, inside, DIM: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def store_rows(x, start, limit, tiles, ROWS: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr):
-    """The inverse of :func:`load_rows`, in the dtype of x; nothing is written from row ``limit`` on."""
+    """Store what :func:`load_rows` loads, in the dtype of x; nothing is written from row ``limit`` on."""
     rows = start + tl.arange(0, ROWS)
     for i in tl.static_range(len(PIECES)):
         columns = before(PIECES, i) + tl.arange(0, PIECES[i])
@@ -71,7 +71,7 @@ def store_rows(x, start, limit, tiles, ROWS: tl.constexpr, DIM: tl.constexpr, PI
 
 @triton.jit
 def zero_rows(ROWS: tl.constexpr, PIECES: tl.constexpr):
-    """A float32 accumulator (ROWS, piece) for each piece of the head dim."""
+    """Return a float32 accumulator (ROWS, piece) for each piece of the head dim."""
     tiles = ()
     for i in tl.static_range(len(PIECES)):
         tiles += (tl.full((ROWS, PIECES[i]), 0.0, tl.float32),)
@@ -80,7 +80,7 @@ def zero_rows(ROWS: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def scaled(tiles, factor):
-    """Every tile times a float32 factor, in the tile's dtype."""
+    """Return every tile times a float32 factor, in the tile's dtype."""
     out = ()
     for i in tl.static_range(len(tiles)):
         out += ((tiles[i].to(tl.float32) * factor).to(tiles[i].dtype),)
@@ -89,7 +89,7 @@ def scaled(tiles, factor):
 
 @triton.jit
 def products(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T (ROWS, COLUMNS) in float32, contracted over every piece of the head dim."""
+    """Return a b^T (ROWS, COLUMNS) in float32, contracted over every piece of the head dim."""
     out = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     for i in tl.static_range(len(a)):
         out = dot(a[i], b[i].T, out, PRECISION)
@@ -98,7 +98,7 @@ def products(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.cons
 
 @triton.jit
 def add_products(acc, p, tiles, PRECISION: tl.constexpr):
-    """acc + p @ tile, piece by piece of the head dim; p is rounded to the tiles' dtype."""
+    """Return acc + p @ tile, piece by piece of the head dim; p is rounded to the tiles' dtype."""
     out = ()
     for i in tl.static_range(len(tiles)):
         out += (dot(narrow(p, tiles[i].dtype), tiles[i], acc[i], PRECISION),)
@@ -107,19 +107,19 @@ def add_products(acc, p, tiles, PRECISION: tl.constexpr):
 
 @triton.jit
 def _turned(N: tl.constexpr, a, x):
-    """The place, of N, that query ``a`` has for the neighbour at ``x``, and for the neighbour at that place: x."""
+    """Return the place, of N, that query ``a`` has for neighbour ``x``, and for the neighbour at that place: x."""
     return (a - x - 1) & (N - 1)
 
 
 @triton.constexpr_function
 def _blocks(queries, n):
-    """How many blocks of ``n`` rows hold the queries + n - 1 neighbours of :func:`diagonals`."""
+    """Return how many blocks of ``n`` rows hold the queries + n - 1 neighbours of :func:`diagonals`."""
     return (queries + n - 2) // n + 1
 
 
 @triton.jit
 def neighbours(m, first, limit, N: tl.constexpr, DIM: tl.constexpr, PIECES: tl.constexpr, dtype: tl.constexpr):
-    """Rows first .. first + N of m in ``dtype``; those outside 0 .. limit are 0."""
+    """Load rows first .. first + N of m in ``dtype``; those outside 0 .. limit are 0."""
     rows = first + tl.arange(0, N)
     picked = pick_rows(m, rows, (rows >= 0) & (rows < limit), DIM, PIECES)
     tiles = ()
@@ -144,11 +144,11 @@ def diagonals(
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """q[a] . m[first + N - 1 + a - x] for a < QUERIES, x < N: (QUERIES, N) float32, (N, QUERIES) if TRANSPOSED.
+    """Return q[a] . m[first + N - 1 + a - x] for a < QUERIES, x < N: (QUERIES, N) float32, (N, QUERIES) if TRANSPOSED.
 
     Rows of m outside 0 .. limit are taken to be 0. The neighbours come in blocks of N rows. Of each column of the
     products with them a query needs only one block's: these make one tile, in which every query has its neighbours
-    in another order, and which a gather puts right.
+    in another order, and which a gather sorts.
     """
     a, x = tl.arange(0, QUERIES)[:, None], tl.arange(0, N)[None, :]
     if TRANSPOSED:
@@ -176,7 +176,7 @@ def add_diagonals(
     dtype: tl.constexpr,  # of the products
     PRECISION: tl.constexpr,
 ):
-    """acc[a] + the sum of p[a, x] m[first + N - 1 + a - x] over x: what :func:`diagonals` has for derivative by q."""
+    """Return acc[a] + the sum of p[a, x] m[first + N - 1 + a - x] over x: the derivative of :func:`diagonals` by q."""
     a, x = tl.arange(0, QUERIES)[:, None], tl.arange(0, N)[None, :]
     block = a // N + (x < a % N).to(tl.int32)
     turned = tl.gather(p, _turned(N, a, x), 1)

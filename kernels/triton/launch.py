@@ -1,4 +1,4 @@
-"""How every kernel is launched, and what every kernel shares: dots, rounding, layouts, the architecture.
+"""Launching, and the parts that kernels share: dots, rounding, layouts, the architecture.
 
 A launcher allocates its outputs and calls :func:`launch`. Under :func:`record` nothing runs: the
 launches are collected instead, on meta tensors and for any architecture. So the compile gates and
@@ -85,7 +85,7 @@ def device_name(tensor: torch.Tensor) -> str | None:
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:
-    """How many persistent programs fill the device; small in the interpreter, so that they loop."""
+    """Return how many persistent programs fill the device; small in the interpreter, so that they loop."""
     if tensor.is_cuda:
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return 132 if tensor.is_meta else 3
@@ -118,7 +118,7 @@ def launch(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """The dot precision for ``dtype``: float32 stays IEEE unless PyTorch was told that tf32 will do."""
+    """Return the dot precision for ``dtype``: float32 is IEEE unless PyTorch's ``allow_tf32`` is set."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
@@ -128,7 +128,7 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def rows_per_image(m: int, row_scale: torch.Tensor | None) -> int:
-    """How many of M rows share one entry of row_scale (B,)."""
+    """Return how many of M rows share one entry of row_scale (B,)."""
     if row_scale is None:
         return 1
     rows = m // max(row_scale.shape[0], 1)
@@ -139,7 +139,7 @@ def rows_per_image(m: int, row_scale: torch.Tensor | None) -> int:
 
 @triton.constexpr_function
 def before(pieces, i):
-    """Where piece ``i`` starts when ``pieces`` are laid end to end."""
+    """Return where piece ``i`` starts when ``pieces`` are laid end to end."""
     return sum(pieces[:i])
 
 
@@ -161,7 +161,7 @@ def pieces(length: int, smallest: int = 16, largest: int = 128) -> tuple[int, ..
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32. The interpreter multiplies bf16 as raw bits, so it gets float32 operands."""
+    """Return acc + a @ b in float32. The interpreter multiplies bf16 as raw bits, so it gets float32 operands."""
     if _INTERPRETING:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -169,7 +169,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 x in ``dtype``, rounded to nearest even. The interpreter cuts bf16 off: it is given rounded bits."""
+    """Return float32 x in ``dtype``, rounded to nearest even. The interpreter truncates bf16: it gets rounded bits."""
     if _INTERPRETING and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)

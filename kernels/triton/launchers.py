@@ -1,4 +1,4 @@
-"""Every launcher of the Triton kernels by its name: what the ops call. For CUDA see fastvit/cuda/launchers.py."""
+"""The launchers of the Triton kernels: :class:`fastvit.ops.launchers.Launchers`, as in fastvit/cuda/launchers.py."""
 
 from fastvit.triton.activations import activation_gradient
 from fastvit.triton.attention import attention_forward
@@ -13,11 +13,11 @@ from fastvit.triton.patch_embed import (
     patch_embed_row_gradients,
     patch_embed_weight_gradient,
 )
-from fastvit.triton.patch_embed_packed import patch_embed_packed_forward, patch_embed_packed_weight_gradient
-from fastvit.triton.rope import rope
+from fastvit.triton.rope import apply_rotary
 
 __all__ = [
     "activation_gradient",
+    "apply_rotary",
     "attention_backward",
     "attention_distance",
     "attention_forward",
@@ -29,10 +29,7 @@ __all__ = [
     "linear_weight_gradient",
     "patch_embed_forward",
     "patch_embed_image_gradient",
-    "patch_embed_packed_forward",
-    "patch_embed_packed_weight_gradient",
     "patch_embed_row_gradients",
     "patch_embed_weight_gradient",
-    "rope",
     "scale_rows",
 ]

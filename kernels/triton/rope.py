@@ -1,4 +1,4 @@
-"""Rotary position embeddings: q and k turned by their positions, in one pass over both.
+"""Rotary position embeddings: rotate q and k by their positions, in one pass over both.
 
 A program owns a block of tokens of one image and keeps their cosines and sines in registers, for q and k and for all
 its heads: they are read once, and everything else is read once and written once. Both halves of a head are in the
@@ -20,7 +20,7 @@ TOKENS = 16  # of a program: 16 x 32 pairs of two elements, 4 a thread, times co
 
 
 @triton.jit
-def _turn(
+def _rotate_pairs(
     x_ptr,  # (..., d): where one head of one image starts
     x_step,  # from token to token
     y_ptr,
@@ -32,7 +32,7 @@ def _turn(
     sin,  # (what the second half adds to the first, and the first to the second), float32
     HALF: tl.constexpr,
 ):
-    """y = the pairs (i, i + d/2) of x turned."""
+    """Store the rotated pairs (i, i + d/2) of x in y."""
     source = x_ptr + tokens * x_step + columns
     target = y_ptr + tokens * y_step + columns
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
@@ -42,7 +42,7 @@ def _turn(
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "heads_per_program", "prefix"])
-def rope_kernel(
+def apply_rotary_kernel(
     q_ptr,  # (B, T, H, d)
     k_ptr,  # (B, T, H, d)
     cos_ptr,  # (T', d) or (B, T', d)
@@ -70,40 +70,40 @@ def rope_kernel(
     inside = (token < tokens) & (columns < HALF)
     token = token.to(tl.int64)
 
-    # Tokens of the prefix are turned by nothing: cos 1, sin 0.
-    turned = inside & (token >= prefix)
+    # Tokens of the prefix stay as they are: cos 1, sin 0.
+    rotated = inside & (token >= prefix)
     angle = image * cos_strides[0] + (token - prefix) * cos_strides[1] + columns
     cos = (
-        tl.load(cos_ptr + angle, mask=turned, other=1.0).to(tl.float32),
-        tl.load(cos_ptr + angle + HALF, mask=turned, other=1.0).to(tl.float32),
+        tl.load(cos_ptr + angle, mask=rotated, other=1.0).to(tl.float32),
+        tl.load(cos_ptr + angle + HALF, mask=rotated, other=1.0).to(tl.float32),
     )
-    sin_first = tl.load(sin_ptr + angle, mask=turned, other=0.0).to(tl.float32)
-    sin_second = tl.load(sin_ptr + angle + HALF, mask=turned, other=0.0).to(tl.float32)
+    sin_first = tl.load(sin_ptr + angle, mask=rotated, other=0.0).to(tl.float32)
+    sin_second = tl.load(sin_ptr + angle + HALF, mask=rotated, other=0.0).to(tl.float32)
     # The transpose, which is the inverse where both halves have the same angles.
     sin = (sin_second, -sin_first) if INVERSE else (-sin_first, sin_second)
 
     start = tl.program_id(1) * heads_per_program
     for head in range(start, tl.minimum(start + heads_per_program, heads)):
-        _turn(
+        _rotate_pairs(
             q_ptr + image * q_strides[0] + head * q_strides[2], q_strides[1],
             q_out_ptr + image * q_out_strides[0] + head * q_out_strides[2], q_out_strides[1],
             token, columns, inside, cos, sin, HALF,
         )  # fmt: skip
-        _turn(
+        _rotate_pairs(
             k_ptr + image * k_strides[0] + head * k_strides[2], k_strides[1],
             k_out_ptr + image * k_out_strides[0] + head * k_out_strides[2], k_out_strides[1],
             token, columns, inside, cos, sin, HALF,
         )  # fmt: skip
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """x cos + half(x) sin for x in (q, k), half(x) = (-x[d/2:], x[:d/2]); with ``inverse`` the transpose of that.
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """Return x cos + half(x) sin for x in (q, k), half(x) = (-x[d/2:], x[:d/2]); ``inverse``: the transpose of that.
 
     Args:
         q, k: (B, T, H, d) float16, bfloat16 or float32, d even. The last dimension is contiguous, other strides free.
         cos, sin: (T', d) or (B, T', d) of any of these dtypes, contiguous, T' <= T: of the last T' tokens; the others
             are copied.
-        inverse: turn back: what the gradients of q' and k' need.
+        inverse: rotate back, as the gradients of q' and k' need.
 
     Returns:
         q' and k' (B, T, H, d), contiguous, in the dtypes of q and k.
@@ -130,5 +130,5 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = Fals
         "TOKENS": TOKENS,
         "INVERSE": inverse,
     }
-    launch(rope_kernel, (blocks, triton.cdiv(heads, per_program)), args)
+    launch(apply_rotary_kernel, (blocks, triton.cdiv(heads, per_program)), args)
     return q_out, k_out

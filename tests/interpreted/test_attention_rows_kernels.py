@@ -23,14 +23,14 @@ def make(queries: int, keys: int, dim: int, dtype: torch.dtype, heads: int = 2) 
     return q, k, attention_forward(q, k, k, dim**-0.5)[1]
 
 
-def check_rows(q: Tensor, k: Tensor, lse: Tensor, rows: list[int], **modifiers: Any) -> None:
+def check_rows(q: Tensor, k: Tensor, lse: Tensor, rows: list[int], **options: Any) -> None:
     at = torch.tensor(rows, dtype=torch.int64)
-    bias = reference.bias_of_rows(q, at % q.shape[1], torch.float32, None, **modifiers)
+    bias = reference.bias_of_rows(q, at % q.shape[1], torch.float32, None, **options)
     if bias is not None:
         bias = bias.expand(q.shape[0], q.shape[2], len(rows), k.shape[1])
     ours = attention_rows(q, k, lse, at, q.shape[-1] ** -0.5, bias=bias)
-    eager = reference.attention_rows(q, k, lse, at, **modifiers)
-    exact = reference.attention_rows(q.double(), k.double(), lse.double(), at, **modifiers)
+    eager = reference.attention_rows(q, k, lse, at, **options)
+    exact = reference.attention_rows(q.double(), k.double(), lse.double(), at, **options)
     assert ours.dtype == torch.float32
     assert_as_right_as_eager(ours, eager, exact)
 
@@ -73,16 +73,16 @@ def test_what_is_added_to_the_scores() -> None:
     mask = torch.rand(2, 7) < 0.5
     mask[1] = False
     mask[0, 0] = True
-    for modifiers in (
+    for options in (
         {"bias": torch.randn(2, 1, 7, 7)},
         {"bias": torch.randn(1, 2, 1, 7), "key_mask": mask},
         {"rel_pos_table": torch.randn(3 * 5 + 3, 2), "window": (2, 3), "key_mask": mask},
         {"key_mask": mask},
     ):
-        _, lse = reference.attention(q, k, k, return_lse=True, **modifiers)
-        check_rows(q, k, lse, [0, 6, 3], **modifiers)
-        if "key_mask" in modifiers:
-            added = reference.bias_of_rows(q, torch.arange(7), torch.float32, None, **modifiers).expand(2, 2, 7, 7)
+        _, lse = reference.attention(q, k, k, return_lse=True, **options)
+        check_rows(q, k, lse, [0, 6, 3], **options)
+        if "key_mask" in options:
+            added = reference.bias_of_rows(q, torch.arange(7), torch.float32, None, **options).expand(2, 2, 7, 7)
             assert (attention_rows(q, k, lse, torch.arange(7), 0.25, bias=added)[1] == 0).all()
 
 
@@ -115,7 +115,7 @@ def test_views_are_read_as_they_are() -> None:
         attention_rows(q, k, lse, torch.empty(1, dtype=torch.int64, device="meta"), 0.125)
         attention_distance(q, k, lse, 0.125, (14, 14), (16.0, 16.0))
     rows, distance, _ = launches
-    assert rows.args["q_ptr"] is q and rows.args["ROWS"] == 16
+    assert rows.args["q_ptr"] is q and rows.args["BLOCK_M"] == 16
     assert distance.args["partials_ptr"].numel() == 4 * 8 * 12  # nothing of the size of the weights
 
 

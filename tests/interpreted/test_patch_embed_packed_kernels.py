@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvit.triton.launch import record
-from fastvit.triton.patch_embed_packed import patch_embed_packed_forward, patch_embed_packed_weight_gradient
+from fastvit.triton.patch_embed import patch_embed_forward, patch_embed_weight_gradient
 from numerics import DTYPES
 from packed_patch_cases import PackedPatchCases, make
 
@@ -22,8 +22,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 class TestPackedPatchEmbedding(PackedPatchCases):
-    forward = staticmethod(partial(patch_embed_packed_forward, tile=SMALL))
-    weight_gradient = staticmethod(partial(patch_embed_packed_weight_gradient, tile=SMALL))
+    forward = staticmethod(partial(patch_embed_forward, tile=SMALL))
+    weight_gradient = staticmethod(partial(patch_embed_weight_gradient, tile=SMALL))
 
     def test_tiles_of_the_table(self) -> None:
         """Larger than these problems."""
@@ -36,6 +36,6 @@ class TestPackedPatchEmbedding(PackedPatchCases):
         packed, args = make(dtype=torch.float32, patch=(2, 2), channels=1, sizes=((18, 30), (2, 2), (40, 40)))
         dout = torch.randn(len(packed.layout.image), 24)
         with record(80) as launches:
-            self.weight_gradient(dout, packed.pixels, (24, 1, 2, 2), packed.layout, tile=tile)
+            self.weight_gradient(dout, packed.pixels, (24, 1, 2, 2), layout=packed.layout, tile=tile)
         assert launches[0].grid == (1, 4)
         self.check(packed, args, tile=tile)

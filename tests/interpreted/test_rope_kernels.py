@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastvit import reference
 from fastvit.triton.launch import record
-from fastvit.triton.rope import rope
+from fastvit.triton.rope import apply_rotary
 from numerics import DTYPES, check_op
 
 
@@ -16,11 +16,11 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return rope(q, k, cos, sin)
+        return apply_rotary(q, k, cos, sin)
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        return *rope(dq, dk, *ctx.saved_tensors, inverse=True), None, None
+        return *apply_rotary(dq, dk, *ctx.saved_tensors, inverse=True), None, None
 
 
 def check(q: Tensor, k: Tensor, *angles: Tensor) -> None:
@@ -46,7 +46,7 @@ def test_tokens_before_the_angles_stay_as_they_are(prefix: int) -> None:
     q, k = torch.randn(2, 2, 20, 2, 12)
     cos, sin = torch.randn(2, 20 - prefix, 12)
     check(q, k, cos, sin)
-    for x, turned in zip((q, k), rope(q, k, cos, sin), strict=True):
+    for x, turned in zip((q, k), apply_rotary(q, k, cos, sin), strict=True):
         assert torch.equal(turned[:, :prefix], x[:, :prefix])
 
 
@@ -64,8 +64,8 @@ def test_packed_and_strided() -> None:
     qkv[:, 1:18, :2, :3, 2:12] = torch.randn(2, 17, 2, 3, 10)
     q, k = qkv[:, 1:18, :2, :3, 2:12].unbind(2)
     for prepare in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
-        turned = rope(prepare(q), prepare(k), cos, sin)
-        for ours, plain in zip(turned, rope(q.contiguous(), k.contiguous(), cos, sin), strict=True):
+        turned = apply_rotary(prepare(q), prepare(k), cos, sin)
+        for ours, plain in zip(turned, apply_rotary(q.contiguous(), k.contiguous(), cos, sin), strict=True):
             assert not ours.isnan().any()
             assert torch.equal(ours, plain)
 
@@ -74,14 +74,14 @@ def test_there_and_back() -> None:
     q, k = torch.randn(2, 2, 9, 2, 16)
     angles = torch.randn(8, 8).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
-    for x, back in zip((q, k), rope(*rope(q, k, cos, sin), cos, sin, inverse=True), strict=True):
+    for x, back in zip((q, k), apply_rotary(*apply_rotary(q, k, cos, sin), cos, sin, inverse=True), strict=True):
         torch.testing.assert_close(back, x)
 
 
 def test_nothing_to_turn() -> None:
     for shape in ((0, 5, 2, 8), (2, 0, 2, 8)):
         q = torch.randn(shape)
-        turned, _ = rope(q, q, *torch.randn(2, shape[1], 8))
+        turned, _ = apply_rotary(q, q, *torch.randn(2, shape[1], 8))
         assert turned.shape == q.shape
 
 
@@ -89,7 +89,7 @@ def test_one_launch_of_views_without_a_copy() -> None:
     qkv = torch.empty(64, 201, 3, 12, 64, dtype=torch.bfloat16, device="meta")
     q, k, _ = qkv.unbind(2)
     with record(90) as launches:
-        rope(q, k, *torch.empty(2, 196, 64, device="meta"))
+        apply_rotary(q, k, *torch.empty(2, 196, 64, device="meta"))
     (one,) = launches
     assert one.args["q_ptr"] is q and one.args["k_ptr"] is k
     assert one.args["prefix"] == 5

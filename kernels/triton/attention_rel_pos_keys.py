@@ -1,4 +1,4 @@
-"""The gradient of attention's keys of distances R, whose row i - j + T - 1 query i has beside key j.
+"""The gradient of attention's relative position keys R, whose row i - j + T - 1 query i has beside key j.
 
     dR[r] = scale * sum of ds[i, j] q[i] over all pairs with i - j + T - 1 = r, in all images (and heads that share R)
 
@@ -21,11 +21,11 @@ from fastvit.triton.attention import choose, fit
 from fastvit.triton.attention_bias_gradient import gradient_args
 from fastvit.triton.attention_scores import (
     LOG2_E,
-    ModifierPointers,
+    OptionPointers,
     backward_lse,
-    distance_keys,
     dropout_factor,
-    modified,
+    rel_pos_keys_rows,
+    score_mod,
 )
 from fastvit.triton.attention_tiles import (
     add_products,
@@ -42,14 +42,14 @@ from fastvit.triton.launch import launch
 
 
 @triton.jit(do_not_specialize=["images", "heads", "tokens", "shared_heads"])
-def attention_distance_keys_gradient_kernel(
+def attention_rel_pos_keys_gradient_kernel(
     q_ptr,  # (B, T, H, d)
     k_ptr,  # (B, T, H, d)
     v_ptr,  # (B, T, H, d)
     dout_ptr,  # (B, T, H, d)
     lse_ptr,  # (B, H, T) float32
     delta_ptr,  # (B, H, T) float32
-    dkeys_ptr,  # (2T-1, d) or (H, 2T-1, d) float32
+    drel_pos_keys_ptr,  # (2T-1, d) or (H, 2T-1, d) float32
     q_strides,  # (image, token, head) / UNIT, as all the strides
     k_strides,
     v_strides,
@@ -57,32 +57,36 @@ def attention_distance_keys_gradient_kernel(
     images,  # B
     heads,  # H
     tokens,  # T
-    shared_heads,  # H where the heads share the keys of distances, else 1
+    shared_heads,  # H where the heads share the relative position keys, else 1
     scale,
-    modifiers,  # see attention_scores.py
+    option_ptrs,  # see attention_scores.py
     UNIT: tl.constexpr,
     DIM: tl.constexpr,  # d
     PIECES: tl.constexpr,  # d cut into powers of two
-    ROWS: tl.constexpr,  # keys of distances of a program
-    BLOCK: tl.constexpr,  # queries of a tile
+    ROWS: tl.constexpr,  # relative position keys of a program
+    BLOCK_M: tl.constexpr,  # queries of a tile
     PRECISION: tl.constexpr,
 ):
     count = 2 * tokens - 1
     blocks = tl.cdiv(count, ROWS)
     own_head, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS
     r = first + tl.arange(0, ROWS)
-    own = neighbours(distance_keys(modifiers, own_head, DIM), first, count, ROWS, DIM, PIECES, q_ptr.dtype.element_ty)
+    own = neighbours(
+        rel_pos_keys_rows(option_ptrs, own_head, DIM), first, count, ROWS, DIM, PIECES, q_ptr.dtype.element_ty
+    )
 
     # Row r has the pairs (i, i - r + T - 1): the queries from r - T + 1 to r, as far as there are any.
     lowest = tl.maximum(first - tokens + 1, 0)
-    steps = tl.cdiv(tl.minimum(first + ROWS, tokens) - lowest, BLOCK)
+    steps = tl.cdiv(tl.minimum(first + ROWS, tokens) - lowest, BLOCK_M)
     grad = zero_rows(ROWS, PIECES)
     for n in range(images * shared_heads * steps):
-        start = lowest + n % steps * BLOCK
+        start = lowest + n % steps * BLOCK_M
         head, image = own_head + n // steps % shared_heads, n // steps // shared_heads
-        q = load_rows(head_rows(q_ptr, q_strides, image, head, UNIT), start, tokens, BLOCK, DIM, PIECES, True)
-        dout = load_rows(head_rows(dout_ptr, dout_strides, image, head, UNIT), start, tokens, BLOCK, DIM, PIECES, True)
-        i = start + tl.arange(0, BLOCK)
+        q = load_rows(head_rows(q_ptr, q_strides, image, head, UNIT), start, tokens, BLOCK_M, DIM, PIECES, True)
+        dout = load_rows(
+            head_rows(dout_ptr, dout_strides, image, head, UNIT), start, tokens, BLOCK_M, DIM, PIECES, True
+        )
+        i = start + tl.arange(0, BLOCK_M)
         at = (image * heads + head).to(tl.int64) * tokens + i
         lse = backward_lse(tl.load(lse_ptr + at, mask=i < tokens, other=float("inf")) * LOG2_E)
         delta = tl.load(delta_ptr + at, mask=i < tokens, other=0.0)
@@ -90,22 +94,22 @@ def attention_distance_keys_gradient_kernel(
         nearest = start - first + tokens - ROWS  # the first key of the tile's pairs
         k = head_rows(k_ptr, k_strides, image, head, UNIT)
         v = head_rows(v_ptr, v_strides, image, head, UNIT)
-        s = diagonals(q, k, nearest, tokens, BLOCK, ROWS, DIM, PIECES, True, PRECISION)
-        s = (s + products(own, q, ROWS, BLOCK, PRECISION)) * (scale * LOG2_E)
+        s = diagonals(q, k, nearest, tokens, BLOCK_M, ROWS, DIM, PIECES, True, PRECISION)
+        s = (s + products(own, q, ROWS, BLOCK_M, PRECISION)) * (scale * LOG2_E)
         i, j = i[None, :], i[None, :] - r[:, None] + tokens - 1
         exists = (j >= 0) & (j < tokens)
-        s = modified(s, modifiers, image, head, heads, i, tl.maximum(j, 0), tokens, tokens)
+        s = score_mod(s, option_ptrs, image, head, heads, i, tl.maximum(j, 0), tokens, tokens)
         p = tl.where(exists, tl.math.exp2(s - lse[None, :]), 0.0)
-        dp = diagonals(dout, v, nearest, tokens, BLOCK, ROWS, DIM, PIECES, True, PRECISION)
-        if modifiers.seed_ptr is not None:
-            dp *= dropout_factor(modifiers, image * heads + head, i, j)
+        dp = diagonals(dout, v, nearest, tokens, BLOCK_M, ROWS, DIM, PIECES, True, PRECISION)
+        if option_ptrs.seed_ptr is not None:
+            dp *= dropout_factor(option_ptrs, image * heads + head, i, j)
         grad = add_products(grad, p * (dp - delta[None, :]), q, PRECISION)
 
-    dkeys = dkeys_ptr + own_head.to(tl.int64) * count * DIM, DIM
-    store_rows(dkeys, first, count, scaled(grad, scale), ROWS, DIM, PIECES)
+    drel_pos_keys = drel_pos_keys_ptr + own_head.to(tl.int64) * count * DIM, DIM
+    store_rows(drel_pos_keys, first, count, scaled(grad, scale), ROWS, DIM, PIECES)
 
 
-def attention_distance_keys_gradient(
+def attention_rel_pos_keys_gradient(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -113,30 +117,30 @@ def attention_distance_keys_gradient(
     lse: Tensor,
     delta: Tensor,
     scale: float,
-    dkeys: Tensor,
+    drel_pos_keys: Tensor,
     *,
-    given: ModifierPointers,
+    pointers: OptionPointers,
     tile: dict[str, Any] | None = None,
 ) -> None:
-    """Write dkeys, contiguous float32 (2T-1, d), or (H, 2T-1, d) where each head has its own, for those in ``given``.
+    """Write drel_pos_keys, contiguous float32 (2T-1, d), or (H, 2T-1, d) where each head has its own keys.
 
     Other arguments are those of ``attention_key_value_gradient``; ``tile``: rows, block, head_piece, warps, stages.
     """
     batch, tokens, heads, _ = q.shape
-    count, own_heads = 2 * tokens - 1, dkeys.shape[0] if dkeys.ndim == 3 else 1
-    tile = tile or choose("gradient", q, count, tokens, "distances")
+    count, own_heads = 2 * tokens - 1, drel_pos_keys.shape[0] if drel_pos_keys.ndim == 3 else 1
+    tile = tile or choose("gradient", q, count, tokens, "rel_pos_keys")
     args = {
         **gradient_args(q, k, v, dout, lse, delta, scale, tile),
-        "dkeys_ptr": dkeys,
+        "drel_pos_keys_ptr": drel_pos_keys,
         "images": batch,
         "tokens": tokens,
         "shared_heads": heads // own_heads,
-        "modifiers": given,
+        "option_ptrs": pointers,
         "ROWS": fit(count, tile["rows"]),
-        "BLOCK": fit(tokens, tile["block"]),
+        "BLOCK_M": fit(tokens, tile["block"]),
     }
     hot = q.dtype != torch.float32
     launch(
-        attention_distance_keys_gradient_kernel, (triton.cdiv(count, args["ROWS"]) * own_heads,), args,
+        attention_rel_pos_keys_gradient_kernel, (triton.cdiv(count, args["ROWS"]) * own_heads,), args,
         num_warps=tile["warps"], num_stages=tile["stages"], hot=hot,
     )  # fmt: skip

@@ -1,5 +1,5 @@
-"""Keys of distances (the ViT paper's appendix D.3) by the kernels for compute capability 8.0, run on the CPU: output,
-log-sum-exp and every gradient, against the reference."""
+"""Relative position keys (the ViT paper's appendix D.3) by the kernels for compute capability 8.0, run on the CPU:
+output, log-sum-exp and every gradient, against the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastvit
 from fastvit import ops, reference
-from fastvit.attention_options import Modifiers
+from fastvit.attention_options import AttentionOptions
 from fastvit.cuda import extension
 from fastvit.cuda.attention import attention_forward
 from head_dims import HEAD_DIMS
@@ -149,10 +149,10 @@ def test_what_the_launchers_do_not_take_is_refused() -> None:
     q = torch.randn(1, 4, 2, 32).half()
     cu = torch.tensor([0, 4], dtype=torch.int32)
     keys = torch.randn(2, 7, 32)
-    with pytest.raises(RuntimeError, match=r"distances; accepted: \(2, 7, 32\) float16 for as many queries as keys"):
-        attention_forward(q, q, q, 1.0, Modifiers(rel_pos_keys=torch.randn(2, 8, 32)))
-    with pytest.raises(RuntimeError, match=r"distances; accepted: \(2, 9, 32\) float16 for as many queries as keys"):
+    with pytest.raises(RuntimeError, match=r"rel_pos_keys; accepted: \(2, 7, 32\) float16 for as many queries as keys"):
+        attention_forward(q, q, q, 1.0, AttentionOptions(rel_pos_keys=torch.randn(2, 8, 32)))
+    with pytest.raises(RuntimeError, match=r"rel_pos_keys; accepted: \(2, 9, 32\) float16 for as many queries as keys"):
         attention_forward(q, torch.randn(1, 5, 2, 32).half(), torch.randn(1, 5, 2, 32).half(), 1.0,
-                          Modifiers(rel_pos_keys=keys))  # fmt: skip
-    with pytest.raises(RuntimeError, match="no bias, table, distances or key_mask"):
-        attention_forward(q, q, q, 1.0, Modifiers(rel_pos_keys=keys, cu_q=cu, cu_k=cu, max_q=4, max_k=4))
+                          AttentionOptions(rel_pos_keys=keys))  # fmt: skip
+    with pytest.raises(RuntimeError, match="no bias, rel_pos_table, rel_pos_keys or key_mask"):
+        attention_forward(q, q, q, 1.0, AttentionOptions(rel_pos_keys=keys, cu_q=cu, cu_k=cu, max_q=4, max_k=4))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastvit
 from fastvit import ops, reference
-from fastvit.attention_options import Modifiers
+from fastvit.attention_options import AttentionOptions
 from fastvit.triton import launch
 from fastvit.triton.attention import attention_forward
 from fastvit.triton.attention_backward import attention_backward
@@ -145,37 +145,37 @@ def test_a_table_is_a_bias() -> None:
         torch.testing.assert_close(a, b)
 
 
-# --- keys of distances ----------------------------------------------------------------------------------------
+# --- relative position keys ----------------------------------------------------------------------------------------
 
 
-def distances(tokens: int, dim: int = 16, dtype: torch.dtype = F32, heads: int | None = None) -> Tensor:
+def rel_pos_keys(tokens: int, dim: int = 16, dtype: torch.dtype = F32, heads: int | None = None) -> Tensor:
     return make(*(() if heads is None else (heads,)), 2 * tokens - 1, dim, dtype=dtype)
 
 
 @pytest.mark.parametrize("heads", [None, 2], ids=["shared", "each head's"])
 @pytest.mark.parametrize("tokens", [1, 5, 50])
-def test_keys_of_distances(tokens: int, heads: int | None) -> None:
-    """Fewer tokens than a tile has, and several tiles of queries, of keys and of distances."""
-    check("attention_qkvpacked", qkv=make(2, tokens, 3, 2, 16), rel_pos_keys=distances(tokens, heads=heads))
+def test_rel_pos_keys(tokens: int, heads: int | None) -> None:
+    """Fewer tokens than a tile has, and several tiles of queries, of keys and of relative positions."""
+    check("attention_qkvpacked", qkv=make(2, tokens, 3, 2, 16), rel_pos_keys=rel_pos_keys(tokens, heads=heads))
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", HALF)
-def test_keys_of_distances_in_half_precision(dtype: torch.dtype, arch: int) -> None:
+def test_rel_pos_keys_in_half_precision(dtype: torch.dtype, arch: int) -> None:
     """Where architectures have tiles of other forms, higher or wider, and with a head dim in pieces."""
     with launch.assume(arch):
-        check(**qkv(70, 70, dtype, batch=1, dim=24), rel_pos_keys=distances(70, 24, dtype, heads=2))
+        check(**qkv(70, 70, dtype, batch=1, dim=24), rel_pos_keys=rel_pos_keys(70, 24, dtype, heads=2))
 
 
-def test_keys_of_distances_for_197_tokens() -> None:
+def test_rel_pos_keys_for_197_tokens() -> None:
     with launch.assume(90):
-        check(**qkv(197, 197, torch.float16, batch=1), rel_pos_keys=distances(197, dtype=torch.float16), lse=False)
+        check(**qkv(197, 197, torch.float16, batch=1), rel_pos_keys=rel_pos_keys(197, dtype=torch.float16), lse=False)
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_keys_of_distances_are_rounded_to_the_dtype_of_queries(dtype: torch.dtype) -> None:
+def test_rel_pos_keys_are_rounded_to_the_dtype_of_queries(dtype: torch.dtype) -> None:
     """Wide ones are parameters under autocast; their gradient is wide."""
-    args, keys = qkv(21, 21, dtype), distances(21)
+    args, keys = qkv(21, 21, dtype), rel_pos_keys(21)
     results = []
     for given in (keys, keys.to(dtype)):
         out = ops.attention(**args, rel_pos_keys=given)
@@ -185,23 +185,24 @@ def test_keys_of_distances_are_rounded_to_the_dtype_of_queries(dtype: torch.dtyp
     assert results[0][-1].dtype == F32
 
 
-def test_keys_of_distances_with_everything() -> None:
+def test_rel_pos_keys_with_everything() -> None:
     mask = torch.rand(2, 37) > 0.3
     mask[1] = False
-    more = {"rel_pos_keys": distances(37, heads=2), "key_mask": mask, "dropout_p": 0.4, "seed": seed(), "scale": -0.3}
+    more = {"rel_pos_keys": rel_pos_keys(37, heads=2), "key_mask": mask, "scale": -0.3}
+    more |= {"dropout_p": 0.4, "seed": seed()}
     check(**qkv(37, 37), **more, lse=False)
 
 
-def test_keys_of_distances_of_any_strides() -> None:
+def test_rel_pos_keys_of_any_strides() -> None:
     shared = torch.randn(16, 2 * 19).T[::2].requires_grad_()
     each = torch.randn(19, 2, 2 * 16).transpose(0, 1)[..., ::2].requires_grad_()
     for keys in (shared, each):
         check(**qkv(10, 10), rel_pos_keys=keys)
 
 
-def test_keys_of_distances_are_a_bias() -> None:
+def test_rel_pos_keys_are_a_bias() -> None:
     """The same as the materialised scores in everything, for every gradient but that of the queries."""
-    keys = distances(21, heads=2)
+    keys = rel_pos_keys(21, heads=2)
     args = qkv(21, 21) | {"key_mask": torch.rand(2, 21) > 0.3, "dropout_p": 0.3, "seed": seed()}
     bias = reference.relative_bias(args["q"].detach(), keys, None)
     results = []
@@ -324,7 +325,7 @@ def test_starts_outside_the_tensors_are_cut_to_them() -> None:
 
     inputs = [surrounded(torch.nan)[1].copy_(torch.randn(1, total, 2, 16)) for _ in range(4)]
     buffers, gradients = zip(*(surrounded(7.0) for _ in range(3)), strict=True)
-    given = Modifiers(cu_q=cu, cu_k=cu, max_q=longest, max_k=longest)
+    given = AttentionOptions(cu_q=cu, cu_k=cu, max_q=longest, max_k=longest)
     out, lse = attention_forward(*inputs[:3], 0.25, given)
     attention_backward(inputs[3], None, *inputs[:3], out, lse, 0.25, *gradients, given)
     assert not out.isnan().any()
@@ -339,7 +340,7 @@ def test_starts_outside_the_tensors_are_cut_to_them() -> None:
 
 def test_gradients_are_deterministic() -> None:
     table = {"rel_pos_table": make(28, 2), "window": (3, 3), "key_mask": torch.rand(2, 10) > 0.3}
-    for more in (table, {"bias": make(1, 1, 10, 10)}, {"rel_pos_keys": distances(10)}):
+    for more in (table, {"bias": make(1, 1, 10, 10)}, {"rel_pos_keys": rel_pos_keys(10)}):
         assert_same_bits_twice(ops.attention, qkv(10, 10) | more | {"dropout_p": 0.3, "seed": seed()})
 
 
@@ -359,7 +360,7 @@ def _elements(made: launch.Launch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("how", ["plain", "table", "distances", "dropout", "mask", "packed"])
+@pytest.mark.parametrize("how", ["plain", "table", "rel_pos_keys", "dropout", "mask", "packed"])
 def test_nothing_of_tokens_squared_at_16384(how: str) -> None:
     """Forward and backward on 1024 px in patches of 8: every tensor is of the order of the tokens."""
     tokens, meta = 128 * 128, {"device": "meta"}
@@ -368,7 +369,7 @@ def test_nothing_of_tokens_squared_at_16384(how: str) -> None:
     options: dict[str, Any] = {
         "plain": {},
         "table": {"rel_pos_table": torch.empty(255 * 255, 2, requires_grad=True, **meta), "window": (128, 128)},
-        "distances": {"rel_pos_keys": torch.empty(2 * tokens - 1, 64, requires_grad=True, **meta)},
+        "rel_pos_keys": {"rel_pos_keys": torch.empty(2 * tokens - 1, 64, requires_grad=True, **meta)},
         "dropout": {"dropout_p": 0.1, "seed": seed},
         "mask": {"key_mask": torch.empty(1, tokens, dtype=torch.bool, **meta)},
         "packed": {"cu_seqlens": torch.empty(3, dtype=torch.int32, **meta), "max_seqlen": tokens},
@@ -378,5 +379,5 @@ def test_nothing_of_tokens_squared_at_16384(how: str) -> None:
         wanted = [qkv, *(t for t in options.values() if isinstance(t, Tensor) and t.requires_grad)]
         torch.autograd.grad(out, wanted, torch.empty_like(out))
     assert trace.aten == []
-    assert len(trace.launches) == 3 + (how in ("table", "distances"))
+    assert len(trace.launches) == 3 + (how in ("table", "rel_pos_keys"))
     assert max(n for one in trace.launches for n in _elements(one)) <= qkv.numel()

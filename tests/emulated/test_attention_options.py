@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastvit
 from fastvit import ops, reference
-from fastvit.attention_options import Modifiers
+from fastvit.attention_options import NO_OPTIONS, TENSORS, AttentionOptions
 from fastvit.cuda import extension
 from fastvit.cuda.attention import attention_backward, attention_forward
 from head_dims import HEAD_DIMS
@@ -263,7 +263,7 @@ def test_wrong_starts_touch_nothing_outside(starts: tuple[int, ...]) -> None:
     """On a GPU nobody looks at the values beforehand: what they name outside the tensors is left alone."""
     q, k, v, dout = torch.randn(4, 1, 21, 1, 32).half().unbind(0)
     cu = torch.tensor(starts, dtype=torch.int32)
-    given = Modifiers(cu_q=cu, cu_k=cu, max_q=64, max_k=64)
+    given = AttentionOptions(cu_q=cu, cu_k=cu, max_q=64, max_k=64)
     out, lse = attention_forward(q, k, v, 0.2, given)
     gradients = [torch.empty_like(q) for _ in range(3)]
     attention_backward(dout, None, q, k, v, out.nan_to_num(), lse.nan_to_num(), 0.2, *gradients, given)
@@ -284,7 +284,7 @@ def test_dropout_takes_what_the_reference_takes(p: float, seed: int) -> None:
     batch, heads, tokens, dim = 2, 3, 64, 64
     q = torch.zeros(batch, tokens, heads, dim, dtype=torch.float16)
     eye = torch.eye(tokens).half().view(1, tokens, 1, dim).expand(batch, -1, heads, -1).contiguous()
-    given = Modifiers(dropout_p=p, seed=torch.tensor([seed]))
+    given = AttentionOptions(dropout_p=p, seed=torch.tensor([seed]))
     out, lse = attention_forward(q, q, eye, 1.0, given)
     dq, dk, dv = (torch.empty_like(q) for _ in range(3))
     attention_backward(eye, None, q, q, eye, out, lse, 1.0, dq, dk, dv, given)
@@ -360,7 +360,7 @@ def test_what_the_launchers_do_not_take_is_refused() -> None:
 
     def refused(match: str, **options: Any) -> None:
         with pytest.raises(RuntimeError, match=match):
-            attention_forward(q, q, q, 1.0, Modifiers(**options))
+            attention_forward(q, q, q, 1.0, AttentionOptions(**options))
 
     refused(r"bias; accepted: \(1, 2, 4, 4\) float32", bias=torch.zeros(1, 2, 4, 3))
     refused(
@@ -371,8 +371,19 @@ def test_what_the_launchers_do_not_take_is_refused() -> None:
     refused("4 queries and 4 keys for a window of 2x2; accepted: 5", rel_pos_table=torch.zeros(12, 2), window=[2, 2])
     refused(r"key_mask; accepted: \(1, 4\) bytes", key_mask=torch.ones(1, 3).bool())
     refused(r"cu_q and cu_k; accepted: \(n \+ 1,\) int32", cu_q=cu, cu_k=cu.long(), max_q=4, max_k=4)
-    refused(
-        "no bias, table, distances or key_mask", cu_q=cu, cu_k=cu, max_q=4, max_k=4, key_mask=torch.ones(1, 4).bool()
-    )
+    packed = {"cu_q": cu, "cu_k": cu, "max_q": 4, "max_k": 4}
+    refused("no bias, rel_pos_table, rel_pos_keys or key_mask", **packed, key_mask=torch.ones(1, 4).bool())
     refused("dropout_p is 1; accepted: 0 <= p < 1", dropout_p=1.0, seed=SEED)
     refused(r"seed; accepted: \(1,\) int64", dropout_p=0.5)
+
+
+def test_the_schemas_of_csrc_have_every_option() -> None:
+    """The tensors in their order, then the numbers, under the names of fastvit/attention_options.py."""
+    numbers = [name for name in NO_OPTIONS._fields if name not in TENSORS and name != "window"]
+    expected_names = [*TENSORS, "window_height", "window_width", *numbers]
+    ops_of_csrc = [
+        "forward", "query_gradient", "key_value_gradient", "bias_gradient", "table_gradient", "rel_pos_keys_gradient",
+    ]  # fmt: skip
+    for name in ops_of_csrc:
+        schema = getattr(extension.library, f"attention_{name}").default._schema
+        assert [argument.name for argument in schema.arguments][1 : 1 + len(expected_names)] == expected_names

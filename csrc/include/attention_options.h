@@ -1,7 +1,7 @@
 // What attention's kernels for compute capability 8.0 take besides q, k and v: a bias, a table of relative positions,
-// keys of distances, a key mask, sequences packed in one row, dropout. A kernel is instantiated three times: with
-// Plain, which is empty and costs nothing; with Modified, where each of them is there or a null pointer; and, for the
-// registers that they take, with Relative, which is Modified with keys of distances (attention_diagonals.h).
+// relative position keys, a key mask, sequences packed in one row, dropout. A kernel is instantiated three times: with
+// Plain, which is empty and costs nothing; with ScoreMod, where each of them is there or a null pointer; and, for the
+// registers that they take, with RelPosKeys, which is ScoreMod with relative position keys (attention_diagonals.h).
 //
 //     x = scale * q k^T + bias, or + table[place(i, j)], or + scale * q R[i - j + T - 1]; -inf where the mask is 0
 //     p = exp(x - lse)
@@ -30,7 +30,7 @@ struct Rows {
 };
 
 struct Plain {
-  static constexpr bool kModified = false, kRelative = false;
+  static constexpr bool kScoreMod = false, kRelPosKeys = false;
 
   template <bool TRANSPOSED>
   struct Warp {
@@ -89,8 +89,8 @@ __device__ __forceinline__ void philox(
   for (int i = 0; i < 4; ++i) word[i] = c[i][0];
 }
 
-struct Modified {
-  static constexpr bool kModified = true, kRelative = false;
+struct ScoreMod {
+  static constexpr bool kScoreMod = true, kRelPosKeys = false;
 
   float scale;
 
@@ -138,7 +138,7 @@ struct Modified {
   // What a warp has to know for its 16 rows of one head of one image: rows are queries, or, TRANSPOSED, keys.
   template <bool TRANSPOSED>
   struct Warp {
-    const Modified& all;
+    const ScoreMod& all;
     const void *bias, *table;
     DType table_dtype;
     int64_t table_entry;
@@ -149,7 +149,7 @@ struct Modified {
     Token rows[2];   // the lane's
 
     __device__ __forceinline__ Warp(
-        const Modified& all, int64_t image, int head, int heads, int queries, int keys, const float* staged, int first)
+        const ScoreMod& all, int64_t image, int head, int heads, int queries, int keys, const float* staged, int first)
         : all(all), bias(all.bias), table(all.table), table_dtype(all.table_dtype), table_entry(all.table_entry),
           mask(all.mask), queries(queries), keys(keys), seed(0), plane(static_cast<uint32_t>(image * heads + head)) {
       const auto advanced = [](const void* from, int64_t elements, DType dtype) {
@@ -244,23 +244,23 @@ struct Modified {
   };
 };
 
-struct Relative : Modified {
-  static constexpr bool kRelative = true;
+struct RelPosKeys : ScoreMod {
+  static constexpr bool kRelPosKeys = true;
 
-  const void* distances;   // (2T - 1, d) in q's dtype
-  int64_t distances_head;  // elements to the next head's
+  const void* rel_pos_keys;   // (2T - 1, d) in q's dtype
+  int64_t rel_pos_keys_head;  // elements to the next head's
 
   template <bool TRANSPOSED>
-  struct Warp : Modified::Warp<TRANSPOSED> {
+  struct Warp : ScoreMod::Warp<TRANSPOSED> {
     const void* matrix;  // the head's
     int first;           // of the warp's rows
 
     __device__ __forceinline__ Warp(
-        const Relative& all, int64_t image, int head, int heads, int queries, int keys, const float* staged, int first)
-        : Modified::Warp<TRANSPOSED>(all, image, head, heads, queries, keys, staged, first),
-          matrix(static_cast<const uint16_t*>(all.distances) + head * all.distances_head), first(first) {}
+        const RelPosKeys& all, int64_t image, int head, int heads, int queries, int keys, const float* staged, int first)
+        : ScoreMod::Warp<TRANSPOSED>(all, image, head, heads, queries, keys, staged, first),
+          matrix(static_cast<const uint16_t*>(all.rel_pos_keys) + head * all.rel_pos_keys_head), first(first) {}
 
-    // Brings to the warp's window (kWindow, DIM) the keys of distances of its rows and 16 columns.
+    // Brings to the warp's window (kWindow, DIM) the relative position keys of its rows and 16 columns.
     template <int DIM, class T>
     __device__ __forceinline__ void load_window(T* window, int column) const {
       const int distance = TRANSPOSED ? column - first : first - column, zero = this->keys - 1;  // whose row is `zero`
@@ -272,7 +272,7 @@ struct Relative : Modified {
 // lse in units of log2, as p is recomputed from it. A row without keys has a lse of -inf, and probabilities of 0.
 template <class M>
 __device__ __forceinline__ float in_log2(float lse) {
-  if (M::kModified && lse == -INFINITY) return INFINITY;
+  if (M::kScoreMod && lse == -INFINITY) return INFINITY;
   return lse * kLog2e;
 }
 
@@ -283,15 +283,15 @@ struct Extent {
   int64_t images, queries, keys;  // images or sequences, and the most rows of one
 };
 
-inline Extent extent(const AttentionModifiers& m, const Array& q, const Array& k) {
+inline Extent extent(const AttentionOptions& m, const Array& q, const Array& k) {
   if (m.cu_q) return {m.cu_q.size[0] - 1, m.max_q, m.max_k};
   return {q.size[0], q.size[1], k.size[1]};
 }
 
-// The kernels' form of the modifiers of a call, checked against q (B, Tq, H, d) and k (B, Tk, H, d).
-inline Modified modified(const AttentionModifiers& m, const Array& q, const Array& k, double scale) {
+// The kernels' form of the options of a call, checked against q (B, Tq, H, d) and k (B, Tk, H, d).
+inline ScoreMod score_mod(const AttentionOptions& m, const Array& q, const Array& k, double scale) {
   const int64_t batch = q.size[0], queries = q.size[1], heads = q.size[2], keys = k.size[1];
-  Modified to{.scale = static_cast<float>(scale), .per_line = Divisor(1)};
+  ScoreMod to{.scale = static_cast<float>(scale), .per_line = Divisor(1)};
   if (m.bias) {
     const Array& a = m.bias;
     require(a.dims == 4 && a.size[0] == batch && a.size[1] == heads && a.size[2] == queries && a.size[3] == keys &&
@@ -301,8 +301,8 @@ inline Modified modified(const AttentionModifiers& m, const Array& q, const Arra
     to.bias = a.data, to.bias_dtype = a.dtype;
     to.bias_image = a.stride[0], to.bias_head = a.stride[1], to.bias_query = a.stride[2], to.bias_key = a.stride[3];
   }
-  if (m.table) {
-    const Array& a = m.table;
+  if (m.rel_pos_table) {
+    const Array& a = m.rel_pos_table;
     const int64_t h = m.window_height, w = m.window_width, entries = (2 * h - 1) * (2 * w - 1);
     require(a.dims == 2 && is_floating(a.dtype), "attention: table; accepted: (R, H) float32, float16, bfloat16");
     require(h > 0 && w > 0 && (a.size[0] == entries || a.size[0] == entries + 3) && a.size[1] == heads,
@@ -326,8 +326,8 @@ inline Modified modified(const AttentionModifiers& m, const Array& q, const Arra
                 m.cu_q.size[0] == m.cu_k.size[0] && m.cu_q.size[0] > 0 && m.cu_q.stride[0] == 1 && m.cu_k.stride[0] == 1,
             "attention: cu_q and cu_k; accepted: (n + 1,) int32, contiguous, both");
     require(batch == 1, "attention: packed sequences in ", batch, " rows; accepted: 1");
-    require(!m.bias && !m.table && !m.distances && !m.key_mask,
-            "attention: packed sequences; accepted: no bias, table, distances or key_mask");
+    require(!m.bias && !m.rel_pos_table && !m.rel_pos_keys && !m.key_mask,
+            "attention: packed sequences; accepted: no bias, rel_pos_table, rel_pos_keys or key_mask");
     to.packed_queries = {m.cu_q.as<const int>(), static_cast<int>(queries)};
     to.packed_keys = {m.cu_k.as<const int>(), static_cast<int>(keys)};
   }
@@ -341,26 +341,26 @@ inline Modified modified(const AttentionModifiers& m, const Array& q, const Arra
   return to;
 }
 
-inline Relative relative(const AttentionModifiers& m, const Array& q, const Array& k, double scale) {
-  const Array& a = m.distances;
+inline RelPosKeys rel_pos_keys(const AttentionOptions& m, const Array& q, const Array& k, double scale) {
+  const Array& a = m.rel_pos_keys;
   const int64_t rows = 2 * k.size[1] - 1;
   require(q.size[1] == k.size[1] && a.dims == 3 && a.size[0] == q.size[2] && a.size[1] == rows &&
               a.size[2] == q.size[3] && a.dtype == q.dtype,
-          "attention: distances; accepted: (", q.size[2], ", ", rows, ", ", q.size[3], ") ", name(q.dtype),
+          "attention: rel_pos_keys; accepted: (", q.size[2], ", ", rows, ", ", q.size[3], ") ", name(q.dtype),
           " for as many queries as keys");
   require(a.stride[2] == 1 && a.stride[1] == a.size[2] && a.stride[0] % 8 == 0 &&
               reinterpret_cast<uintptr_t>(a.data) % 16 == 0,
-          "attention: distances; accepted: each head's contiguous, at a multiple of 16 bytes");
-  return {modified(m, q, k, scale), a.data, a.stride[0]};
+          "attention: rel_pos_keys; accepted: each head's contiguous, at a multiple of 16 bytes");
+  return {score_mod(m, q, k, scale), a.data, a.stride[0]};
 }
 
-// f(Plain, Modified or Relative): the kind that a call needs.
+// f(Plain, ScoreMod or RelPosKeys): the kind that a call needs.
 template <class F>
-void with_kind(const AttentionModifiers& m, const Array& q, const Array& k, double scale, const F& f) {
-  if (m.distances) {
-    f(relative(m, q, k, scale));
+void with_kind(const AttentionOptions& m, const Array& q, const Array& k, double scale, const F& f) {
+  if (m.rel_pos_keys) {
+    f(rel_pos_keys(m, q, k, scale));
   } else if (m.any()) {
-    f(modified(m, q, k, scale));
+    f(score_mod(m, q, k, scale));
   } else {
     f(Plain());
   }
@@ -377,19 +377,19 @@ inline void check_gradient(const char* label, const Array& a) {
 
 // The bytes of shared memory that a kernel with `bytes` of its own is launched with. Behind them lies a head's part of
 // the table, as long as two blocks still share a multiprocessor (each takes 1 KB for itself), or else it is read as it is.
-inline size_t stage_table(const Device& device, size_t bytes, Modified& modified) {
-  const size_t all = bytes + modified.entries * sizeof(float);
-  modified.staged = modified.table && 2 * (all + 1024) <= static_cast<size_t>(device.shared_bytes) + 1024;
-  return modified.staged ? all : bytes;
+inline size_t stage_table(const Device& device, size_t bytes, ScoreMod& score_mod) {
+  const size_t all = bytes + score_mod.entries * sizeof(float);
+  score_mod.staged = score_mod.table && 2 * (all + 1024) <= static_cast<size_t>(device.shared_bytes) + 1024;
+  return score_mod.staged ? all : bytes;
 }
 
 // The same for a kernel that goes through scores by `warps` warps, each of which has a window where a table would lie.
 template <int DIM, class M>
-size_t stage(const Device& device, size_t bytes, int warps, M& modifiers) {
-  if constexpr (M::kRelative) {
+size_t stage(const Device& device, size_t bytes, int warps, M& options) {
+  if constexpr (M::kRelPosKeys) {
     return bytes + warps * kWindow * DIM * sizeof(uint16_t);
-  } else if constexpr (M::kModified) {
-    return stage_table(device, bytes, modifiers);
+  } else if constexpr (M::kScoreMod) {
+    return stage_table(device, bytes, options);
   } else {
     return bytes;
   }

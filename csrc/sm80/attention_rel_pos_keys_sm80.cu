@@ -1,4 +1,4 @@
-// The gradient of attention's keys of distances R, for compute capability 8.0 and later, in one launch, with no atomics
+// The gradient of attention's relative position keys R, for compute capability 8.0 and later, in one launch, with no atomics
 // and nothing of the size of the scores in memory:
 //
 //     dR(r) = scale * sum of ds(i, j) q(i) over all i - j + T - 1 = r, over images, and over heads that share R
@@ -10,7 +10,7 @@
 // order dR is a product as it stands, ds q, summed in registers; the warps add up at the end, in a fixed order.
 //
 // Bytes: 96 rows for 256 scores, from L2: latency is hidden by other warps, not by stages.
-#include "attention_modifiers.h"
+#include "attention_options.h"
 
 namespace fastvit::sm80 {
 
@@ -20,7 +20,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
 
 template <class T>
-struct Problem : Relative {
+struct Problem : RelPosKeys {
   Heads<const T> q, k, v, dout;  // (B, T, H, d)
   const float *lse, *delta;      // (B, H, T)
   int images, heads, tokens;
@@ -34,7 +34,7 @@ template <int DIM>
 constexpr size_t kSharedBytes = (kPair + kWarps * kWarpRows) * DIM * sizeof(uint16_t);
 
 template <class T, int DIM>
-__global__ void __launch_bounds__(kThreads, 2) distances_gradient_kernel(const Problem<T> problem) {
+__global__ void __launch_bounds__(kThreads, 2) rel_pos_keys_gradient_kernel(const Problem<T> problem) {
   const int warp = threadIdx.x / kLanes, g = lane_id() / 4, column = lane_id() % 4 * 2;
   const int tokens = problem.tokens, count = 2 * tokens - 1, first = blockIdx.x * kPair, own_head = blockIdx.y;
   T* own = reinterpret_cast<T*>(shared_memory());      // (16, DIM) of R
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 2) distances_gradient_kernel(const P
   T* dout = q + kPair * DIM;                           // (16, DIM)
   T* window = dout + kPair * DIM;                      // (kWindow, DIM)
   if (warp == 0) {
-    const T* matrix = static_cast<const T*>(problem.distances) + own_head * problem.distances_head;
+    const T* matrix = static_cast<const T*>(problem.rel_pos_keys) + own_head * problem.rel_pos_keys_head;
     load_rows<kPair, DIM>(own, matrix, DIM, first, count);
   }
   __syncthreads();
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 2) distances_gradient_kernel(const P
         if (present) {
           if (problem.seed) dp[u][i] = words[i] >= problem.threshold ? dp[u][i] * problem.kept_scale : 0.0f;
           const int64_t at = plane * tokens + row;
-          const float p = ptx::exp2(fmaf(s[0][u][i], problem.scale * kLog2e, -in_log2<Modified>(problem.lse[at])));
+          const float p = ptx::exp2(fmaf(s[0][u][i], problem.scale * kLog2e, -in_log2<ScoreMod>(problem.lse[at])));
           value = p * (dp[u][i] - problem.delta[at]);
         }
         dp[u][i] = value;
@@ -119,24 +119,24 @@ __global__ void __launch_bounds__(kThreads, 2) distances_gradient_kernel(const P
 
 }  // namespace
 
-void attention_distances_gradient(
-    const Device& device, const AttentionModifiers& modifiers, const Array& dout, const Array& q, const Array& k,
-    const Array& v, const Array& lse, const Array& delta, double scale, const Array& ddistances) {
+void attention_rel_pos_keys_gradient(
+    const Device& device, const AttentionOptions& options, const Array& dout, const Array& q, const Array& k,
+    const Array& v, const Array& lse, const Array& delta, double scale, const Array& drel_pos_keys) {
   check_heads(q, k, {{"dout", &dout}}, {{"v", &v}});
-  check_gradient("ddistances", ddistances);
-  const Array& a = modifiers.distances;
-  require(a && ddistances.dims == 3 && (ddistances.size[0] == 1 || ddistances.size[0] == a.size[0]) &&
-              ddistances.size[1] == a.size[1] && ddistances.size[2] == a.size[2],
-          "attention: ddistances; accepted: of the shape of the distances, or of one head's");
-  if (ddistances.elements() == 0) return;
+  check_gradient("drel_pos_keys", drel_pos_keys);
+  const Array& a = options.rel_pos_keys;
+  require(a && drel_pos_keys.dims == 3 && (drel_pos_keys.size[0] == 1 || drel_pos_keys.size[0] == a.size[0]) &&
+              drel_pos_keys.size[1] == a.size[1] && drel_pos_keys.size[2] == a.size[2],
+          "attention: drel_pos_keys; accepted: of the shape of the keys, or of one head's");
+  if (drel_pos_keys.elements() == 0) return;
   with_dtype_and_dim(q, [&]<class T, int DIM>() {
-    const int heads = static_cast<int>(q.size[2]), own = static_cast<int>(ddistances.size[0]);
+    const int heads = static_cast<int>(q.size[2]), own = static_cast<int>(drel_pos_keys.size[0]);
     const Problem<T> problem{
-        relative(modifiers, q, k, scale), heads_of<const T>(q), heads_of<const T>(k), heads_of<const T>(v),
+        rel_pos_keys(options, q, k, scale), heads_of<const T>(q), heads_of<const T>(k), heads_of<const T>(v),
         heads_of<const T>(dout), lse.as<const float>(), delta.as<const float>(), static_cast<int>(q.size[0]), heads,
-        static_cast<int>(q.size[1]), heads / own, ddistances.as<float>()};
+        static_cast<int>(q.size[1]), heads / own, drel_pos_keys.as<float>()};
     const dim3 grid(static_cast<unsigned>(ceil_div(a.size[1], kPair)), static_cast<unsigned>(own));
-    launch(device, distances_gradient_kernel<T, DIM>, grid, kThreads, kSharedBytes<DIM>, problem);
+    launch(device, rel_pos_keys_gradient_kernel<T, DIM>, grid, kThreads, kSharedBytes<DIM>, problem);
   });
 }
 
