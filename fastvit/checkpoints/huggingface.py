@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastvit.checkpoints.layouts import ACTIVATIONS, blocks
+from fastvit.activations import HUGGINGFACE
+from fastvit.checkpoints.layouts import blocks
 from fastvit.checkpoints.rules import Layout, State, is_gated
 from fastvit.checkpoints.sizes import position_arguments
 
@@ -94,7 +95,7 @@ def folder_of(
 
 def _common(state: State, options: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
     act = options.get("act_layer", "gelu")
-    theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}  # the first of several
+    theirs = {ours: name for name, ours in reversed(HUGGINGFACE.items())}  # the first of several
     if act not in theirs:
         raise ValueError(f"act_layer is {act!r}; accepted: {', '.join(theirs)}")
     width, channels, p, q = state["patch_embed.proj.weight"].shape

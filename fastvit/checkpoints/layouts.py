@@ -14,17 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit.activations import HUGGINGFACE
 from fastvit.checkpoints import backbone
 from fastvit.checkpoints.rules import Config, Layout, Rule, State, block, gated, rename, same
-
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "silu": "silu",
-}
 
 
 def _huggingface(eps: float, activation: str) -> Callable[[Config], dict[str, Any]]:
@@ -33,9 +25,9 @@ def _huggingface(eps: float, activation: str) -> Callable[[Config], dict[str, An
     def options(config: Config) -> dict[str, Any]:
         config = config.get("vision_config", config)
         act = config.get("hidden_act", activation)
-        if act not in ACTIVATIONS:
-            raise ValueError(f"config.json: hidden_act is {act!r}; accepted: {', '.join(ACTIVATIONS)}")
-        found = {"eps": config.get("layer_norm_eps", eps), "act_layer": ACTIVATIONS[act]}
+        if act not in HUGGINGFACE:
+            raise ValueError(f"config.json: hidden_act is {act!r}; accepted: {', '.join(HUGGINGFACE)}")
+        found = {"eps": config.get("layer_norm_eps", eps), "act_layer": HUGGINGFACE[act]}
         for theirs, ours in (("num_attention_heads", "num_heads"), ("image_size", "img_size")):
             if theirs in config:
                 found[ours] = config[theirs]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvit import activations
 from fastvit.layers import fuse
 from fastvit.layers.attention import Attention, Window
 from fastvit.layers.axial import AxialAttention
@@ -32,20 +33,16 @@ _OURS = (
     LayerScale,
     Mlp,
     SwiGLU,
-    fuse.GELUTanh,
-    fuse.QuickGELU,
     nn.Dropout,
-    nn.GELU,
     nn.Identity,
     nn.LayerNorm,
     nn.Linear,
-    nn.SiLU,
 )
 
 
 def _by_token(module: nn.Module) -> bool:
     """Whether the module is one of these, or another library's activation that means one, and nobody watches it."""
-    return fuse.activation_name(module) is not None or fuse.is_fusable(module, *_OURS)
+    return fuse.is_fusable(module, *((type(module),) if activations.name_of(module) else _OURS))
 
 
 class Block(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastvit.activations import name_of
 from fastvit.checkpoints.backbone import layers_of, stem_of
 from fastvit.checkpoints.layouts import blocks
 from fastvit.checkpoints.sizes import heads_of, position_arguments
 from fastvit.layers import BeitBlock, LayerNorm, Mlp, SwiGLU
-from fastvit.layers.resolve import ACTIVATIONS
 from fastvit.models.hybrid import HybridEmbed, reduction
 from fastvit.models.resnet import CHANNELS, STEM_CHANNELS
 from fastvit.models.vit import ViT
@@ -108,7 +108,7 @@ def untold(model: ViT) -> dict[str, Any]:
         "global_pool": model.global_pool,
         "pool_include_prefix": model.pool_include_prefix,
         "eps": next(m.eps for m in modules if isinstance(m, nn.LayerNorm)),
-        "act_layer": next((name for name, kind in ACTIVATIONS.items() if type(act) is kind), None),
+        "act_layer": name_of(act),
         "rope": model.rope,
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvit import ops
+from fastvit.activations import MODULES
 from fastvit.checkpoints.load import load_checkpoint, mismatch_advice
 from fastvit.layers import (
     Attention,
@@ -38,7 +39,7 @@ from fastvit.layers.misc import count, positive, rate
 from fastvit.layers.patch_embed import Size, image_size, normalised, pixel_statistics
 from fastvit.layers.pos_embed import check_pos_embed
 from fastvit.layers.resample import resample_pos_embed
-from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
+from fastvit.layers.resolve import ATTENTIONS, NORMS, Layer, resolve
 from fastvit.models import packed, positions
 from fastvit.models.head import Head, check_pool
 from fastvit.models.hybrid import HybridEmbed
@@ -167,7 +168,7 @@ class ViT(Intermediates, Head):
         self.mean, self.std = self._pixel_statistics(mean, std, in_chans)
         norm_layer = resolve("norm_layer", norm_layer, NORMS, LayerNorm)
         mlp_layer = resolve("mlp_layer", mlp_layer, {}, Mlp)
-        act_layer = resolve("act_layer", act_layer, ACTIVATIONS, getattr(mlp_layer, "default_act", nn.GELU))
+        act_layer = resolve("act_layer", act_layer, MODULES, getattr(mlp_layer, "default_act", nn.GELU))
         norm_after_pool = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
 
         self.num_classes = num_classes

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit import reference
+from fastvit import activations, reference
 from fastvit.ops import backends, checks, onednn
 from fastvit.ops.library import (
     as_rows,
@@ -22,8 +22,6 @@ from fastvit.ops.library import (
     register,
 )
 from fastvit.reference import Norm
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 def linear(
@@ -43,7 +41,7 @@ def linear(
         x: (..., K) in the weight's dtype; with a norm it may be float32 beside 16-bit weights.
         weight: (N, K). bias: (N,) or None, may be float32.
         norm: (weight (K,), bias (K,) or None, eps) of a LayerNorm before the product, or None.
-        activation: None, "gelu" (erf), "gelu_tanh" or "quick_gelu" (x sigmoid(1.702 x)).
+        activation: None, or a name in :data:`fastvit.activations.ACTIVATIONS`: "gelu" (erf), "relu", "silu", ...
         residual: (..., N); may be float32, and the result then is.
         gamma: (N,) LayerScale (Touvron et al., 2021).
         row_scale: (B,) float32 with B = x.shape[0], drop-path, or one for each row; it gets no gradient.
@@ -56,8 +54,7 @@ def linear(
         BackendUnavailable: the backend that is set can't run this.
     """
     check("linear", x, weight, bias, norm, residual, gamma, row_scale)
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"ops.linear: unknown activation {activation!r}; accepted: None, {', '.join(ACTIVATIONS)}")
+    activations.check(activation, where="ops.linear: ")
     norm_weight, norm_bias, eps = norm or (None, None, None)
     grad = needs_grad(x, weight, bias, norm_weight, norm_bias, residual, gamma)
     chosen = backends.choose("linear", x, needs_grad=grad, weights=(weight,))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvit import reference
+from fastvit import activations, reference
 from fastvit.ops import backends, checks, onednn
 from fastvit.ops.library import (
     as_rows,
@@ -19,7 +19,6 @@ from fastvit.ops.library import (
     register,
 )
 from fastvit.ops.linear import (
-    ACTIVATIONS,
     check,
     normalise,
     normalise_gradient,
@@ -48,10 +47,10 @@ def mlp(
 
     Args:
         x: (..., D) in the weights' dtype; with a norm it may be float32 beside 16-bit weights.
-        fc1_weight: (F, D), fc1_bias: (F,) or None. fc2_weight: (D', F), or (D', F / 2) for "swiglu".
+        fc1_weight: (F, D), fc1_bias: (F,) or None. fc2_weight: (D', F), or (D', F / 2) for a gated activation.
         fc2_bias: (D',) or None. Biases may be float32.
         norm: (weight (D,), bias (D,) or None, eps) of the LayerNorm before, or None.
-        activation: "gelu" (erf), "gelu_tanh", "quick_gelu" (CLIP) or "swiglu" (DINOv2-g: silu(first half) * second).
+        activation: a name in :data:`fastvit.activations.ACTIVATIONS`, or "swiglu" (silu(first half) * second half).
         residual: (..., D'); may be float32, and the result then is. gamma: (D',) LayerScale.
         row_scale: (B,) float32 with B = x.shape[0], drop-path, or one for each row; it gets no gradient.
 
@@ -63,12 +62,11 @@ def mlp(
         ValueError: a shape, dtype, device or activation that does not fit.
         BackendUnavailable: the backend that is set can't run this.
     """
-    if activation not in (*ACTIVATIONS, "swiglu"):
-        accepted = ", ".join((*ACTIVATIONS, "swiglu"))
-        raise ValueError(f"ops.mlp: unknown activation {activation!r}; accepted: {accepted}")
+    activations.check(activation, gated=True, optional=False, where="ops.mlp: ")
     check("mlp", x, fc1_weight, fc1_bias, norm, None, None, None)
-    hidden = fc1_weight.shape[0] // (2 if activation == "swiglu" else 1)
-    if fc2_weight.ndim != 2 or fc2_weight.shape[1] != hidden or (activation == "swiglu" and fc1_weight.shape[0] % 2):
+    columns = activations.columns(activation)
+    hidden = fc1_weight.shape[0] // columns
+    if fc2_weight.ndim != 2 or fc2_weight.shape[1] != hidden or fc1_weight.shape[0] % columns:
         raise ValueError(
             f"ops.mlp: fc1_weight has shape {tuple(fc1_weight.shape)}, fc2_weight {tuple(fc2_weight.shape)}; "
             f"with {activation} the second must be (D, {hidden}) and fc1's rows even"
