@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -26,7 +25,6 @@ from fastvit.layers.norm import LayerNorm
 from fastvit.ops.backends import note_fallback
 from fastvit.packing import Sequences
 from fastvit.reference import Norm
-
 
 _PLAIN = (nn.Parameter, Tensor)
 
@@ -117,6 +115,7 @@ def norm_arguments(norm: Any) -> Norm | None:
 
 
 PARTS = (LayerNorm, LayerScale, nn.Conv2d, nn.LayerNorm, nn.Linear)  # with parameters that the ops take
+
 
 def activation_name(act: nn.Module, *, gates: bool = False) -> str | None:
     """Return the ops' name of an activation module, or None, logged once, where it has to run as the module it is.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
-from fastvit.triton import launch, tiles
 from fastvit.activations import ACTIVATIONS, GATED, columns
+from fastvit.triton import launch, tiles
 from fastvit.triton.activations import FORMULAS, activation_gradient
 from fastvit.triton.linear import choose, forms, linear_forward
 from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient
