@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit.activations import HUGGINGFACE
+from fastvit import activations
 from fastvit.checkpoints import backbone
 from fastvit.checkpoints.rules import Config, Layout, Rule, State, block, gated, rename, same
 
@@ -25,9 +25,10 @@ def _huggingface(eps: float, activation: str) -> Callable[[Config], dict[str, An
     def options(config: Config) -> dict[str, Any]:
         config = config.get("vision_config", config)
         act = config.get("hidden_act", activation)
-        if act not in HUGGINGFACE:
-            raise ValueError(f"config.json: hidden_act is {act!r}; accepted: {', '.join(HUGGINGFACE)}")
-        found = {"eps": config.get("layer_norm_eps", eps), "act_layer": HUGGINGFACE[act]}
+        if act not in activations.HUGGINGFACE:
+            accepted = ", ".join(activations.HUGGINGFACE)
+            raise ValueError(f"config.json: hidden_act is {act!r}; accepted: {accepted}")
+        found = {"eps": config.get("layer_norm_eps", eps), "act_layer": activations.HUGGINGFACE[act]}
         for theirs, ours in (("num_attention_heads", "num_heads"), ("image_size", "img_size")):
             if theirs in config:
                 found[ours] = config[theirs]

@@ -195,7 +195,8 @@ def linear_input_gradient(
         tile: in place of the table's, as for ``linear_forward``.
 
     Returns:
-        dx, with the shape (M, K), or (M, 2K) with a gated activation; and act(preact) (M, K) in ``preact``'s dtype, or None.
+        dx, with the shape (M, K), or (M, 2K) with a gated activation; and act(preact) (M, K) in ``preact``'s
+        dtype, or None.
 
     Raises:
         ValueError: unknown activation, preact without activation or the reverse, or B does not divide M.
