@@ -97,7 +97,7 @@ def linear_forward(
         out = torch.empty(m, n, dtype=(x if residual is None else residual).dtype, device=x.device)
         preact = torch.empty(m, n, dtype=x.dtype, device=x.device) if save_preact and not gated else None
         extension.library.linear_forward(x, x, weight, bias, fused or "", residual, gamma, row_scale, out, preact)
-    if gated:
+    if activation is not None and gated:
         return gated_forward(out, activation), out if save_preact else None
     return out, preact
 
@@ -145,7 +145,7 @@ def linear_folded_forward(
     gated = activation in activations.GATED
     fused = "" if activation is None or gated else activation
     extension.library.linear_folded_forward(x, x, folded, sums, offsets, mean, rstd, fused, out)
-    return gated_forward(out, activation) if gated else out, mean, rstd
+    return gated_forward(out, activation) if activation is not None and gated else out, mean, rstd
 
 
 def linear_normed_forward(

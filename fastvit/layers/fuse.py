@@ -123,15 +123,15 @@ def activation_name(act: nn.Module, *, gates: bool = False) -> str | None:
     With ``gates`` the name is that of the gated linear unit whose gate the module is.
     """
     kind, name = type(act), activations.name_of(act)
-    accepted = activations.ACTIVATIONS if not gates else {gate: gated for gated, gate in activations.GATED.items()}
-    if name not in accepted:
+    accepted = dict.fromkeys(activations.ACTIVATIONS, "") if not gates else {v: k for k, v in activations.GATED.items()}
+    if name is None or name not in accepted:
         known = ", ".join(accepted)
         where = "in a gated MLP it is not fused" if gates else "its class is none of those that are fused"
         note_fallback(f"{kind.__module__}.{kind.__qualname__} runs as a module: {where}; accepted: {known}")
         return None
     if not is_fusable(act, kind):
         return None
-    return accepted[name] if gates else name
+    return accepted[name] or name
 
 
 class Merge(NamedTuple):
