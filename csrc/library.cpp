@@ -221,7 +221,7 @@ struct Op<launcher, R (*)(const Device&, const AttentionOptions&, P...)> {
   _(layer_norm_programs)             \
   _(sum_partials)                    \
   _(scale_rows)                      \
-  _(swiglu_forward)                  \
+  _(gated_forward)                   \
   _(activation_gradient)             \
   _(linear_forward)                  \
   _(fold_norm)                       \

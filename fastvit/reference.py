@@ -15,26 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit.activations import ACTIVATIONS, GATED
 from fastvit.packing import Layout, PackedImages
 
 Norm = tuple[Tensor, Tensor | None, float]  # weight (D,), bias (D,) or None, eps
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
-    """Apply a named activation; ``swiglu`` halves the last dimension: silu(first half) * second half."""
-    match activation:
-        case None:
-            return x
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        case "quick_gelu":
-            return x * torch.sigmoid(1.702 * x)
-        case "swiglu":
-            gate, value = x.chunk(2, dim=-1)
-            return F.silu(gate) * value
-    raise ValueError(f"unknown activation {activation!r}")
+    """Apply a named activation; a gated one multiplies the second half of the last dimension by act(first half)."""
+    if activation is None:
+        return x
+    if activation in GATED:
+        gate, value = x.chunk(2, dim=-1)
+        return ACTIVATIONS[GATED[activation]].formula(gate) * value
+    return ACTIVATIONS[activation].formula(x)
 
 
 def merge(y: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvit import ops, pack, reference
+from fastvit.activations import ACTIVATIONS, GATED, columns
 
 Make = Callable[..., Tensor]  # make(*shape, dtype=None) -> a leaf that requires a gradient
 
@@ -192,19 +193,19 @@ CASES = [
             "mlp",
             activation,
             lambda m, activation=activation: {
-                "x": m(2, 9, 32),
+                "x": m(2, 11, 32),
                 "fc1_weight": m(64, 32, scale=0.2),
                 "fc1_bias": m(64),
-                "fc2_weight": m(32, 32 if activation == "swiglu" else 64, scale=0.2),
+                "fc2_weight": m(32, 64 // columns(activation), scale=0.2),
                 "fc2_bias": m(32),
                 "norm": _norm(m, 32),
                 "activation": activation,
-                "residual": m(2, 9, 32),
+                "residual": m(2, 11, 32),
                 "gamma": m(32),
                 "row_scale": _row_scale(m, 2),
             },
         )
-        for activation in ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
+        for activation in (*ACTIVATIONS, *GATED)
     ),
     Case(
         "mlp",

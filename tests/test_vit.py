@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import fastvit
+from fastvit.activations import ACTIVATIONS
 from fastvit.checkpoints import load_checkpoint
 from fastvit.layers import Attention, Block, Mlp, SwiGLU
 from fastvit.models import ViT, create_model, list_models
@@ -205,6 +207,41 @@ def test_fallbacks_are_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch
     assert [r.getMessage() for r in caplog.records] == [
         "torch.nn.modules.linear.Linear runs as a module, not fused: it has hooks"
     ]
+
+
+@pytest.mark.parametrize("act_layer", [*ACTIVATIONS, "relu^2", "swish"])
+def test_every_activation_is_fused(act_layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One op for the MLP of each block, with the result of its modules one after the other."""
+    model, x = small(act_layer=act_layer), images()
+    with monkeypatch.context() as patch:
+        calls = Calls(patch)
+        fused = model(x)
+    assert calls.names.count("mlp") == len(model.blocks)
+    for block in model.blocks:
+        block.mlp.act.register_forward_hook(lambda *_: None)
+    with monkeypatch.context() as patch:
+        calls = Calls(patch)
+        assert_same(fused, model(x))
+    assert "mlp" not in calls.names
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"act_layer": nn.Hardswish}, "activation.Hardswish runs as a module: its class .*; accepted: gelu, .*relu, "),
+        ({"act_layer": "tanh"}, "activation.Tanh runs as a module: its class .*; accepted: gelu, .*relu, "),
+        ({"act_layer": nn.GELU, "mlp_layer": SwiGLU}, "activation.GELU runs as a module: in a gated MLP .*: silu$"),
+    ],
+)
+def test_an_activation_that_is_not_fused_is_logged_once(
+    options: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_fallbacks", {})
+    model = small(**options)
+    model(images())
+    model(images())
+    (message,) = [r.getMessage() for r in caplog.records if "accepted: " in r.getMessage()]
+    assert re.search(said, message)
 
 
 # -- the class token's saving ------------------------------------------------------------------------------------

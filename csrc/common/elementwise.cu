@@ -124,9 +124,10 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) swiglu_forward_kernel(
+__global__ void __launch_bounds__(kThreads) gated_forward_kernel(
     Matrix x,    // (M, 2 N'): gates, then values
     Matrix out,  // (M, N')
+    Activation activation,
     int64_t rows,
     int width,  // N'
     int lanes) {
@@ -135,20 +136,21 @@ __global__ void __launch_bounds__(kThreads) swiglu_forward_kernel(
     load<T>(gates, x, row, column);
     load<T>(values, x, row, column + width);
     float result[N];
+    with_activation(activation, [&](auto act) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      result[i] = activate<Activation::swiglu>(to_float(gates.at[i])) * to_float(values.at[i]);
-    }
+      for (int i = 0; i < N; ++i) result[i] = act(to_float(gates.at[i])).value * to_float(values.at[i]);
+    });
     store<T>(out, row, column, result);
   });
 }
 
-template <Activation A, class T, int N>
+template <bool gated, class T, int N>
 __global__ void __launch_bounds__(kThreads) activation_gradient_kernel(
     Matrix dout,     // (M, N')
-    Matrix preact,   // (M, N'), or (M, 2 N') for swiglu: gates, then values
+    Matrix preact,   // (M, N'), or gated (M, 2 N'): gates, then values
     Matrix dpreact,  // like preact
     Matrix hidden,   // (M, N')
+    Activation activation,
     int64_t rows,
     int width,  // N'
     int lanes) {
@@ -156,24 +158,20 @@ __global__ void __launch_bounds__(kThreads) activation_gradient_kernel(
     Vector<Loaded<T>, N> above, before, values;
     load<T>(above, dout, row, column);
     load<T>(before, preact, row, column);
-    if constexpr (A == Activation::swiglu) load<T>(values, preact, row, column + width);
+    if constexpr (gated) load<T>(values, preact, row, column + width);
     float gradient[N], second[N], output[N];
+    with_activation(activation, [&](auto act) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float d = to_float(above.at[i]);
-      const auto [value, slope] = activate_with_slope<A>(to_float(before.at[i]));
-      if constexpr (A == Activation::swiglu) {
-        const float times = to_float(values.at[i]);
+      for (int i = 0; i < N; ++i) {
+        const float d = to_float(above.at[i]), times = gated ? to_float(values.at[i]) : 1;
+        const auto [value, slope] = act(to_float(before.at[i]));
         gradient[i] = d * times * slope;
         second[i] = d * value;
         output[i] = value * times;
-      } else {
-        gradient[i] = d * slope;
-        output[i] = value;
       }
-    }
+    });
     store<T>(dpreact, row, column, gradient);
-    if constexpr (A == Activation::swiglu) store<T>(dpreact, row, column + width, second);
+    if constexpr (gated) store<T>(dpreact, row, column + width, second);
     store<T>(hidden, row, column, output);
   });
 }
@@ -323,9 +321,11 @@ void scale_rows(const Device& device, const Array& x, const Array& row_scale, co
   }
 }
 
-void swiglu_forward(const Device& device, const Array& x, const Array& out) {
-  const char* op = "swiglu_forward";
+void gated_forward(const Device& device, const Array& x, const std::string& activation, const Array& out) {
+  const char* op = "gated_forward";
   const int64_t rows = out.size[0], width = out.size[1];
+  const Activation act = parse_activation(op, activation);
+  require(act != Activation::none, op, ": no activation");
   require_contiguous(op, "out", out, rows, width);
   require_matrix(op, "x", x, rows, 2 * width);
   if (rows == 0 || width == 0) return;
@@ -333,53 +333,37 @@ void swiglu_forward(const Device& device, const Array& x, const Array& out) {
   with_typed(x.dtype, out.dtype == x.dtype && suits(x, n) && suits(out, n), [&](auto typed) {
     using Type = decltype(typed);
     const Grid grid = grid_of(op, rows, width / Type::N);
-    launch(device, swiglu_forward_kernel<typename Type::T, Type::N>, grid.blocks, grid.threads, 0, matrix(x),
-           matrix(out), rows, static_cast<int>(width), grid.lanes);
+    launch(device, gated_forward_kernel<typename Type::T, Type::N>, grid.blocks, grid.threads, 0, matrix(x),
+           matrix(out), act, rows, static_cast<int>(width), grid.lanes);
   });
 }
-
-namespace {
-
-template <Activation A>
-void activation_gradient_of(
-    const Device& device, const Array& dout, const Array& preact, const Array& dpreact, const Array& hidden) {
-  const int64_t rows = dout.size[0], width = dout.size[1];
-  const DType dtype = preact.dtype;
-  bool vectors = true;
-  for (const Array* each : {&dout, &preact, &dpreact, &hidden}) {
-    vectors = vectors && each->dtype == dtype && suits(*each, vector_of(dtype));
-  }
-  with_typed(dtype, vectors, [&](auto typed) {
-    using Type = decltype(typed);
-    const Grid grid = grid_of("activation_gradient", rows, width / Type::N);
-    launch(device, activation_gradient_kernel<A, typename Type::T, Type::N>, grid.blocks, grid.threads, 0, matrix(dout),
-           matrix(preact), matrix(dpreact), matrix(hidden), rows, static_cast<int>(width), grid.lanes);
-  });
-}
-
-}  // namespace
 
 void activation_gradient(
     const Device& device, const Array& dout, const Array& preact, const std::string& activation, const Array& dpreact,
     const Array& hidden) {
   const char* op = "activation_gradient";
-  const Activation kind = parse_activation(op, activation, /*swiglu=*/true);
-  const int64_t rows = dout.size[0], width = dout.size[1], before = kind == Activation::swiglu ? 2 * width : width;
+  const Activation act = parse_activation(op, activation);
+  require(act != Activation::none, op, ": no activation");
+  const int64_t rows = dout.size[0], width = dout.size[1], before = preact.size[1];
   require_matrix(op, "dout", dout, rows, width);
+  require(before == width || before == 2 * width, op, ": preact has ", before, " columns; accepted: ", width,
+          " or, with gates before them, ", 2 * width);
   require_matrix(op, "preact", preact, rows, before);
   require_contiguous(op, "dpreact", dpreact, rows, before);
   require_contiguous(op, "hidden", hidden, rows, width);
   if (rows == 0 || width == 0) return;
-  const auto run = [&](auto constant) {
-    activation_gradient_of<constant()>(device, dout, preact, dpreact, hidden);
-  };
-  switch (kind) {
-    case Activation::none: throw error(op, ": no activation; accepted: gelu, gelu_tanh, quick_gelu, swiglu");
-    case Activation::gelu: return run(std::integral_constant<Activation, Activation::gelu>());
-    case Activation::gelu_tanh: return run(std::integral_constant<Activation, Activation::gelu_tanh>());
-    case Activation::quick_gelu: return run(std::integral_constant<Activation, Activation::quick_gelu>());
-    case Activation::swiglu: return run(std::integral_constant<Activation, Activation::swiglu>());
+  bool vectors = true;
+  for (const Array* each : {&dout, &preact, &dpreact, &hidden}) {
+    vectors = vectors && each->dtype == preact.dtype && suits(*each, vector_of(preact.dtype));
   }
+  with_typed(preact.dtype, vectors, [&](auto typed) {
+    using Type = decltype(typed);
+    const Grid grid = grid_of(op, rows, width / Type::N);
+    const auto kernel = before == width ? activation_gradient_kernel<false, typename Type::T, Type::N>
+                                        : activation_gradient_kernel<true, typename Type::T, Type::N>;
+    launch(device, kernel, grid.blocks, grid.threads, 0, matrix(dout), matrix(preact), matrix(dpreact), matrix(hidden),
+           act, rows, static_cast<int>(width), grid.lanes);
+  });
 }
 
 void finish_weight_gradient(

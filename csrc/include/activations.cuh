@@ -1,11 +1,11 @@
-// Activations for the epilogues of the GEMMs and for the elementwise kernels.
+// Activations for the epilogues of the GEMMs and for the elementwise kernels: a function for each, of its name in
+// fastvit/activations.py, that returns the value and the slope. To add one, write it and name it in FASTVIT_ACTIVATIONS.
 //
-// Every one is x g(x) with a gate g between 0 and 1, so one function gives the value x g and the slope g + x g'. "gelu"
-// is the exact (erf) form, "gelu_tanh" its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415), "quick_gelu"
-// CLIP's x sigmoid(1.702 x); "swiglu" (Shazeer, arXiv:2002.05202) stands for its gating half, x sigmoid(x).
+// "gelu" is the exact (erf) form, "gelu_tanh" its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415),
+// "quick_gelu" CLIP's x sigmoid(1.702 x), "relu_squared" that of Primer (So et al., arXiv:2109.08668).
 //
-// A gate costs one exponential and, but for "gelu", one reciprocal, both single instructions of the special function
-// unit; no branch and no division, so that the elements of an accumulator interleave.
+// GELUs and SiLU cost one exponential and, but for "gelu", one reciprocal, both single instructions of the special
+// function unit; no branch and no division, so that the elements of an accumulator interleave.
 #pragma once
 
 #include <string>
@@ -14,17 +14,10 @@
 
 namespace fastvit {
 
-enum class Activation { none, gelu, gelu_tanh, quick_gelu, swiglu };
-
-// "" is none. "swiglu" pairs distant columns, so no epilogue takes it.
-inline Activation parse_activation(const char* op, const std::string& text, bool swiglu = false) {
-  constexpr const char* names[] = {"", "gelu", "gelu_tanh", "quick_gelu", "swiglu"};
-  for (int i = 0; i < (swiglu ? 5 : 4); ++i) {
-    if (text == names[i]) return static_cast<Activation>(i);
-  }
-  throw error(op, ": unknown activation \"", text, "\"; accepted: \"\", gelu, gelu_tanh, quick_gelu",
-              swiglu ? ", swiglu" : "");
-}
+struct Activated {
+  float value;
+  float slope;  // costs nothing where it is not used
+};
 
 __device__ __forceinline__ float sigmoid(float x) { return ptx::reciprocal(1 + ptx::exp2(-kLog2e * x)); }
 
@@ -45,48 +38,63 @@ __device__ __forceinline__ float normal_distribution(float x) {
   return x < 0 ? tail : 1 - tail;
 }
 
-struct Gate {
-  float value;
-  float slope;  // costs nothing where it is not used
-};
+// x g(x) of a gate g between 0 and 1 with the slope g'.
+__device__ __forceinline__ Activated gate(float x, float g, float slope) { return {x * g, fmaf(x, slope, g)}; }
 
-template <Activation A>
-__device__ __forceinline__ Gate gate(float x) {
-  static_assert(A != Activation::none);
-  if constexpr (A == Activation::gelu) {
-    return {normal_distribution(x), 0.3989422804014327f * ptx::exp2(-0.5f * kLog2e * x * x)};
-  } else if constexpr (A == Activation::gelu_tanh) {  // (1 + tanh u) / 2 = sigmoid(2u)
-    constexpr float c = 1.5957691216057308f;          // 2 sqrt(2 / pi)
-    const float g = sigmoid(c * x * fmaf(0.044715f * x, x, 1));
-    return {g, g * (1 - g) * c * fmaf(0.134145f * x, x, 1)};
-  } else {
-    constexpr float c = A == Activation::quick_gelu ? 1.702f : 1.0f;
-    const float g = sigmoid(c * x);
-    return {g, c * g * (1 - g)};
-  }
+__device__ __forceinline__ Activated gelu(float x) {
+  return gate(x, normal_distribution(x), 0.3989422804014327f * ptx::exp2(-0.5f * kLog2e * x * x));
 }
 
-// act(x).
-template <Activation A>
-__device__ __forceinline__ float activate(float x) {
-  if constexpr (A == Activation::none) return x;
-  else return x * gate<A>(x).value;
+__device__ __forceinline__ Activated gelu_tanh(float x) {  // (1 + tanh u) / 2 = sigmoid(2u)
+  constexpr float c = 1.5957691216057308f;                 // 2 sqrt(2 / pi)
+  const float g = sigmoid(c * x * fmaf(0.044715f * x, x, 1));
+  return gate(x, g, g * (1 - g) * c * fmaf(0.134145f * x, x, 1));
 }
 
-struct Activated {
-  float value;
-  float slope;
-};
+__device__ __forceinline__ Activated quick_gelu(float x) {
+  constexpr float c = 1.702f;
+  const float g = sigmoid(c * x);
+  return gate(x, g, c * g * (1 - g));
+}
 
-// act(x) and act'(x).
-template <Activation A>
-__device__ __forceinline__ Activated activate_with_slope(float x) {
-  if constexpr (A == Activation::none) {
-    return {x, 1};
-  } else {
-    const Gate g = gate<A>(x);
-    return {x * g.value, fmaf(x, g.slope, g.value)};
-  }
+__device__ __forceinline__ Activated relu(float x) { return {x < 0 ? 0 : x, x > 0 ? 1.0f : 0.0f}; }  // NaN stays NaN
+
+__device__ __forceinline__ Activated relu_squared(float x) {
+  const float positive = relu(x).value;
+  return {positive * positive, 2 * positive};
+}
+
+__device__ __forceinline__ Activated silu(float x) {
+  const float g = sigmoid(x);
+  return gate(x, g, g * (1 - g));
+}
+
+#define FASTVIT_ACTIVATIONS(_) _(gelu) _(gelu_tanh) _(quick_gelu) _(relu) _(relu_squared) _(silu)
+
+#define FASTVIT_ENUMERATOR(name) , name
+enum class Activation { none FASTVIT_ACTIVATIONS(FASTVIT_ENUMERATOR) };
+#undef FASTVIT_ENUMERATOR
+
+// "" is none.
+inline Activation parse_activation(const char* op, const std::string& text) {
+  if (text.empty()) return Activation::none;
+#define FASTVIT_PARSE(name) \
+  if (text == #name) return Activation::name;
+  FASTVIT_ACTIVATIONS(FASTVIT_PARSE)
+#undef FASTVIT_PARSE
+#define FASTVIT_NAME(name) ", " #name
+  throw error(op, ": unknown activation \"", text, "\"; accepted: \"\"" FASTVIT_ACTIVATIONS(FASTVIT_NAME));
+#undef FASTVIT_NAME
+}
+
+// f(act) for the function act that `activation` names at run time; nothing for none. A uniform branch: a template
+// argument would multiply the kernels by the activations.
+template <class F>
+__device__ __forceinline__ void with_activation(Activation activation, F&& f) {
+#define FASTVIT_CASE(name) \
+  if (activation == Activation::name) return f([](float x) { return name(x); });
+  FASTVIT_ACTIVATIONS(FASTVIT_CASE)
+#undef FASTVIT_CASE
 }
 
 }  // namespace fastvit

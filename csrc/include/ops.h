@@ -50,11 +50,11 @@ void sum_partials(const Device& device, const Array& partials, const Array& sums
 // out (M, N) = row_scale * x (M, N), any dtypes, out contiguous; row_scale (B,) float32 or none.
 void scale_rows(const Device& device, const Array& x, const Array& row_scale, const Array& out);
 
-// out (M, N) = silu(x[:, :N]) * x[:, N:], x (M, 2N); out contiguous in x's dtype.
-void swiglu_forward(const Device& device, const Array& x, const Array& out);
+// out (M, N) = act(x[:, :N]) * x[:, N:], x (M, 2N); out contiguous in x's dtype.
+void gated_forward(const Device& device, const Array& x, const std::string& activation, const Array& out);
 
 // dpreact, in preact's shape and dtype, and hidden = act(preact) (M, N), both contiguous. dout (M, N), preact (M, N),
-// or (M, 2N) for "swiglu". activation: "gelu" (erf), "gelu_tanh", "quick_gelu" or "swiglu".
+// or (M, 2N): gates, then values. activation: a name in activations.cuh, here and below.
 void activation_gradient(
     const Device& device,
     const Array& dout,
@@ -69,7 +69,7 @@ void linear_forward(
     const Array& x,       // (M, K) float16 or bfloat16
     const Array& weight,  // (N, K) x's dtype, contiguous
     const Array& bias,    // (N,) any, or none
-    const std::string& activation,  // "", "gelu", "gelu_tanh", "quick_gelu"
+    const std::string& activation,  // or "": none
     const Array& residual,   // (M, N) any, or none
     const Array& gamma,      // (N,) any, or none
     const Array& row_scale,  // (B,) float32, or none

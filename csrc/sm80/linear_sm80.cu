@@ -75,14 +75,6 @@ __device__ __forceinline__ void store8(const Values& to, int64_t at, const float
   with_dtype(to.dtype, [&](auto zero) { store8<decltype(zero)>(to.data, at, values); });
 }
 
-// f(std::integral_constant<Activation, A>) for the A that `activation` is.
-template <class F>
-__device__ __forceinline__ void with_activation(Activation activation, F&& f) {
-  if (activation == Activation::gelu) return f(std::integral_constant<Activation, Activation::gelu>{});
-  if (activation == Activation::gelu_tanh) return f(std::integral_constant<Activation, Activation::gelu_tanh>{});
-  if (activation == Activation::quick_gelu) return f(std::integral_constant<Activation, Activation::quick_gelu>{});
-}
-
 __device__ __forceinline__ Beside beside(
     const void* matrix, int64_t stride, int element_bytes, Origin origin, int rows, int columns) {
   if (!matrix) return {};
@@ -151,9 +143,9 @@ __global__ void __launch_bounds__(kLinearTiles[choice].tile.threads(), kLinearTi
       for (int i = 0; i < 8; ++i) y[i] += bias[i];
       if (p.preact) store8<T>(p.preact, at, y);
     }
-    with_activation(p.activation, [&](auto activation) {
+    with_activation(p.activation, [&](auto act) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) y[i] = activate<activation.value>(y[i]);
+      for (int i = 0; i < 8; ++i) y[i] = act(y[i]).value;
     });
     if constexpr (folded) return store8<T>(p.out.data, at, y);
     const float scale = p.row_scale ? p.row_scale[row / p.rows_per_image] : 1;
@@ -250,10 +242,10 @@ __global__ void __launch_bounds__(kLinearTiles[choice].tile.threads(), kLinearTi
     if (p.preact) {
       float hidden[8];
       G::template load_piece<T>(hidden, piece);
-      with_activation(p.activation, [&](auto activation) {
+      with_activation(p.activation, [&](auto act) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const Activated y = activate_with_slope<activation.value>(hidden[i]);
+          const Activated y = act(hidden[i]);
           hidden[i] = y.value;
           dx[i] *= y.slope;
         }

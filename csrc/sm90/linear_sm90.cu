@@ -89,14 +89,6 @@ __device__ __forceinline__ auto from(const Matrix& m, int64_t row, int col, bool
   };
 }
 
-// f(std::integral_constant<Activation, a>) for the activation a that is meant at run time.
-template <class F>
-__device__ __forceinline__ void with_activation(Activation activation, F f) {
-  if (activation == Activation::gelu) f(std::integral_constant<Activation, Activation::gelu>());
-  else if (activation == Activation::gelu_tanh) f(std::integral_constant<Activation, Activation::gelu_tanh>());
-  else if (activation == Activation::quick_gelu) f(std::integral_constant<Activation, Activation::quick_gelu>());
-}
-
 // ---- Epilogues: write() 8 outputs, given their sums v and a function that reads the streamed matrix in their place -----
 
 template <class T>
@@ -118,9 +110,9 @@ struct Forward {
     const auto scale = [&](int i, float x) { v[i] *= x; };
     if (bias) for_eight<Any>(bias.dtype, from(bias, 0, col, aligned), add);
     if (preact) store<T>(preact, row, col, v);
-    with_activation(activation, [&](auto a) {
+    with_activation(activation, [&](auto act) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = activate<decltype(a)::value>(v[i]);
+      for (int i = 0; i < 8; ++i) v[i] = act(v[i]).value;
     });
     if (gamma) for_eight<Any>(gamma.dtype, from(gamma, 0, col, aligned), scale);
     if (row_scale != nullptr) {
@@ -152,9 +144,9 @@ struct FoldedForward {
     const float mean_of_row = mean[row], rstd_of_row = rstd[row];
     for_eight<float>(DType::float32, from(sums, 0, col, true), [&](int i, float s) { v[i] = fmaf(-mean_of_row, s, v[i]); });
     for_eight<float>(DType::float32, from(offsets, 0, col, true), [&](int i, float o) { v[i] = fmaf(rstd_of_row, v[i], o); });
-    with_activation(activation, [&](auto a) {
+    with_activation(activation, [&](auto act) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = activate<decltype(a)::value>(v[i]);
+      for (int i = 0; i < 8; ++i) v[i] = act(v[i]).value;
     });
     store<T>(out, row, col, v);
   }
@@ -170,9 +162,9 @@ struct InputGradient {
   __device__ __forceinline__ void write(int64_t row, int col, float (&v)[8], Read read) const {
     if (hidden) {
       float h[8];
-      with_activation(activation, [&](auto a) {
+      with_activation(activation, [&](auto act) {
         for_eight<T>(dtype_of<T>, read, [&](int i, float p) {
-          const Activated both = activate_with_slope<decltype(a)::value>(p);
+          const Activated both = act(p);
           h[i] = both.value;
           v[i] *= both.slope;
         });

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fastvit.activations import HUGGINGFACE
 from fastvit.checkpoints.rules import Config
-
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "silu": "silu",
-}
 
 
 def huggingface_options(eps: float, activation: str) -> Callable[[Config], dict[str, Any]]:
@@ -23,9 +15,9 @@ def huggingface_options(eps: float, activation: str) -> Callable[[Config], dict[
     def options(config: Config) -> dict[str, Any]:
         config = config.get("vision_config", config)
         act = config.get("hidden_act", activation)
-        if act not in ACTIVATIONS:
-            raise ValueError(f"config.json: hidden_act is {act!r}; accepted: {', '.join(ACTIVATIONS)}")
-        found = {"eps": config.get("layer_norm_eps", eps), "act_layer": ACTIVATIONS[act]}
+        if act not in HUGGINGFACE:
+            raise ValueError(f"config.json: hidden_act is {act!r}; accepted: {', '.join(HUGGINGFACE)}")
+        found = {"eps": config.get("layer_norm_eps", eps), "act_layer": HUGGINGFACE[act]}
         for theirs, ours in (("num_attention_heads", "num_heads"), ("image_size", "img_size")):
             if theirs in config:
                 found[ours] = config[theirs]

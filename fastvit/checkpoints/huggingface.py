@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastvit.checkpoints.configs import ACTIVATIONS
+from fastvit.activations import HUGGINGFACE
 from fastvit.checkpoints.rules import HuggingFace, Layout, State, blocks, is_gated
 from fastvit.checkpoints.sizes import position_arguments
 
@@ -54,7 +54,7 @@ def folder_of(
 
 def _common(state: State, options: Mapping[str, Any], num_heads: int) -> dict[str, Any]:
     act = options.get("act_layer", "gelu")
-    theirs = {ours: name for name, ours in reversed(ACTIVATIONS.items())}  # the first of several
+    theirs = {ours: name for name, ours in reversed(HUGGINGFACE.items())}  # the first of several
     if act not in theirs:
         raise ValueError(f"act_layer is {act!r}; accepted: {', '.join(theirs)}")
     width, channels, p, q = state["patch_embed.proj.weight"].shape

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastvit.activations import name_of
 from fastvit.checkpoints.rules import blocks
 from fastvit.checkpoints.sizes import heads_of, position_arguments
 from fastvit.layers import LayerNorm, Mlp, SwiGLU
-from fastvit.layers.resolve import ACTIVATIONS
 
 log = logging.getLogger("fastvit")
 
@@ -102,7 +102,7 @@ def arguments_not_in_shapes(model: Any) -> dict[str, Any]:
         "global_pool": model.global_pool,
         "pool_include_prefix": model.pool_include_prefix,
         "eps": next(m.eps for m in modules if isinstance(m, nn.LayerNorm)),
-        "act_layer": next((name for name, kind in ACTIVATIONS.items() if type(act) is kind), None),
+        "act_layer": name_of(act),
         "rope": model.rope,
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -25,7 +25,7 @@ def linear_forward(
     row_scale: Tensor | None,
     save_preact: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, preact or None), as :func:`fastvit.cuda.linear.linear_forward`; float32 too. No "swiglu"."""
+    """(out, preact or None), as :func:`fastvit.cuda.linear.linear_forward`; float32 too. No gated activation."""
     bias = None if bias is None else bias.to(x.dtype)
     scaled = gamma is not None or row_scale is not None
     bare = bias is None and activation is None and not scaled and not save_preact

@@ -1,14 +1,13 @@
-"""What is elementwise, and sums of partial sums, on the CUDA kernels (``csrc/elementwise.cu``), float32 too."""
+"""What is elementwise, and sums of partial sums, on the CUDA kernels (``csrc/common/elementwise.cu``), float32 too."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastvit import activations
 from fastvit.cuda import extension
 from fastvit.cuda.extension import check_scale, unit_rows
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 def sum_partials(partials: Tensor) -> Tensor:
@@ -37,16 +36,20 @@ def scale_rows(x: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -
     return out
 
 
-def swiglu_forward(x: Tensor) -> Tensor:
-    """silu(first half) * second half of the last dimension: x (M, 2N) -> (M, N)."""
+def gated_forward(x: Tensor, activation: str) -> Tensor:
+    """Return act(first half) * second half of the last dimension: x (M, 2N) -> (M, N)."""
     out = x.new_empty(x.shape[0], x.shape[1] // 2)
-    extension.library.swiglu_forward(x, unit_rows(x), out)
+    extension.library.gated_forward(x, unit_rows(x), activations.GATED[activation], out)
     return out
 
 
 def activation_gradient(dout: Tensor, preact: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """The gradient to ``preact`` and act(preact), as :func:`fastvit.triton.activations.activation_gradient`."""
+    """Return the gradient to ``preact`` and act(preact), as :func:`fastvit.triton.activations.activation_gradient`."""
+    activations.check(activation, gated=True, optional=False)
+    if tuple(preact.shape) != (dout.shape[0], activations.columns(activation) * dout.shape[1]):
+        raise ValueError(f"{activation}: dout {tuple(dout.shape)} does not fit preact {tuple(preact.shape)}")
     dpreact = torch.empty(preact.shape, dtype=preact.dtype, device=preact.device)
     hidden = torch.empty(dout.shape, dtype=preact.dtype, device=preact.device)
-    extension.library.activation_gradient(dout, unit_rows(dout), unit_rows(preact), activation, dpreact, hidden)
+    name = activations.GATED.get(activation, activation)
+    extension.library.activation_gradient(dout, unit_rows(dout), unit_rows(preact), name, dpreact, hidden)
     return dpreact, hidden

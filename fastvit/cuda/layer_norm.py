@@ -1,4 +1,4 @@
-"""LayerNorm on the CUDA kernels (``csrc/layer_norm.cu``), float32 too."""
+"""LayerNorm on the CUDA kernels (``csrc/common/layer_norm.cu``), float32 too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers on the CUDA kernels (``csrc/linear_sm80.cu``, ``linear_sm90.cu``), float16 and bfloat16.
+"""Linear layers on the CUDA kernels (``csrc/sm80/linear_sm80.cu``, ``csrc/sm90/linear_sm90.cu``), float16 and bfloat16.
 
 The measured tables (:mod:`fastvit.triton.tiles`, family "cuda") say who runs a product: the kernel, as where nothing
 was measured, or cuBLASLt (:mod:`fastvit.cuda.cublas`). Products in float32, which the judge of ``fastvit tune`` alone
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit import activations
 from fastvit.cuda import cublas, extension
-from fastvit.cuda.elementwise import ACTIVATIONS, activation_gradient, scale_rows, sum_partials, swiglu_forward
+from fastvit.cuda.elementwise import activation_gradient, gated_forward, scale_rows, sum_partials
 from fastvit.cuda.extension import aligned, check_scale, unit_rows
 from fastvit.cuda.layer_norm import layer_norm_forward
 from fastvit.ops.backends import TRITON_MISSING
@@ -77,28 +78,27 @@ def linear_forward(
 
     ``tile``, here and below, is {"run": "kernel"} or {"run": "library"} in place of what the tables say.
     """
-    if activation not in (None, "swiglu", *ACTIVATIONS):
-        raise ValueError(f"unknown activation {activation!r}")
-    swiglu = activation == "swiglu"
-    if swiglu and (residual is not None or gamma is not None or row_scale is not None):
-        raise ValueError("swiglu takes no residual, gamma or row_scale")
+    activations.check(activation, gated=True)
+    gated = activation in activations.GATED
+    if gated and (residual is not None or gamma is not None or row_scale is not None):
+        raise ValueError(f"{activation} takes no residual, gamma or row_scale")
     (m, k), n = x.shape, weight.shape[0]
     check_scale(m, row_scale)
-    scaled, fused = gamma is not None or row_scale is not None, None if swiglu else activation
+    scaled, fused = gamma is not None or row_scale is not None, None if gated else activation
     key = {"activation": activation, "scaled": scaled, "residual": residual, "saves": save_preact}
     if _by_library(tile, "forward", x, m, n, k, **key):
         out, preact = cublas.linear_forward(
             x, weight, bias, activation=fused, residual=residual, gamma=gamma, row_scale=row_scale,
-            save_preact=save_preact and not swiglu,
+            save_preact=save_preact and not gated,
         )  # fmt: skip
     else:
         x, weight, residual = aligned(x), aligned(weight.contiguous()), aligned(residual)
         bias, gamma, row_scale = map(unit_rows, (bias, gamma, row_scale))
         out = torch.empty(m, n, dtype=(x if residual is None else residual).dtype, device=x.device)
-        preact = torch.empty(m, n, dtype=x.dtype, device=x.device) if save_preact and not swiglu else None
+        preact = torch.empty(m, n, dtype=x.dtype, device=x.device) if save_preact and not gated else None
         extension.library.linear_forward(x, x, weight, bias, fused or "", residual, gamma, row_scale, out, preact)
-    if swiglu:
-        return swiglu_forward(out), out if save_preact else None
+    if activation is not None and gated:
+        return gated_forward(out, activation), out if save_preact else None
     return out, preact
 
 
@@ -142,9 +142,10 @@ def linear_folded_forward(
     mean, rstd = (torch.empty(m, dtype=torch.float32, device=x.device) for _ in range(2))
     extension.library.layer_norm_forward(x, x, None, None, eps, None, None, None, None, None, mean, rstd)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    fused = "" if activation in (None, "swiglu") else activation
+    gated = activation in activations.GATED
+    fused = "" if activation is None or gated else activation
     extension.library.linear_folded_forward(x, x, folded, sums, offsets, mean, rstd, fused, out)
-    return swiglu_forward(out) if activation == "swiglu" else out, mean, rstd
+    return gated_forward(out, activation) if activation is not None and gated else out, mean, rstd
 
 
 def linear_normed_forward(
@@ -184,21 +185,20 @@ def linear_input_gradient(
     """(dx, hidden or None), as :func:`fastvit.triton.linear_backward.linear_input_gradient`."""
     if (preact is None) != (activation is None):
         raise ValueError("preact and activation go together")
-    if activation not in (None, "swiglu", *ACTIVATIONS):
-        raise ValueError(f"unknown activation {activation!r}")
+    activations.check(activation, gated=True)
     dout, (n, k) = scale_rows(dout, weight.dtype, row_scale), weight.shape
     if _by_library(tile, "input", dout, dout.shape[0], k, n, activation=activation, scaled=gamma is not None):
         dx = cublas.linear_input_gradient(dout, weight, gamma, out_dtype or weight.dtype)
         return (dx, None) if preact is None or activation is None else activation_gradient(dx, preact, activation)
     dout, weight = aligned(dout), aligned(weight.contiguous())
-    fused = activation in ACTIVATIONS
+    fused = activation in activations.ACTIVATIONS
     dx = torch.empty(dout.shape[0], k, dtype=out_dtype or weight.dtype, device=dout.device)
     hidden = torch.empty_like(dx, dtype=preact.dtype) if fused and preact is not None else None
     inside = aligned(preact.contiguous()) if fused and preact is not None else None
     extension.library.linear_input_gradient(
         dout, dout, weight, unit_rows(gamma), inside, activation if fused else "", dx, hidden
     )
-    if activation == "swiglu" and preact is not None:
+    if activation in activations.GATED and preact is not None:
         return activation_gradient(dx, preact, activation)
     return dx, hidden
 

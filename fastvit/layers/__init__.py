@@ -1,10 +1,11 @@
 """The layers of a Vision Transformer, with timm's arguments and state_dict keys, on :mod:`fastvit.ops`."""
 
+from fastvit.activations import GELUTanh, QuickGELU, ReLUSquared
 from fastvit.layers.attention import Attention, AttentionPoolLatent, AttentionPoolPrr
 from fastvit.layers.axial import AxialAttention
 from fastvit.layers.beit import BeitAttention, RelativePositionBias, Windowed
 from fastvit.layers.block import BeitBlock, Block, Blocks
-from fastvit.layers.fuse import GELUTanh, QuickGELU, remember_forward
+from fastvit.layers.fuse import remember_forward
 from fastvit.layers.misc import DropPath, LayerScale, PatchDropout
 from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
@@ -32,6 +33,7 @@ __all__ = [
     "PatchEmbed",
     "PosEmbed",
     "QuickGELU",
+    "ReLUSquared",
     "RelativeAttention",
     "RelativePositionBias",
     "SwiGLU",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastvit import activations
 from fastvit.layers import fuse
 from fastvit.layers.attention import Attention, Window
 from fastvit.layers.beit import BeitAttention
@@ -118,7 +119,7 @@ class Block(nn.Module):
             and fuse.has_branch(self.attn)
             and fuse.has_branch(self.mlp)
             and all(
-                fuse.activation_name(module) is not None or fuse.is_ours(module)
+                fuse.is_fusable(module, type(module)) if activations.name_of(module) else fuse.is_ours(module)
                 for child in self.children()
                 for module in child.modules()
             )

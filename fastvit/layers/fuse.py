@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -20,31 +19,12 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from fastvit import ops
+from fastvit import activations, ops
 from fastvit.layers.misc import DropPath, LayerScale
 from fastvit.layers.norm import LayerNorm
 from fastvit.ops.backends import note_fallback
 from fastvit.packing import Sequences
 from fastvit.reference import Norm
-
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the GELU of the original CLIP."""
-
-    def __init__(self, inplace: bool = False) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x * sigmoid(1.702 x), of the shape of x."""
-        return x * torch.sigmoid(1.702 * x)
-
-
-class GELUTanh(nn.GELU):
-    """GELU by its tanh approximation, which the paper's own (JAX) code uses."""
-
-    def __init__(self, inplace: bool = False) -> None:
-        super().__init__(approximate="tanh")
-
 
 _HOOKS_ON_ALL = (
     _global_forward_hooks,
@@ -67,18 +47,15 @@ def remember_forward(*kinds: type[nn.Module]) -> None:
 
 remember_forward(
     DropPath,
-    GELUTanh,
     LayerNorm,
     LayerScale,
-    QuickGELU,
     nn.Conv2d,
     nn.Dropout,
-    nn.GELU,
     nn.Identity,
     nn.LayerNorm,
     nn.Linear,
     nn.Sequential,
-    nn.SiLU,
+    *activations.MODULES.values(),
 )
 
 
@@ -166,27 +143,22 @@ def norm_arguments(norm: Any) -> Norm | None:
 
 PARTS = (LayerNorm, LayerScale, nn.Conv2d, nn.LayerNorm, nn.Linear)  # with parameters that the ops take
 
-# Classes of other libraries with the same meaning, by name, so that they need not be imported.
-_ACTIVATIONS = {
-    "timm.layers.activations.GELU": "gelu",
-    "timm.layers.activations.GELUTanh": "gelu_tanh",
-    "timm.layers.activations.QuickGELU": "quick_gelu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.QuickGELUActivation": "quick_gelu",
-    "fastvit.layers.fuse.QuickGELU": "quick_gelu",
-    "fastvit.layers.fuse.GELUTanh": "gelu_tanh",
-}
 
+def activation_name(act: nn.Module, *, gates: bool = False) -> str | None:
+    """Return the ops' name of an activation module, or None, logged once, where it has to run as the module it is.
 
-def activation_name(act: nn.Module) -> str | None:
-    """Return the name by which the ops know an activation module that may be fused, or None."""
-    kind = type(act)
+    With ``gates`` the name is that of the gated linear unit whose gate the module is.
+    """
+    kind, name = type(act), activations.name_of(act)
+    accepted = dict.fromkeys(activations.ACTIVATIONS, "") if not gates else {v: k for k, v in activations.GATED.items()}
+    if name is None or name not in accepted:
+        known = ", ".join(accepted)
+        where = "in a gated MLP it is not fused" if gates else "its class is none of those that are fused"
+        note_fallback(f"{kind.__module__}.{kind.__qualname__} runs as a module: {where}; accepted: {known}")
+        return None
     if not is_fusable(act, kind):
         return None
-    if kind is nn.GELU:
-        return "gelu" if act.approximate == "none" else "gelu_tanh"
-    return _ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
+    return accepted[name] or name
 
 
 class Residual(NamedTuple):

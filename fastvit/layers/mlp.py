@@ -127,7 +127,7 @@ class SwiGLU(Mlp):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _activation(self) -> str | None:
-        return "swiglu" if type(self.act) is nn.SiLU and fuse.is_fusable(self.act, nn.SiLU) else None
+        return fuse.activation_name(self.act, gates=True)
 
     def _hidden(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         gate, value = fuse.linear(self.fc1, x, norm=norm).chunk(2, dim=-1)

@@ -7,30 +7,19 @@ timm's own classes become ours where ours has the same arguments, keys and resul
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from fastvit.layers.attention import Attention
 from fastvit.layers.block import Block
-from fastvit.layers.fuse import GELUTanh, QuickGELU
 from fastvit.layers.mlp import Mlp, SwiGLU
 from fastvit.layers.norm import LayerNorm
 from fastvit.layers.patch_embed import PatchEmbed
 
 Layer = Callable[..., nn.Module]
 
-ACTIVATIONS: dict[str, Layer] = {
-    "gelu": nn.GELU,
-    "gelu_tanh": GELUTanh,
-    "quick_gelu": QuickGELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-}
 NORMS: dict[str, Layer] = {"layernorm": LayerNorm, "rmsnorm": functools.partial(nn.RMSNorm, eps=1e-6)}
 ATTENTIONS: dict[str, Layer] = {"": Attention, "attn": Attention}
 
@@ -59,7 +48,7 @@ def _twin(layer: Layer) -> Layer:
     return layer
 
 
-def resolve(kind: str, layer: Layer | str | None, table: dict[str, Layer], default: Layer) -> Layer:
+def resolve(kind: str, layer: Layer | str | None, table: Mapping[str, Layer], default: Layer) -> Layer:
     """Return the class that ``layer`` means.
 
     Args:

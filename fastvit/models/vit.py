@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
+from fastvit.activations import MODULES
 from fastvit.layers import (
     Attention,
     AttentionPoolLatent,
@@ -35,7 +36,7 @@ from fastvit.layers.packed import split
 from fastvit.layers.patch_embed import Size, checked_statistics, is_fused, normalised
 from fastvit.layers.pos_embed import check_pos_embed
 from fastvit.layers.resample import resample_pos_embed
-from fastvit.layers.resolve import ACTIVATIONS, ATTENTIONS, NORMS, Layer, resolve
+from fastvit.layers.resolve import ATTENTIONS, NORMS, Layer, resolve
 from fastvit.layers.token_context import NO_CONTEXT, TokenContext, with_masks
 from fastvit.models import packed, positions
 from fastvit.models.head import check_pool, classify, pool_tokens
@@ -164,7 +165,7 @@ class ViT(ViTBase):
         self.mean, self.std = checked_statistics(mean, std, in_chans)
         norm_layer = resolve("norm_layer", norm_layer, NORMS, LayerNorm)
         mlp_layer = resolve("mlp_layer", mlp_layer, {}, Mlp)
-        act_layer = resolve("act_layer", act_layer, ACTIVATIONS, getattr(mlp_layer, "default_act", nn.GELU))
+        act_layer = resolve("act_layer", act_layer, MODULES, getattr(mlp_layer, "default_act", nn.GELU))
         norm_after_pool = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
 
         self.num_classes = num_classes

@@ -7,7 +7,9 @@ What such rules can't do is torch.func; there :mod:`fastvit.ops.backends` takes 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,6 +49,16 @@ def register(
     op = getattr(torch.ops.fastvit, name).default
     KERNELS[op] = kernel
     return op
+
+
+def by_name(schema: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Return ``function`` of one namespace as a function of a schema's arguments: the schema alone lists them."""
+    names = re.findall(r"\w+ (\w+)", schema[: schema.index(" -> ")].replace("?", "").replace("[]", ""))
+
+    def call(*args: Any) -> Any:
+        return function(SimpleNamespace(**dict(zip(names, args, strict=True))))
+
+    return call
 
 
 def implement_on_cpu() -> None:

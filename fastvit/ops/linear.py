@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvit import reference
+from fastvit import activations, reference
 from fastvit.ops import backends, checks, onednn
 from fastvit.ops.library import (
     as_rows,
     autocasting,
+    by_name,
     cast_for_autocast,
     cast_gradients,
     dense,
@@ -22,8 +24,6 @@ from fastvit.ops.library import (
     register,
 )
 from fastvit.reference import Norm
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 def linear(
@@ -43,7 +43,7 @@ def linear(
         x: (..., K) in the weight's dtype; with a norm it may be float32 beside 16-bit weights.
         weight: (N, K). bias: (N,) or None, may be float32.
         norm: (weight (K,), bias (K,) or None, eps) of a LayerNorm before the product, or None.
-        activation: None, "gelu" (erf), "gelu_tanh" or "quick_gelu" (x sigmoid(1.702 x)).
+        activation: None, or a name in :data:`fastvit.activations.ACTIVATIONS`: "gelu" (erf), "relu", "silu", ...
         residual: (..., N); may be float32, and the result then is.
         gamma: (N,) LayerScale (Touvron et al., 2021).
         row_scale: (B,) float32 with B = x.shape[0], drop-path, or one for each row; it gets no gradient.
@@ -56,8 +56,7 @@ def linear(
         BackendUnavailable: the backend that is set can't run this.
     """
     check("linear", x, weight, bias, norm, residual, gamma, row_scale)
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"ops.linear: unknown activation {activation!r}; accepted: None, {', '.join(ACTIVATIONS)}")
+    activations.check(activation, where="ops.linear: ")
     norm_weight, norm_bias, eps = norm or (None, None, None)
     grad = needs_grad(x, weight, bias, norm_weight, norm_bias, residual, gamma)
     chosen = backends.choose("linear", x, needs_grad=grad, weights=(weight,))
@@ -217,18 +216,16 @@ def _forward(
     return out.view(*x.shape[:-1], out.shape[-1]), or_empty(mean, out), or_empty(rstd, out), or_empty(preact, out)
 
 
-def statistics_fake(x, eps):
-    """Fake (mean, rstd) of :func:`normalise`."""
-    shape = 0 if eps is None else x.numel() // x.shape[-1]
-    dtype = torch.float32
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+def saved_fake(a: Any, weight: Tensor, save: bool) -> tuple[Tensor, ...]:
+    """Fake (mean, rstd, preact): statistics where there is a norm, the pre-activation where it is saved."""
+    rows = math.prod(a.x.shape[:-1])
+    statistics = (a.x.new_empty(0 if a.eps is None else rows, dtype=torch.float32) for _ in range(2))
+    return *statistics, weight.new_empty((rows, weight.shape[0]) if save else 0)
 
 
-def _fake(x, weight, bias, norm_weight, norm_bias, eps, activation, residual, gamma, row_scale, save, backend):
-    out = (weight if residual is None else residual).new_empty((*x.shape[:-1], weight.shape[0]))
-    keep = save and activation is not None
-    preact = weight.new_empty((x.numel() // x.shape[-1], weight.shape[0])) if keep else out.new_empty(0)
-    return out, *statistics_fake(x, eps), preact
+def _fake(a: Any) -> tuple[Tensor, ...]:
+    out = (a.weight if a.residual is None else a.residual).new_empty((*a.x.shape[:-1], a.weight.shape[0]))
+    return out, *saved_fake(a, a.weight, a.save and a.activation is not None)
 
 
 def _backward(
@@ -269,21 +266,29 @@ def _backward(
     return tuple(or_empty(g, dout) for g in (dx, dweight, dbias, dnorm_weight, dnorm_bias, dgamma))
 
 
-def _backward_fake(
-    dout, x, weight, bias, norm_weight, norm_bias, eps, mean, rstd, preact, activation, gamma, row_scale, needs, backend
-):
-    needs_x, needs_weight = needs
+def _backward_fake(a: Any) -> tuple[Tensor, ...]:
+    needs_x, needs_weight = a.needs
     return (
-        x.new_empty(x.shape if needs_x else 0),
-        weight.new_empty(weight.shape if needs_weight else 0),
-        vector_fake(x, weight.shape[0], needs_weight and bias is not None),
-        vector_fake(x, x.shape[-1], needs_x and norm_weight is not None),
-        vector_fake(x, x.shape[-1], needs_x and norm_bias is not None),
-        vector_fake(x, weight.shape[0], needs_weight and gamma is not None),
+        a.x.new_empty(a.x.shape if needs_x else 0),
+        *weight_fake(a.weight, a.bias, needs_weight),
+        *norm_fake(a, needs_x),
+        vector_fake(a.x, a.weight.shape[0], needs_weight and a.gamma is not None),
     )
 
 
-def vector_fake(x, length, present):
+def weight_fake(weight: Tensor, bias: Tensor | None, needed: bool) -> tuple[Tensor, Tensor]:
+    """Fake gradients of a linear layer's weight and bias."""
+    present = needed and bias is not None
+    return weight.new_empty(weight.shape if needed else 0), vector_fake(weight, weight.shape[0], present)
+
+
+def norm_fake(a: Any, needed: bool) -> tuple[Tensor, ...]:
+    """Fake gradients of the norm's weight and bias."""
+    width = a.x.shape[-1]
+    return tuple(vector_fake(a.x, width, needed and t is not None) for t in (a.norm_weight, a.norm_bias))
+
+
+def vector_fake(x: Tensor, length: int, present: bool) -> Tensor:
     """Fake float32 gradient (length,), or (0,) where it is absent."""
     return x.new_empty(length if present else 0, dtype=torch.float32)
 
@@ -330,19 +335,15 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return dx, dweight, dbias, dnorm_weight, dnorm_bias, None, None, dresidual, dgamma, None, None, None
 
 
-_linear_backward = register(
+_BACKWARD = (
     "linear_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
     "float? eps, Tensor mean, Tensor rstd, Tensor preact, str? activation, Tensor? gamma, Tensor? row_scale, "
-    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_linear = register(
+_FORWARD = (
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float? eps, "
     "str? activation, Tensor? residual, Tensor? gamma, Tensor? row_scale, bool save, str backend) "
-    "-> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)",
-    _forward,
-    _fake,
-    backward=_gradient,
-    setup_context=_setup_context,
+    "-> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)"
 )
+_linear_backward = register(_BACKWARD, _backward, by_name(_BACKWARD, _backward_fake))
+_linear = register(_FORWARD, _forward, by_name(_FORWARD, _fake), backward=_gradient, setup_context=_setup_context)

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvit import reference
+from fastvit import activations, reference
 from fastvit.ops import backends, checks, onednn
 from fastvit.ops.library import (
     as_rows,
+    by_name,
     cast_gradients,
     dense,
     launchers,
@@ -19,14 +20,15 @@ from fastvit.ops.library import (
     register,
 )
 from fastvit.ops.linear import (
-    ACTIVATIONS,
     check,
+    norm_fake,
     normalise,
     normalise_gradient,
     normed_product,
     operands,
-    statistics_fake,
+    saved_fake,
     vector_fake,
+    weight_fake,
 )
 from fastvit.reference import Norm
 
@@ -48,10 +50,10 @@ def mlp(
 
     Args:
         x: (..., D) in the weights' dtype; with a norm it may be float32 beside 16-bit weights.
-        fc1_weight: (F, D), fc1_bias: (F,) or None. fc2_weight: (D', F), or (D', F / 2) for "swiglu".
+        fc1_weight: (F, D), fc1_bias: (F,) or None. fc2_weight: (D', F), or (D', F / 2) for a gated activation.
         fc2_bias: (D',) or None. Biases may be float32.
         norm: (weight (D,), bias (D,) or None, eps) of the LayerNorm before, or None.
-        activation: "gelu" (erf), "gelu_tanh", "quick_gelu" (CLIP) or "swiglu" (DINOv2-g: silu(first half) * second).
+        activation: a name in :data:`fastvit.activations.ACTIVATIONS`, or "swiglu" (silu(first half) * second half).
         residual: (..., D'); may be float32, and the result then is. gamma: (D',) LayerScale.
         row_scale: (B,) float32 with B = x.shape[0], drop-path, or one for each row; it gets no gradient.
 
@@ -63,12 +65,11 @@ def mlp(
         ValueError: a shape, dtype, device or activation that does not fit.
         BackendUnavailable: the backend that is set can't run this.
     """
-    if activation not in (*ACTIVATIONS, "swiglu"):
-        accepted = ", ".join((*ACTIVATIONS, "swiglu"))
-        raise ValueError(f"ops.mlp: unknown activation {activation!r}; accepted: {accepted}")
+    activations.check(activation, gated=True, optional=False, where="ops.mlp: ")
     check("mlp", x, fc1_weight, fc1_bias, norm, None, None, None)
-    hidden = fc1_weight.shape[0] // (2 if activation == "swiglu" else 1)
-    if fc2_weight.ndim != 2 or fc2_weight.shape[1] != hidden or (activation == "swiglu" and fc1_weight.shape[0] % 2):
+    columns = activations.columns(activation)
+    hidden = fc1_weight.shape[0] // columns
+    if fc2_weight.ndim != 2 or fc2_weight.shape[1] != hidden or fc1_weight.shape[0] % columns:
         raise ValueError(
             f"ops.mlp: fc1_weight has shape {tuple(fc1_weight.shape)}, fc2_weight {tuple(fc2_weight.shape)}; "
             f"with {activation} the second must be (D, {hidden}) and fc1's rows even"
@@ -164,27 +165,10 @@ def _forward(
     return out.view(*x.shape[:-1], out.shape[-1]), mean, rstd, preact
 
 
-def _fake(
-    x,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    norm_weight,
-    norm_bias,
-    eps,
-    activation,
-    residual,
-    add_x,
-    gamma,
-    row_scale,
-    save,
-    backend,
-):
-    like = x if add_x else fc2_weight if residual is None else residual
-    out = like.new_empty((*x.shape[:-1], fc2_weight.shape[0]))
-    preact = fc1_weight.new_empty((x.numel() // x.shape[-1], fc1_weight.shape[0])) if save else out.new_empty(0)
-    return out, *statistics_fake(x, eps), preact
+def _fake(a: Any) -> tuple[Tensor, ...]:
+    like = a.x if a.add_x else a.fc2_weight if a.residual is None else a.residual
+    out = like.new_empty((*a.x.shape[:-1], a.fc2_weight.shape[0]))
+    return out, *saved_fake(a, a.fc1_weight, a.save)
 
 
 def _backward(
@@ -239,36 +223,14 @@ def _backward(
     return tuple(or_empty(g, dout) for g in gradients)
 
 
-def _backward_fake(
-    dout,
-    x,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    norm_weight,
-    norm_bias,
-    eps,
-    mean,
-    rstd,
-    preact,
-    activation,
-    add_x,
-    gamma,
-    row_scale,
-    needs,
-    backend,
-):
-    needs_x, needs_fc1, needs_fc2 = needs
+def _backward_fake(a: Any) -> tuple[Tensor, ...]:
+    needs_x, needs_fc1, needs_fc2 = a.needs
     return (
-        x.new_empty(x.shape if needs_x else 0),
-        fc1_weight.new_empty(fc1_weight.shape if needs_fc1 else 0),
-        vector_fake(x, fc1_weight.shape[0], needs_fc1 and fc1_bias is not None),
-        fc2_weight.new_empty(fc2_weight.shape if needs_fc2 else 0),
-        vector_fake(x, fc2_weight.shape[0], needs_fc2 and fc2_bias is not None),
-        vector_fake(x, x.shape[-1], needs_x and norm_weight is not None),
-        vector_fake(x, x.shape[-1], needs_x and norm_bias is not None),
-        vector_fake(x, fc2_weight.shape[0], needs_fc2 and gamma is not None),
+        a.x.new_empty(a.x.shape if needs_x else 0),
+        *weight_fake(a.fc1_weight, a.fc1_bias, needs_fc1),
+        *weight_fake(a.fc2_weight, a.fc2_bias, needs_fc2),
+        *norm_fake(a, needs_x),
+        vector_fake(a.x, a.fc2_weight.shape[0], needs_fc2 and a.gamma is not None),
     )
 
 
@@ -317,20 +279,16 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return dx, *parameters, None, None, dresidual, None, dgamma, None, None, None
 
 
-_mlp_backward = register(
+_BACKWARD = (
     "mlp_backward(Tensor dout, Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
     "Tensor? norm_weight, Tensor? norm_bias, float? eps, Tensor mean, Tensor rstd, Tensor preact, str activation, "
     "bool add_x, Tensor? gamma, Tensor? row_scale, bool[] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_mlp = register(
+_FORWARD = (
     "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "
     "Tensor? norm_bias, float? eps, str activation, Tensor? residual, bool add_x, Tensor? gamma, Tensor? row_scale, "
-    "bool save, str backend) -> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)",
-    _forward,
-    _fake,
-    backward=_gradient,
-    setup_context=_setup_context,
+    "bool save, str backend) -> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)"
 )
+_mlp_backward = register(_BACKWARD, _backward, by_name(_BACKWARD, _backward_fake))
+_mlp = register(_FORWARD, _forward, by_name(_FORWARD, _fake), backward=_gradient, setup_context=_setup_context)

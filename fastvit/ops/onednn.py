@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastvit import reference
+from fastvit.activations import ACTIVATIONS
 from fastvit.ops.tracing import exporting
 from fastvit.reference import Norm
 
 AVAILABLE = torch.backends.mkldnn.is_available()
 BFLOAT16_INSTRUCTIONS = AVAILABLE and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # of this CPU
-
-_EPILOGUES = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 _SMALLEST = 1 << 23  # multiply-adds; below, the packed product's own overhead (tens of us) is more than it saves
 # Outputs, rows: below both, AMX's packed product can leave a core idle, and plain weights are 1.4x as fast. Without AMX
@@ -148,9 +147,10 @@ def linear(
     elif residual is not None and plain_add and activation is None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual.to(wide), packed, bias, "add").to(weight.dtype)
     else:
-        attr, algorithm = _EPILOGUES.get(activation, _EPILOGUES[None])
-        y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, attr, [], algorithm)
-        if activation not in _EPILOGUES:
+        epilogue = ACTIVATIONS[activation].onednn if activation in ACTIVATIONS else None
+        name, algorithm = epilogue or ("none", "")
+        y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
+        if epilogue is None:
             y = reference.activate(y, activation)
     return y.to(out_dtype or weight.dtype) if residual is None else reference.merge(y, residual, gamma, row_scale)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvit.activations import columns
 from fastvit.cuda import extension
 from fastvit.cuda import linear as cuda_linear
 from fastvit.triton import launch, tiles
@@ -182,7 +183,7 @@ def _cuda(
             arguments |= {"weight": random(n, k), "gamma": random(n)}
         return LauncherCall(cuda_linear.linear_weight_gradient, arguments)
     if op == "input":
-        preact = None if activation is None else random(size, 2 * n if activation == "swiglu" else n)
+        preact = None if activation is None else random(size, columns(activation) * n)
         arguments = {"dout": random(size, k), "weight": random(k, n), "gamma": random(k) if scaled else None}
         return LauncherCall(
             cuda_linear.linear_input_gradient, {**arguments, "preact": preact, "activation": activation}

@@ -329,7 +329,8 @@ def configuration(launch: Any) -> tuple[Any, ...]:
     sizes = {
         name: value
         for name, value in launch.args.items()
-        if launch.kernel.params[launch.kernel.arg_names.index(name)].is_constexpr and not isinstance(value, str)
+        if launch.kernel.params[launch.kernel.arg_names.index(name)].is_constexpr
+        and not (isinstance(value, str) or callable(value))
     }
     element = next(a.dtype.itemsize for a in launch.args.values() if isinstance(a, Tensor) and a.is_floating_point())
     return launch.kernel.fn.__name__, element, repr(sizes), repr(launch.options)

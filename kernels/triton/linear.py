@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastvit import activations
 from fastvit.triton import tiles
-from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activate, activate_with_slope, swiglu_forward
+from fastvit.triton.activations import FORMULAS, gated_forward
 from fastvit.triton.launch import (
     architecture,
     dot,
@@ -64,14 +65,14 @@ def _finish(acc, row, col, pointers, M, N, rows_per_image, ACTIVATION: tl.conste
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + col + cols, mask=in_cols, other=0).to(tl.float32)[None, :]
     if BACKWARD and ACTIVATION is not None:
-        hidden, slope = activate_with_slope(tl.load(preact_ptr + offsets, mask=mask).to(tl.float32), ACTIVATION)
+        hidden, slope = ACTIVATION(tl.load(preact_ptr + offsets, mask=mask).to(tl.float32))
         store(hidden_ptr + offsets, hidden, mask)
         acc *= slope
     else:
         if preact_ptr is not None:
             store(preact_ptr + offsets, acc, mask)
         if ACTIVATION is not None:
-            acc = activate(acc, ACTIVATION)
+            acc, _ = ACTIVATION(acc)
     if gamma_ptr is not None:
         acc *= tl.load(gamma_ptr + col + cols, mask=in_cols, other=0).to(tl.float32)[None, :]
     if row_scale_ptr is not None:
@@ -255,7 +256,7 @@ def matmul(
         "N": n,
         "K": k,
         "rows_per_image": rows_per_image(m, row_scale),
-        "ACTIVATION": activation,
+        "ACTIVATION": FORMULAS[activation],
         "BACKWARD": backward,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -296,7 +297,7 @@ def linear_forward(
         x: (M, K), float32, float16 or bfloat16; a row stride is kept, other layouts are made contiguous.
         weight: (N, K), x's dtype.
         bias: (N,), float32 or x's dtype.
-        activation: None, "gelu", "gelu_tanh", "quick_gelu", or "swiglu" (alone: one more launch).
+        activation: None or a name in :mod:`fastvit.activations`; a gated one stands alone and takes one more launch.
         residual: (M, N), any of the dtypes; ``out`` takes it.
         gamma: (N,), LayerScale, float32 or x's dtype.
         row_scale: (B,) float32, drop-path; row m takes entry m // (M // B).
@@ -305,21 +306,20 @@ def linear_forward(
             and form what the shapes allow unless given.
 
     Returns:
-        out (M, N), or (M, N / 2) with "swiglu", and preact (M, N) in x's dtype, or None.
+        out (M, N), or (M, N / 2) with a gated activation, and preact (M, N) in x's dtype, or None.
 
     Raises:
-        ValueError: unknown activation, "swiglu" with a residual or scales, or B does not divide M.
+        ValueError: unknown activation, a gated one with a residual or scales, or B does not divide M.
     """
-    if activation not in (None, "swiglu", *EPILOGUE_ACTIVATIONS):
-        raise ValueError(f"unknown activation {activation!r}")
+    activations.check(activation, gated=True)
     x, weight = rows_contiguous(x), rows_contiguous(weight)
     m, n = x.shape[0], weight.shape[0]
-    if activation == "swiglu":
+    if activation in activations.GATED:
         if residual is not None or gamma is not None or row_scale is not None:
-            raise ValueError("swiglu takes no residual, gamma or row_scale")
+            raise ValueError(f"{activation} takes no residual, gamma or row_scale")
         preact = x.new_empty(m, n)
         matmul(x, weight, preact, bias=bias, tile=tile)
-        return swiglu_forward(preact), preact if save_preact else None
+        return gated_forward(preact, activation), preact if save_preact else None
     preact = x.new_empty(m, n) if save_preact else None
     out = x.new_empty(m, n, dtype=None if residual is None else residual.dtype)
     matmul(

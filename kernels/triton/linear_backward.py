@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvit import activations
 from fastvit.triton import tiles
-from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activation_gradient, row_blocks
+from fastvit.triton.activations import activation_gradient, row_blocks
 from fastvit.triton.launch import (
     architecture,
     dot,
@@ -188,23 +189,23 @@ def linear_input_gradient(
         weight: (N, K), float32, float16 or bfloat16.
         gamma: (N,), float32 or ``weight``'s dtype.
         row_scale: (B,) float32; row m takes entry m // (M // B).
-        preact: (M, K), or (M, 2K) for "swiglu"; what ``activation`` was applied to. Both or neither are given.
-        activation: "gelu", "gelu_tanh", "quick_gelu" or "swiglu" (one launch more).
-        out_dtype: the gradient's dtype, ``weight``'s by default; with "swiglu" it is ``preact``'s.
+        preact: (M, K), or (M, 2K) for a gated one; what ``activation`` was applied to. Both or neither are given.
+        activation: a name in :mod:`fastvit.activations`; a gated one takes one more launch.
+        out_dtype: the gradient's dtype, ``weight``'s by default; with a gated activation it is ``preact``'s.
         tile: in place of the table's, as for ``linear_forward``.
 
     Returns:
-        dx, with the shape (M, K), or (M, 2K) with "swiglu"; and act(preact) (M, K) in ``preact``'s dtype, or None.
+        dx, with the shape (M, K), or (M, 2K) with a gated activation; and act(preact) (M, K) in ``preact``'s
+        dtype, or None.
 
     Raises:
         ValueError: unknown activation, preact without activation or the reverse, or B does not divide M.
     """
     if (preact is None) != (activation is None):
         raise ValueError("preact and activation go together")
-    if activation not in (None, "swiglu", *EPILOGUE_ACTIVATIONS):
-        raise ValueError(f"unknown activation {activation!r}")
+    activations.check(activation, gated=True)
     dout, weight = rows_contiguous(dout), rows_contiguous(weight)
-    fused = activation in EPILOGUE_ACTIVATIONS
+    fused = activation in activations.ACTIVATIONS
     dx = weight.new_empty(dout.shape[0], weight.shape[1], dtype=out_dtype)
     hidden = torch.empty_like(dx, dtype=preact.dtype) if fused and preact is not None else None
     matmul(
@@ -212,7 +213,7 @@ def linear_input_gradient(
         preact=preact.contiguous() if fused and preact is not None else None,
         activation=activation if fused else None,
     )  # fmt: skip
-    if activation == "swiglu" and preact is not None:
+    if activation in activations.GATED and preact is not None:
         return activation_gradient(dx, preact, activation)
     return dx, hidden
 

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
+from fastvit.activations import ACTIVATIONS, GATED, columns
 from fastvit.cuda import extension
 from fastvit.cuda.elementwise import (
-    ACTIVATIONS,
     activation_gradient,
+    gated_forward,
     scale_rows,
     sum_groups,
     sum_partials,
-    swiglu_forward,
 )
 from layer_norm_cases import SumCases
 from numerics import DTYPES, assert_as_right_as_eager, strided
 
-ACTIVATIONS = (*ACTIVATIONS, "swiglu")
+NAMES = (*ACTIVATIONS, *GATED)
 
 
 class TestSums(SumCases):
@@ -58,22 +58,22 @@ def expected(p: Tensor, activation: str, dout: Tensor, dtype: torch.dtype | None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize(("rows", "width", "gap"), [(3, 1200, 8), (7, 24, 1), (2, 601, 3)])
 def test_activation_gradient(activation: str, dtype: torch.dtype, rows: int, width: int, gap: int) -> None:
     """Far into both tails."""
-    columns = 2 * width if activation == "swiglu" else width
-    wide = torch.full((rows, columns + gap), torch.nan, dtype=dtype)
-    wide[:, :columns] = torch.linspace(-12, 12, rows * columns)[torch.randperm(rows * columns)].view(rows, columns)
-    preact, dout = wide[:, :columns], strided(rows, width, dtype, gap)
+    size = columns(activation) * width
+    wide = torch.full((rows, size + gap), torch.nan, dtype=dtype)
+    wide[:, :size] = torch.linspace(-12, 12, rows * size)[torch.randperm(rows * size)].view(rows, size)
+    preact, dout = wide[:, :size], strided(rows, width, dtype, gap)
     ours = activation_gradient(dout, preact, activation)
     eager, exact = (expected(preact, activation, dout, to) for to in (None, torch.float64))
     assert_as_right_as_eager(ours, eager, exact, ["dpreact", "hidden"])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 def test_activation_gradient_takes_other_dtypes(activation: str) -> None:
-    preact, dout = torch.randn(3, 32).half(), torch.randn(3, 16 if activation == "swiglu" else 32)
+    preact, dout = torch.randn(3, 32).half(), torch.randn(3, 32 // columns(activation))
     ours = activation_gradient(dout, preact, activation)
     eager, exact = (expected(preact, activation, dout, to) for to in (None, torch.float64))
     assert ours[0].dtype == ours[1].dtype == torch.float16
@@ -81,7 +81,9 @@ def test_activation_gradient_takes_other_dtypes(activation: str) -> None:
 
 
 # x g'(x) of the sigmoids takes 1 - g(x), which cancels where x is large, in eager PyTorch too.
-@pytest.mark.parametrize(("activation", "slope_roundings"), [("gelu", 2), ("gelu_tanh", 20), ("quick_gelu", 20)])
+@pytest.mark.parametrize(
+    ("activation", "slope_roundings"), [(name, 2 if name == "gelu" else 20) for name in ACTIVATIONS]
+)
 def test_activations_are_float32_right(activation: str, slope_roundings: int) -> None:
     """Value and slope within a few roundings of the float64 ones, everywhere; nothing but zero far to the left."""
     x = torch.cat([torch.linspace(-14, 14, 4001), torch.tensor([-1e4, -100.0, -0.0, 0.0, 100.0, 1e4])])[None]
@@ -105,17 +107,27 @@ def test_gelu_keeps_its_digits_in_the_tail() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width", "gap"), SHAPES)
-def test_swiglu_forward(dtype: torch.dtype, rows: int, width: int, gap: int) -> None:
+def test_gated_forward(dtype: torch.dtype, rows: int, width: int, gap: int) -> None:
     x = strided(rows, 2 * width, dtype, gap)
     exact = reference.activate(x.double(), "swiglu")
-    assert_as_right_as_eager(swiglu_forward(x), reference.activate(x, "swiglu"), exact)
+    assert_as_right_as_eager(gated_forward(x, "swiglu"), reference.activate(x, "swiglu"), exact)
 
 
 def test_activation_refusals() -> None:
-    with pytest.raises(RuntimeError, match='unknown activation "relu"; accepted: .*gelu_tanh.*swiglu'):
-        activation_gradient(torch.randn(6, 32), torch.randn(6, 32), "relu")
-    with pytest.raises(RuntimeError, match=r"preact.*accepted: \(6, 64\)"):
+    with pytest.raises(ValueError, match="unknown activation 'celu'; accepted: .*gelu_tanh.*swiglu"):
+        activation_gradient(torch.randn(6, 32), torch.randn(6, 32), "celu")
+    with pytest.raises(ValueError, match=r"\(6, 32\) does not fit preact \(6, 32\)"):
         activation_gradient(torch.randn(6, 32), torch.randn(6, 32), "swiglu")
+    x = torch.randn(6, 32)
+    with pytest.raises(RuntimeError, match="preact has 33 columns; accepted: 32 or.*64"):
+        extension.library.activation_gradient(x, x, torch.randn(6, 33), "gelu", torch.randn(6, 33), x)
+
+
+def test_the_map_and_the_kernels_have_the_same_activations() -> None:
+    x = torch.randn(6, 32)
+    with pytest.raises(RuntimeError, match='unknown activation "celu"') as refusal:
+        extension.library.activation_gradient(x, x, x, "celu", x, x)
+    assert str(refusal.value).splitlines()[0].partition('accepted: "", ')[2].split(", ") == list(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,7 +160,7 @@ def test_finish_weight_gradient(dtype: torch.dtype, n: int, k: int, parts: str) 
 
 
 def test_nothing_to_do() -> None:
-    assert swiglu_forward(torch.empty(0, 32)).shape == (0, 16)
+    assert gated_forward(torch.empty(0, 32), "swiglu").shape == (0, 16)
     assert scale_rows(torch.empty(0, 8), torch.float16).shape == (0, 8)
     dpreact, hidden = activation_gradient(torch.empty(0, 8), torch.empty(0, 16), "swiglu")
     assert dpreact.shape == (0, 16) and hidden.shape == (0, 8)

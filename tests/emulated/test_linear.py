@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
+from fastvit.activations import ACTIVATIONS
 from fastvit.cuda.linear import linear_forward, linear_input_gradient, linear_weight_gradient
 from numerics import assert_as_right_as_eager, strided
 
@@ -42,8 +43,7 @@ def extras(case: str, m: int, n: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "plain": {},
         "gelu": {"bias": torch.randn(n), "activation": "gelu"},
-        "gelu_tanh": {"bias": torch.randn(n).to(dtype), "activation": "gelu_tanh"},
-        "quick_gelu": {"activation": "quick_gelu"},
+        **{name: {"bias": torch.randn(n).to(dtype), "activation": name} for name in ACTIVATIONS if name != "gelu"},
         "residual": {"bias": torch.randn(n).to(dtype), "residual": strided(m, n, dtype)},
         "gamma": {"residual": strided(m, n, dtype), "gamma": torch.randn(n).to(dtype)},
         "all": {"bias": torch.randn(n), "activation": "gelu", **merge},
@@ -64,7 +64,7 @@ def check_forward(x: Tensor, weight: Tensor, extra: dict[str, Any], save_preact:
     assert_as_right_as_eager(ours, outputs(None), outputs(torch.float64), ["out", "preact"])
 
 
-@pytest.mark.parametrize("case", ["plain", "gelu", "gelu_tanh", "quick_gelu", "residual", "gamma", "all"])
+@pytest.mark.parametrize("case", ["plain", *ACTIVATIONS, "residual", "gamma", "all"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_epilogue(dtype: torch.dtype, case: str) -> None:
     m, n = SIZES["small"]
@@ -99,9 +99,7 @@ def test_groups_of_row_tiles() -> None:
     ("size", "activation"),
     [
         ("small", None),
-        ("small", "gelu"),
-        ("small", "gelu_tanh"),
-        ("small", "quick_gelu"),
+        *(("small", activation) for activation in ACTIVATIONS),
         ("medium", "gelu"),
         ("large", "gelu"),
     ],
@@ -205,7 +203,7 @@ def test_refusals() -> None:
         op(x, strided(6, 16, torch.float16, gap=1), weight, None, "", None, None, None, out, None)
     with pytest.raises(RuntimeError, match="address that 16 does not divide"):
         op(x, torch.randn(97).half()[1:].view(6, 16), weight, None, "", None, None, None, out, None)
-    with pytest.raises(RuntimeError, match='unknown activation "relu"'):
-        op(x, x, weight, None, "relu", None, None, None, out, None)
+    with pytest.raises(RuntimeError, match='unknown activation "celu"'):
+        op(x, x, weight, None, "celu", None, None, None, out, None)
     with pytest.raises(RuntimeError, match="4 row scales for 6 rows"):
         op(x, x, weight, None, "", None, None, torch.rand(4), out, None)

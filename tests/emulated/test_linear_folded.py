@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastvit
 from fastvit import ops, reference
+from fastvit.activations import ACTIVATIONS, GATED
 from fastvit.cuda import extension, linear
 from fastvit.cuda.layer_norm import layer_norm_forward
 from fastvit.cuda.linear import fold_norm, linear_folded_forward, linear_normed_forward
@@ -64,7 +65,7 @@ def test_tiles(arch: int, size: tuple[int, int, int], dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("activation", [None, "gelu_tanh", "quick_gelu", "swiglu"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS, *GATED])
 def test_activations_and_parameters(activation: str | None, arch: int) -> None:
     """Without biases too; parameters in 16 bits; rows that no vector reads."""
     extension.assume(arch)

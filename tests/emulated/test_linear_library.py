@@ -13,6 +13,7 @@ import torch
 import fastvit
 from cases import CASES, Case
 from fastvit import env
+from fastvit.activations import ACTIVATIONS
 from fastvit.cuda import cublas, extension, linear
 from fastvit.cuda.linear import KERNEL, linear_forward, linear_input_gradient, linear_weight_gradient
 from fastvit.triton import tiles
@@ -89,7 +90,7 @@ def by_library(no_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("by_library")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("case", ["plain", "gelu", "gelu_tanh", "quick_gelu", "residual", "gamma", "all"])
+@pytest.mark.parametrize("case", ["plain", *ACTIVATIONS, "residual", "gamma", "all"])
 def test_epilogue(case: str, dtype: torch.dtype) -> None:
     kernels.test_epilogue(dtype, case)
 
@@ -112,7 +113,7 @@ def test_a_residual_without_a_bias(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("by_library")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("gamma", ["", "narrow", "wide"])
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_input_gradient(activation: str | None, gamma: str, dtype: torch.dtype) -> None:
     kernels.test_input_gradient("small", activation, dtype, gamma)
     kernels.test_input_gradient_out_dtype()

@@ -13,12 +13,13 @@ from test_linear import cast, check_forward, extras
 from torch import Tensor
 
 from fastvit import reference
+from fastvit.activations import ACTIVATIONS
 from fastvit.cuda import extension
 from fastvit.cuda.linear import linear_input_gradient, linear_weight_gradient
 from numerics import assert_as_right_as_eager, strided
 
 HALF = (torch.float16, torch.bfloat16)
-CASES = ["plain", "gelu", "gelu_tanh", "quick_gelu", "residual", "gamma", "all"]
+CASES = ["plain", *ACTIVATIONS, "residual", "gamma", "all"]
 MULTIPROCESSORS = 4  # of the emulated device
 
 # (M, N, K) of products that take each of the tiles, as test_sizes_take_their_tiles says. All end in parts of a tile,
@@ -132,7 +133,7 @@ def test_what_no_vector_can_read(wide: bool) -> None:
 
 @pytest.mark.parametrize(
     ("size", "activation"),
-    [*[(3, a) for a in (None, "gelu", "gelu_tanh", "quick_gelu")], (0, "gelu"), (1, "gelu"), (2, "gelu"), (5, None)],
+    [*[(3, a) for a in (None, *ACTIVATIONS)], (0, "gelu"), (1, "gelu"), (2, "gelu"), (5, None)],
 )
 @pytest.mark.parametrize("dtype", HALF)
 def test_input_gradient(dtype: torch.dtype, size: int, activation: str | None) -> None:
@@ -192,8 +193,8 @@ def test_refusals() -> None:
         forward(x, x.bfloat16(), weight, None, "", None, None, None, out, None)
     with pytest.raises(RuntimeError, match="out is float16; accepted: float32"):
         forward(x, x, weight, None, "", torch.randn(6, 32), None, None, out, None)
-    with pytest.raises(RuntimeError, match='unknown activation "relu"'):
-        forward(x, x, weight, None, "relu", None, None, None, out, None)
+    with pytest.raises(RuntimeError, match='unknown activation "celu"'):
+        forward(x, x, weight, None, "celu", None, None, None, out, None)
     with pytest.raises(RuntimeError, match="row_scale has 4 entries"):
         forward(x, x, weight, None, "", None, None, torch.rand(4), out, None)
     dx = torch.empty(6, 16).half()

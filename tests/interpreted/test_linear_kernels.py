@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from fastvit import reference
+from fastvit.activations import ACTIVATIONS, GATED, columns
 from fastvit.triton import launch, tiles
-from fastvit.triton.activations import EPILOGUE_ACTIVATIONS, activation_gradient
+from fastvit.triton.activations import FORMULAS, activation_gradient
 from fastvit.triton.linear import choose, forms, linear_forward
 from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient
 from numerics import DTYPES, assert_as_right_as_eager, strided
 
 HALF = (torch.float16, torch.bfloat16)
-ACTIVATIONS = (*EPILOGUE_ACTIVATIONS, "swiglu")
+NAMES = (*ACTIVATIONS, *GATED)
 TILE = {"block_m": 32, "block_n": 32, "block_k": 32, "warps": 4, "stages": 2, "parts": 2}
 
 
@@ -50,10 +51,7 @@ def forward_case(name: str, m: int, n: int, dtype: torch.dtype) -> tuple[dict[st
     scale = torch.rand(m // rows) * 2
     return {
         "plain": ({}, 1),
-        "gelu": ({"activation": "gelu"}, 1),
-        "gelu_tanh": ({"activation": "gelu_tanh"}, 1),
-        "quick_gelu": ({"activation": "quick_gelu"}, 1),
-        "swiglu": ({"activation": "swiglu"}, 1),
+        **{name: ({"activation": name}, 1) for name in NAMES},
         "residual": ({"residual": torch.randn(m, n).to(dtype), "gamma": torch.randn(n).to(dtype)}, 1),
         "wide residual": ({"residual": torch.randn(m, n), "gamma": torch.randn(n), "row_scale": scale}, rows),
         "all": (
@@ -63,7 +61,7 @@ def forward_case(name: str, m: int, n: int, dtype: torch.dtype) -> tuple[dict[st
     }[name]
 
 
-CASES = ("plain", "gelu", "gelu_tanh", "quick_gelu", "swiglu", "residual", "wide residual", "all")
+CASES = ("plain", *NAMES, "residual", "wide residual", "all")
 
 
 def check_forward(x: Tensor, weight: Tensor, bias: Tensor | None, case: str, tile: dict[str, Any]) -> None:
@@ -117,7 +115,7 @@ def test_groups_of_row_tiles() -> None:
 
 @pytest.mark.parametrize(
     ("activation", "scaled"),
-    [*[(a, s) for a in (None, "gelu") for s in ("gamma", "gamma, row_scale", "wide")], *[(a, "") for a in ACTIVATIONS]],
+    [*[(a, s) for a in (None, "gelu") for s in ("gamma", "gamma, row_scale", "wide")], *[(a, "") for a in NAMES]],
 )
 @pytest.mark.parametrize(("arch", "dtype"), [(80, d) for d in DTYPES] + [(90, torch.bfloat16)])
 def test_gradients(arch: int, dtype: torch.dtype, activation: str | None, scaled: str) -> None:
@@ -125,7 +123,7 @@ def test_gradients(arch: int, dtype: torch.dtype, activation: str | None, scaled
     m, n, k, rows = 65, 40, 80, 13
     wide = torch.float32 if scaled == "wide" else dtype
     leaves = {
-        "p": strided(m, 2 * k if activation == "swiglu" else k, dtype),
+        "p": strided(m, columns(activation) * k, dtype),
         "weight": torch.randn(n, k).to(dtype),
         "bias": torch.randn(n).to(dtype),
         "gamma": torch.randn(n).to(wide) if scaled else None,
@@ -243,11 +241,11 @@ def test_empty(arch: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 def test_activation_gradient(activation: str, dtype: torch.dtype) -> None:
     """Far into both tails, over more than one block of columns."""
     preact = torch.linspace(-12, 12, 3 * 1200).view(3, 1200).to(dtype)
-    dout = strided(3, 600 if activation == "swiglu" else 1200, dtype, gap=1)
+    dout = strided(3, 1200 // columns(activation), dtype, gap=1)
 
     def expected(to: torch.dtype | None) -> list[Tensor]:
         p = preact.detach().to(to or dtype).requires_grad_()
@@ -258,18 +256,22 @@ def test_activation_gradient(activation: str, dtype: torch.dtype) -> None:
     assert_as_right_as_eager(ours, expected(None), expected(torch.float64), ["dpreact", "hidden"])
 
 
+def test_every_activation_of_the_map_has_a_formula() -> None:
+    assert FORMULAS.keys() - {None} == ACTIVATIONS.keys()
+
+
 def test_refusals() -> None:
     x, weight = torch.randn(6, 16), torch.randn(32, 16)
-    with pytest.raises(ValueError, match="unknown activation 'relu'"):
-        linear_forward(x, weight, activation="relu")
+    with pytest.raises(ValueError, match="unknown activation 'celu'"):
+        linear_forward(x, weight, activation="celu")
     with pytest.raises(ValueError, match="swiglu takes no residual"):
         linear_forward(x, weight, activation="swiglu", gamma=torch.randn(32))
     with pytest.raises(ValueError, match="row_scale has 4 entries"):
         linear_forward(x, weight, row_scale=torch.rand(4))
     with pytest.raises(ValueError, match="go together"):
         linear_input_gradient(torch.randn(6, 32), weight, activation="gelu")
-    with pytest.raises(ValueError, match="unknown activation 'relu'"):
-        linear_input_gradient(torch.randn(6, 32), weight, activation="relu", preact=x)
+    with pytest.raises(ValueError, match="unknown activation 'celu'"):
+        linear_input_gradient(torch.randn(6, 32), weight, activation="celu", preact=x)
     with pytest.raises(ValueError, match="needs the weight"):
         linear_weight_gradient(torch.randn(6, 32), x, gamma=torch.randn(32))
     with pytest.raises(ValueError, match="does not fit"):
