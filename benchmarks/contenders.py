@@ -19,9 +19,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastvit
-from benchmarks.layouts import Weights, to_hugging_face, to_torchvision
 from benchmarks.measurements import Unavailable
 from benchmarks.networks import Network
+from fastvit.checkpoints.layouts import to_layout
+from fastvit.checkpoints.rules import State
 from fastvit.ops.backends import BACKENDS
 
 Build = Callable[[Network], nn.Module]
@@ -39,7 +40,7 @@ class Logits(nn.Module):
         return logits
 
 
-def _loaded(model: nn.Module, weights: Weights) -> nn.Module:
+def _loaded(model: nn.Module, weights: State) -> nn.Module:
     model.load_state_dict(weights)
     return model
 
@@ -68,7 +69,7 @@ def _torchvision(network: Network) -> nn.Module:
         mlp_dim=block.mlp.fc1.out_features,
         num_classes=source.num_classes,
     )
-    return _loaded(model, to_torchvision(source.state_dict()))
+    return _loaded(model, to_layout(source.state_dict(), "torchvision"))
 
 
 def _hugging_face(network: Network) -> nn.Module:
@@ -88,7 +89,7 @@ def _hugging_face(network: Network) -> nn.Module:
         layer_norm_eps=source.norm.eps,
         attn_implementation="sdpa",
     )
-    return Logits(_loaded(ViTForImageClassification(config), to_hugging_face(source.state_dict())))
+    return Logits(_loaded(ViTForImageClassification(config), to_layout(source.state_dict(), "huggingface-5")))
 
 
 def _xformers(network: Network) -> nn.Module:

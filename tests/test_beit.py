@@ -14,8 +14,8 @@ from torch import Tensor
 
 import fastvit
 from beit_cases import HEADS, OPTIONS, WIDTH, pair, run
-from fastvit.checkpoints import layouts
 from fastvit.layers.resample import resample_rel_pos_table
+from fastvit.models.families import FAMILIES
 from numerics import assert_as_right_as_eager
 from parity import Tensors, assert_parity, randomise
 
@@ -104,7 +104,7 @@ def test_hugging_face(classifies: bool, shared: bool) -> None:
     )  # fmt: skip
 
     def translate(given: Tensors) -> Tensors:
-        return layouts.BEIT_HUGGINGFACE_5.to_ours(given)[0]
+        return FAMILIES["beit"].layouts[1].to_ours(given)[0]
 
     def forward(model: Any, images: Tensor) -> Tensor:
         out = model(images)

@@ -506,7 +506,7 @@ def test_wrong_files_are_named_and_nothing_is_half_loaded(tmp_path: Path) -> Non
         "foreign": (state | {"blocks.0.attn.rope": torch.ones(3)}, "has blocks.0.attn.rope, which no ViT has"),
         "misshapen": (state | {"norm.bias": torch.ones(65)}, r"norm.bias: the file has \(65,\), the model \(64,\)"),
         "no key of three": (_without(hf, "vit.layers.1.attention.k_proj.weight"), "goes with .*k_proj.weight, which"),
-        "another network": (timm.create_model("resnet18").state_dict(), "known; accepted: clip-huggingface, dinov2,"),
+        "another network": (timm.create_model("resnet18").state_dict(), "no layout that is known; accepted: clip-hug"),
         "quantised": (state | {"head.weight": state["head.weight"].char()}, "weights of integers.*head.weight"),
         "BEiT": (state | {"blocks.0.attn.relative_position_bias_table": torch.ones(3, 2)}, "has no blocks.0.attn.rel"),
         "EVA": (state | {"blocks.0.gamma_1": torch.ones(64)}, "gamma_1 and pos_embed, as EVA and the Perception Enc"),
@@ -564,9 +564,7 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     for layout, path in (("torchvision", "tv.pth"), ("npz", "vit.npz")):
         with pytest.raises(ValueError, match="has no names for reg_token"):
             convert(state, tmp_path / path, layout, num_heads=2)
-    with pytest.raises(
-        ValueError, match="layout 'jax' can't be written; accepted: huggingface, huggingface-5, timm, torchvision, npz"
-    ):
+    with pytest.raises(ValueError, match="layout 'jax' can't be written; accepted: huggingface, hugg"):
         convert(state, tmp_path / "x.pth", "jax")
     with pytest.raises(ValueError, match="go together"):
         convert(state, tmp_path / "x.npz", "timm")

@@ -287,7 +287,7 @@ class Other(Attention):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attn_layer": Other}, r"blocks.0.attn is a Other; accepted: fastvit.layers' Attention or BeitAttention"),
+        ({"attn_layer": Other}, r"blocks.0.attn is a Other; accepted: a class that declares tensor_parallel = 'heads'"),
         ({"attn_drop_rate": 0.1}, r"blocks.0.attn.attn_drop has rate 0.1.*accepted: 0"),
         ({"proj_drop_rate": 0.1}, r"blocks.0.attn.proj_drop has rate 0.1.*accepted: 0"),
         ({"scale_attn_norm": True}, r"blocks.0.attn.norm reads what is split"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvit.checkpoints.rules import Layout
+from fastvit.checkpoints.rules import Layout, State
 
 LAYOUTS: list[Layout] = []  # in the order in which recognise() tries them
 REFUSED: dict[str, str] = {}  # a pattern of a tensor's name -> why weights with such a tensor are refused
@@ -66,3 +66,12 @@ def named(name: str, state: Mapping[str, Tensor]) -> Layout:
     if not candidates:
         raise ValueError(f"layout {name!r} can't be written; accepted: {', '.join([*written(), 'npz'])}")
     return next((layout for layout in candidates if layout.names(state)), candidates[0])
+
+
+def to_layout(state: Mapping[str, Tensor], name: str) -> State:
+    """Return weights under timm's names in the layout that is written under ``name``.
+
+    Raises:
+        ValueError: no layout is written under that name, or some weights have no name in it.
+    """
+    return named(name, state).from_ours(state)

@@ -98,6 +98,9 @@ class Attention(nn.Module):
             hook can read them; so does a hook on ``attn_drop``.
     """
 
+    #: what the ranks of :func:`fastvit.integrations.parallel.plan` divide; a subclass states it for itself
+    tensor_parallel = "heads"
+
     def __init__(
         self,
         dim: int,

@@ -81,6 +81,8 @@ class BeitAttention(Windowed, Attention):
         **options: as in :class:`Attention`.
     """
 
+    tensor_parallel = "heads"
+
     def __init__(
         self,
         dim: int,

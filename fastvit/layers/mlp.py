@@ -30,6 +30,8 @@ class Mlp(nn.Module):
 
     #: hidden features that fc1 makes for each one that fc2 reads
     gating = 1
+    #: what the ranks of :func:`fastvit.integrations.parallel.plan` divide; a subclass states it for itself
+    tensor_parallel = "features"
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class SwiGLU(Mlp):
     """
 
     gating = 2
+    tensor_parallel = "features"
     default_act = nn.SiLU
 
     def __init__(
