@@ -17,7 +17,6 @@ from fastvit.cuda import cublas, extension
 from fastvit.cuda.elementwise import activation_gradient, gated_forward, scale_rows, sum_partials
 from fastvit.cuda.extension import aligned, check_scale, unit_rows
 from fastvit.cuda.layer_norm import layer_norm_forward
-from fastvit.ops.backends import TRITON_MISSING
 
 KERNEL = {"run": "kernel"}
 
@@ -45,7 +44,7 @@ def _run(
         activation, scaled, residual: of the epilogue; ``scaled`` by gamma or row_scale.
         saves: the forward's pre-activation, or the weight gradient's sums for the bias, are wanted too.
     """
-    if tile is not None or TRITON_MISSING:  # without Triton nothing was measured: fastvit tune needs it
+    if tile is not None or MISSING:  # without Triton nothing was measured: fastvit tune needs it
         return (tile or KERNEL)["run"]
     from fastvit.triton import tiles
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import torch
 from torch import Tensor
 
+from fastvit.triton import MISSING
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
-
-
-def _import() -> str | None:
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"Triton is not installed ({error}); fastvit is tested with Triton on Linux"
-    return None
-
-
-MISSING = _import()  # why Triton can't be imported, or None
 
 
 @torch.compiler.assume_constant_result
