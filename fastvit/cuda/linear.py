@@ -17,6 +17,7 @@ from fastvit.cuda import cublas, extension
 from fastvit.cuda.elementwise import activation_gradient, gated_forward, scale_rows, sum_partials
 from fastvit.cuda.extension import aligned, check_scale, unit_rows
 from fastvit.cuda.layer_norm import layer_norm_forward
+from fastvit.triton import MISSING
 
 KERNEL = {"run": "kernel"}
 
