@@ -1,4 +1,4 @@
-"""What mkdocs.yml adds to a build: the commands' own ``--help`` texts, and Sphinx's roles as plain code."""
+"""Hooks of mkdocs.yml: insert the ``--help`` texts of the commands, and show Sphinx's roles as plain code."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ COLORS = {"timm": "0.75", "timm-compile": "0.6", "fastvit": "#2f6fb3", "fastvit-
 def numbers() -> dict[str, dict[str, float]]:
     """Return what the picture shows: panel -> bar -> value."""
     static = json.loads((RESULTS / "static.json").read_text())
-    cells = json.loads((RESULTS / DEVICE / "throughput.json").read_text())["cells"]
+    rows = json.loads((RESULTS / DEVICE / "throughput.json").read_text())["measurements"]
     timm, kept = static["timm_eager"]["plain"], static["saved_bytes_per_image"]["block"]["plain"]
     found = {
         "launches of a block": {"timm": timm["launches"], "fastvit": static["launches_per_block"]},
@@ -37,9 +37,9 @@ def numbers() -> dict[str, dict[str, float]]:
     }
     for dtype in ("float32", "bfloat16"):
         measured = {
-            cell["contender"]: cell["images_per_s"]
-            for cell in cells
-            if (cell["model"], cell["size"], cell["mode"], cell["dtype"], cell["status"])
+            row["contender"]: row["images_per_s"]
+            for row in rows
+            if (row["model"], row["size"], row["mode"], row["dtype"], row["status"])
             == ("vit_base_patch16_224", 224, "inference", dtype, "ok")
         }
         found[f"images/s on 2 cores of an\nAMD EPYC, {dtype}"] = {name: measured[name] for name in CONTENDERS}

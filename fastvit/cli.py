@@ -213,7 +213,7 @@ def _train(commands: Any) -> None:
         help="train or fine-tune a model on labelled images",
         description="Train by a recipe of the ViT paper, or one of ours; weights, metrics and log go to DIR. The "
         "same command goes on where a run was cut off. Under torchrun the processes share each batch: torchrun "
-        "--nproc-per-node 8 -m fastvit train ... See docs/training.md.",
+        "--nproc-per-node 8 -m fastvit train ... See docs/explanation/training.md.",
     )
     command.add_argument("--data", required=True, help="digits, cifar10[:FOLDER], a folder, .tar, .parquet, hf:NAME")
     command.add_argument("--recipe", metavar="NAME", help="by default the data set's; digits, vit_imagenet, ...")
@@ -264,7 +264,7 @@ def _pretrain(commands: Any) -> None:
         help="pre-train a model on images without labels",
         description="Pre-train by masked patch prediction (the ViT paper's appendix B.1.2) or as BEiT; `fastvit train "
         "--weights DIR` then fine-tunes. As for `fastvit train`, the same command goes on where a run was cut off, and "
-        "torchrun shares each batch. See docs/pretraining.md.",
+        "torchrun shares each batch. See docs/explanation/pretraining.md.",
     )
     command.add_argument(
         "--method",

@@ -27,6 +27,8 @@ PAGES = sorted(
 )  # fmt: skip
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 ROOMS = "fastvit|kernels|csrc|tests|benchmarks|examples|docs"
+FILE = rf"((?:{ROOMS})/[\w./*-]*)(?:::(\w+))?"
+NAME = r"fastvit(?:\.\w+)+"
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -51,6 +53,19 @@ def _commands(path: Path) -> list[str]:
     return [part.strip() for line in (*lines, *spans) for part in line.split(" #")[0].split("&&")]
 
 
+def test_pages_are_found() -> None:
+    """The tests of this file see what the documentation has: pages, links, files and names, commands, tutorials."""
+    text = "".join(map(_prose, PAGES))
+    spans = re.findall(r"`([^`\n]+)`", text)
+    assert len(PAGES) >= 40 and len(TUTORIALS) == 3
+    assert len(re.findall(r"\]\(([^)\s]+)\)", text)) >= 150
+    assert sum(re.fullmatch(FILE, span) is not None for span in spans) >= 150
+    assert sum(re.fullmatch(NAME, span) is not None for span in spans) >= 40
+    commands = [command for page in PAGES for command in _commands(page)]
+    for program, count in (("fastvit", 30), ("python -m benchmarks", 10), ("make", 20)):
+        assert sum(command.startswith(f"{program} ") for command in commands) >= count, program
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_id)
 def test_links(page: Path) -> None:
     """Every relative link leads to a file, and every anchor to a heading."""
@@ -67,12 +82,12 @@ def test_links(page: Path) -> None:
 def test_files_and_names(page: Path) -> None:
     """Files and dotted names in code spans exist."""
     for span in re.findall(r"`([^`\n]+)`", _prose(page)):
-        path = re.fullmatch(rf"((?:{ROOMS})/[\w./*-]*)(?:::(\w+))?", span)
+        path = re.fullmatch(FILE, span)
         if path is not None:
             found = list(ROOT.glob(path[1]))
             assert found, span
             assert path[2] is None or f"def {path[2]}(" in found[0].read_text(), span
-        elif re.fullmatch(r"fastvit(?:\.\w+)+", span) and not span.endswith("._C"):  # the extension, if it is built
+        elif re.fullmatch(NAME, span) and not span.endswith("._C"):  # the extension, if it is built
             module, names = span, []
             while True:
                 try:
@@ -115,6 +130,13 @@ def test_tutorials(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config = Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, image_size=70, patch_size=14)
     Dinov2Model(config).save_pretrained("dinov2-small")
     _run(page)
+
+
+def test_the_family_of_the_guide_is_the_tested_one() -> None:
+    """The Python of docs/how-to/add-a-family.md is the file that tests/test_new_family.py adds."""
+    blocks = BLOCK.findall((ROOT / "docs" / "how-to" / "add-a-family.md").read_text())
+    (code,) = (code for kind, code in blocks if kind == "python")
+    assert code in (ROOT / "tests" / "test_new_family.py").read_text()
 
 
 def test_readme() -> None:

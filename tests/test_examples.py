@@ -62,7 +62,7 @@ def test_training(script: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("scratch", "pretrained"), [("scratch", "masked"), ("scratch_beit", "beit")])
 def test_pre_training_beats_learning_from_scratch(scratch: str, pretrained: str) -> None:
-    """The mean of three seeds, as in docs/pretraining.md; ten minutes each."""
+    """The mean of three seeds, as in docs/explanation/pretraining.md; ten minutes each."""
     found = []
     for start in (scratch, pretrained):
         line = re.fullmatch(rf"{start} +lr 0.003: ([\d.]+) ± .*", run("pretrain_digits.py", "--start", start))

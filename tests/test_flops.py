@@ -80,7 +80,7 @@ def test_launched_is_derived(name: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "saving"), [("ViT-B/16", 0.07), ("ViT-L/16", 0.035)])
 def test_the_class_tokens_saving(name: str, saving: float) -> None:
-    """The share of FLOPs that docs/model.md states."""
+    """The share of FLOPs that docs/explanation/model.md states."""
     model = _build(name, {})
     executed, nominal = (sum(_by_hand(model, class_token_only=only).values()) for only in (True, False))
     assert 1 - executed / nominal == pytest.approx(saving, abs=0.001)
@@ -134,7 +134,7 @@ def test_counting_leaves_no_trace() -> None:
 
 
 def test_work_of_a_block_is_the_budgets() -> None:
-    """ViT-B/16, batch 256, bfloat16: (GFLOP, MB) of each launch as docs/kernels.md has them, within rounding."""
+    """ViT-B/16, batch 256, bfloat16: (GFLOP, MB) of each launch as in docs/explanation/kernels.md, within rounding."""
     launches = roofline.work("vit_base_patch16_224", 256)[1:8]
     budget = [(0, 155), (178.5, 313), (30.5, 312), (59.5, 234), (0, 155), (238, 392), (238, 470)]
     for one, (gflop, megabytes) in zip(launches, budget, strict=True):

@@ -89,9 +89,15 @@ def test_equations() -> None:
 def test_what_the_table_of_the_paper_names_is_there() -> None:
     """Recipes and models of docs/explanation/paper.md; tests/test_docs.py has its files, links and commands."""
     text = (Path(__file__).parent.parent / "docs" / "explanation" / "paper.md").read_text()
-    for name in re.findall(r"`((?:vit|finetune|resnet|hybrid)_(?:jft|imagenet|cifar|vtab)\w*)`", text):
+    assert len(re.findall(r"`(?:tests|fastvit|examples|benchmarks)/", text)) > 10
+    assert len(re.findall(r"`(fastvit [a-z]+ [^`]+)`", text)) >= 5
+    recipes = re.findall(r"`((?:vit|finetune|resnet|hybrid)_(?:jft|imagenet|cifar|vtab)\w*)`", text)
+    patterns = re.findall(r"`(\w+_\w*)\*`", text)
+    models = re.findall(r"create_model\(\"([^\"*]+)\"\)", text)
+    assert len(recipes) >= 3 and len(patterns) >= 4 and len(models) >= 2
+    for name in recipes:
         assert name in RECIPES, name
-    for pattern in re.findall(r"`(\w+_\w*)\*`", text):
+    for pattern in patterns:
         assert any(name.startswith(pattern) for name in RECIPES), pattern
-    for name in re.findall(r"create_model\(\"([^\"*]+)\"\)", text):
+    for name in models:
         create_model(name, device="meta")

@@ -130,7 +130,7 @@ def linear_folded_forward(
 
     LN(x) W^T + b = rstd * (x (g W)^T - mean * sums) + offsets, by :func:`fold_norm`. The statistics are those that
     :func:`layer_norm_forward` computes. The difference is taken of float32 sums, so it loses what mean / deviation of a
-    row is more than 1 (docs/cuda.md says where that matters).
+    row is more than 1 (docs/explanation/cuda.md says where that matters).
 
     Args:
         x: (M, K) float16 or bfloat16, the weight's dtype. norm: (weight (K,), bias (K,), eps) of the LayerNorm.

@@ -69,7 +69,7 @@ def recipe_for(
         name = DEFAULTS.get(data.partition(":")[0])
         name = FINETUNING.get(name or "", name) if weights is not None else name
     if name is None:
-        raise ValueError(f"there is no recipe for {data} alone: give one with --recipe; see docs/training.md")
+        raise ValueError(f"no recipe belongs to {data}: choose one with --recipe (docs/explanation/training.md)")
     if name.startswith("finetune_") and weights is None:
         raise ValueError(f"{name} is for a model that is trained: give its --weights, or another --recipe")
     recipe = recipe_of(name)

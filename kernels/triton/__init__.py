@@ -1,4 +1,4 @@
-"""Triton kernels, one file per family; see docs/kernels.md. Installed as ``fastvit.triton``."""
+"""Triton kernels, one file per family; see docs/explanation/kernels.md. Installed as ``fastvit.triton``."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_streams(stream: str, arch: int, dtype: torch.dtype) -> None:
 def test_where_folding_is_not_as_right(arch: int) -> None:
     """Rows that do not vary at all, far from zero: what is left of the difference is multiplied by 1 / sqrt(eps).
 
-    docs/cuda.md says so; this is why a table has to ask for it.
+    docs/explanation/cuda.md says so; this is why a table has to ask for it.
     """
     extension.assume(arch)
     x = torch.full((8, 264), 300.0).half()
