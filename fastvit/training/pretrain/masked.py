@@ -132,9 +132,6 @@ class MaskedPatches(CorruptedImages):
         target: "colour", the mean 3-bit colour (512 classes of RGB), which the paper's final results are of;
             "colours", those of 4 x 4 parts of the patch; "pixels", regression by L2.
         share: of the patches that are corrupted.
-
-    Raises:
-        ValueError: an unknown target, one that the model's patches have not, or a share that corrupts none of them.
     """
 
     def __init__(
