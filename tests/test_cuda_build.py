@@ -20,7 +20,7 @@ from csrc import compile_report as cuda_report
 from fastvit.tuning import compile_report
 
 ROOT = Path(__file__).resolve().parent.parent
-build = cuda_report.build_module()
+build: Any = cuda_report.build
 
 # --- what the compiler made of the kernels --------------------------------------------------------------------
 
