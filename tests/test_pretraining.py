@@ -120,9 +120,7 @@ def test_colours_by_hand() -> None:
     black, bright = 0, 2 * 64 + 1 * 8 + 7
     first = [7 * 64 + 4 * 8] * 4
     assert mean_colours(pixels, (4, 4), 2).tolist() == [[first, [bright, bright, black, black]]]
-
-
-def test_parts_of_a_patch_are_in_reading_order() -> None:
+    # Parts of a patch are in reading order.
     pixels = torch.arange(16.0).view(1, 1, 4, 4) // 2 / 8  # levels 0 0 1 1 / 2 2 3 3 / ...
     assert mean_colours(pixels, (4, 4), 4).tolist() == [[[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]]]
     patches = mean_colours(pixels, (2, 2), 2)
