@@ -58,7 +58,7 @@ ORDER = 2.0**-14  # of the largest value: what two orders of summation in float3
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """New memory is NaN, as in the tests: what a kernel leaves unwritten shows."""
+    """Fill new memory with NaN, as in the tests, so that elements that a kernel leaves unwritten show."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would have its workspace set in the environment
     try:
@@ -398,31 +398,23 @@ def _cuda_unavailable(arguments: Any) -> str | None:
 
 
 def main(arguments: Any) -> int:
-    """``fastvit tune`` with parsed arguments; the exit status."""
+    """Run ``fastvit tune`` with parsed arguments and return the exit status."""
     if arguments.arch is not None and not (arguments.dry_run and arguments.arch in launch.ARCHITECTURES):
         known = ", ".join(map(str, launch.ARCHITECTURES))
-        print(f"fastvit tune: --arch {arguments.arch}: accepted with --dry-run only: {known}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--arch {arguments.arch}: accepted with --dry-run only: {known}")
     if not (arguments.dry_run and arguments.arch) and not (torch.cuda.is_available() or launch.INTERPRETING):
-        print(
-            "fastvit tune needs a CUDA device, and PyTorch sees none. `fastvit tune --dry-run --arch 90` lists what "
-            "would be measured; with TRITON_INTERPRET=1 it runs on the CPU, without meaningful times.",
-            file=sys.stderr,
+        raise ValueError(
+            "it needs a CUDA device, and PyTorch sees none. `fastvit tune --dry-run --arch 90` lists what would be "
+            "measured; with TRITON_INTERPRET=1 it runs on the CPU, without meaningful times."
         )
-        return 2
     if arguments.backend == "cuda" and (missing := _cuda_unavailable(arguments)):
-        print(f"fastvit tune --backend cuda can't run: {missing}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--backend cuda can't run: {missing}")
     device = torch.device("cpu" if launch.INTERPRETING or not torch.cuda.is_available() else "cuda")
     here = torch.empty(0, device=device)
     arch = arguments.arch or launch.architecture(here)
     dtypes = [getattr(torch, name) for name in arguments.dtype]
     steps = [arguments.training] if arguments.training is not None else [False, True]
-    try:
-        problems = problems_of(arguments.models, arguments.batch, dtypes, steps, arch, arguments.backend)
-    except ValueError as error:  # an unknown model
-        print(f"fastvit tune: {error}", file=sys.stderr)
-        return 2
+    problems = problems_of(arguments.models, arguments.batch, dtypes, steps, arch, arguments.backend)
     if arguments.dry_run:
         programs = launch.multiprocessors(here if here.is_cuda else here.to("meta"))
         counts = {problem: len(candidate_configs(problem, arch, programs)[: arguments.most]) for problem in problems}
@@ -436,10 +428,9 @@ def main(arguments: Any) -> int:
     try:
         left = tune(problems, table, device, most=arguments.most, budget=arguments.budget)
     except KeyboardInterrupt:
-        print(
-            f"interrupted; {table.path} has {len(table.rows)} problems, and the same command goes on", file=sys.stderr
-        )
-        return 130
+        raise KeyboardInterrupt(
+            f"interrupted; {table.path} has {len(table.rows)} problems, and the same command goes on"
+        ) from None
     print(render(problems, table))
     print(f"{table.path}: {len(table.rows)} problems" + (f"; {left} left: run the same again" if left else ""))
     return 1 if left else 0
