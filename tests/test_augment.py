@@ -1,4 +1,4 @@
-"""What the model sees: transforms, the chance in them, and the order in which images come."""
+"""Transforms, their randomness, and the order in which images come."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_chance_is_of_the_seed_and_the_place_alone(crop: str) -> None:
 
 
 def seen(image: Any, count: int, **changes: Any) -> torch.Tensor:
-    """What a recipe makes of one image, so many times: (count, C, size, size), 0 to 1."""
+    """Return one image transformed ``count`` times by a recipe: (count, C, size, size), 0 to 1."""
     recipe = Recipe(steps=20_000, **{"crop": "none", "flip": False} | changes)
     split = Split(lambda i: image, torch.zeros(1, dtype=torch.int64), str)
     examples = Examples(split, training_transform(recipe), 0)
@@ -73,7 +73,7 @@ def seen(image: Any, count: int, **changes: Any) -> torch.Tensor:
 
 
 def coordinates(size: int) -> torch.Tensor:
-    """An image whose pixels say where they are: (3, size, size), 0 to 1 from left to right and from top to bottom."""
+    """Return an image of its pixels' coordinates: (3, size, size), 0 to 1 from left to right and top to bottom."""
     x = torch.linspace(0, 1, size).expand(size, size)
     return torch.stack([x, x.T, x])
 

@@ -132,7 +132,7 @@ def test_images_that_are_alone_in_their_class_choose_no_penalty() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that is made, whatever makes it."""
+    """Records the number of elements of the largest tensor that any op returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ def test_command(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_command_says_what_it_assumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the library logs is seen: here that a folder without a test set is split."""
+    """The command prints what the library logs: here that a folder without a test set is split."""
     for i in range(20):
         path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -339,7 +339,7 @@ def test_real_labels(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def few_shot_of_pixels(data: Data, count: int | None) -> float:
-    """The accuracy of the probe on raw pixels."""
+    """Return the accuracy of the probe on raw pixels."""
     known, queries = (
         evaluate.outputs(lambda images: images.flatten(1), s, evaluation_transform(8)) for s in (data.train, data.test)
     )

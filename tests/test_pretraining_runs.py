@@ -25,14 +25,14 @@ from parity import assert_same
 
 
 def short(steps: int, checkpoint_every: int = 500) -> dict[str, Any]:
-    """Arguments of a run of so many steps."""
+    """Return the arguments of a run of ``steps`` steps."""
     settings = ["batch_size=16", "warmup_steps=1", f"steps={steps}"]
     return {"settings": settings, "options": loop.Options(checkpoint_every=checkpoint_every)}
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a tokenizer's run, which has not learnt much."""
+    """Return the folder of a tokenizer that was trained for two steps."""
     folder = tmp_path_factory.mktemp("tokenizer")
     pretrain("tokenizer", "digits", folder, **short(2))
     return str(folder)
@@ -78,7 +78,7 @@ def test_the_loop_tells_an_objective_how_far_it_is(tmp_path: Path, monkeypatch: 
 
 @pytest.fixture
 def short_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that BEiT trains for itself takes two steps."""
+    """Let a tokenizer that BEiT trains for itself take two steps."""
     monkeypatch.setitem(PRETRAINING, "tokenizer_digits", PRETRAINING["tokenizer_digits"].override(short(2)["settings"]))
 
 
@@ -168,8 +168,8 @@ def test_pretrain_and_fine_tune(
     """From the command line: `fastvit train --weights` takes up all but the classifier, and so does load_checkpoint."""
     brief = ["--data", "digits", "--steps", "3", "--set", "batch_size=16", "warmup_steps=1", "polyak=0"]
     out, fine = tmp_path / "pretrained", tmp_path / "fine"
-    given = ["--tokenizer", tokenizer] if method == "beit" else []
-    assert cli.main(["pretrain", "--method", method, "--out", str(out), *brief, *given]) == 0
+    own = ["--tokenizer", tokenizer] if method == "beit" else []
+    assert cli.main(["pretrain", "--method", method, "--out", str(out), *brief, *own]) == 0
     assert "test loss" in capsys.readouterr().out
     model = fastvit.from_checkpoint(out)
     assert model.windowed == (method == "beit") and model.num_classes == 0

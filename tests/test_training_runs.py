@@ -134,7 +134,7 @@ def test_an_unreadable_image_costs_nothing(where: str, workers: int, tmp_path: P
 
 
 def test_a_folder_without_a_checkpoint_is_free(tmp_path: Path) -> None:
-    """What a run left that never got to one, a mistyped recipe say, is in nobody's way; a checkpoint knows its run."""
+    """A run that ended before its first checkpoint leaves the folder free; a checkpoint knows its run."""
     with pytest.raises(loop.Diverged):
         train(tmp_path, plain(lr=0.5), objective=Bad(0, "loss"))
     train(tmp_path, plain())
@@ -271,7 +271,7 @@ def command(out: Path, *more: str) -> list[str]:
 
 
 def wait(process: subprocess.Popen[Any], done: Callable[[], bool]) -> None:
-    """Until something is there that a process writes."""
+    """Wait until a process has written something."""
     while not done():
         assert process.poll() is None
         time.sleep(0.01)
@@ -323,7 +323,7 @@ def test_a_signal_stops_a_run_with_a_checkpoint(number: signal.Signals, tmp_path
 
 
 def torchrun(world: int, arguments: list[str]) -> list[str]:
-    """The command line."""
+    """Return the command line of torchrun."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     return [*run, "-m", "fastvit", *arguments]
 
@@ -352,7 +352,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 def evaluated(out: Path, fsdp: bool) -> dict[str, float]:
-    """Test scalars of an untrained model on one image; called in each of several processes, or in one."""
+    """Return the test scalars of an untrained model on one image, in one process or in each of several."""
     torch.manual_seed(0)
     data = some()
     data = Data(data.train, data.test.subset([3]), data.classes, data.channels)
