@@ -21,9 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 
-CSRC = Path(__file__).resolve().parent
+from csrc import build
 
 # Instructions that tell how a kernel works: products (HMMA of compute capability 8.0, HGMMA of 9.0) and their operands
 # (LDSM is ldmatrix), copies from global to shared memory (LDGSTS is cp.async, UTMALDG and UBLKCP are Hopper's), memory
@@ -48,23 +47,8 @@ class Kernel:
         return f"{self.family}: {self.name} on {self.arch}"
 
 
-def build_module() -> ModuleType:
-    """``csrc/build.py``, which setup.py uses too; FileNotFoundError where this is an install and no clone."""
-    name = "fastvit_csrc_build"
-    if name not in sys.modules:
-        path = CSRC / "build.py"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: the sources of the kernels are in a clone, not in an install")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
 def cuobjdump() -> Path:
-    """NVIDIA's disassembler: the one that Triton brings, else a toolkit's."""
+    """Return NVIDIA's disassembler: the one that Triton brings, else a toolkit's."""
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
         tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -86,7 +70,7 @@ def _dump(flag: str, path: Path) -> list[str]:
 
 
 def _demangle(symbol: str) -> str:
-    """A kernel's name without namespaces, return type and parameters."""
+    """Return a kernel's name without namespaces, return type and parameters."""
     library = ctypes.CDLL("libstdc++.so.6")
     library.__cxa_demangle.restype = ctypes.c_void_p
     status = ctypes.c_int()
@@ -99,7 +83,7 @@ def _demangle(symbol: str) -> str:
 
 
 def short(name: str) -> str:
-    """``void fastvit::f<int, (fastvit::E)1>(float*)`` as ``f<int, (E)1>``."""
+    """Return ``f<int, (E)1>`` for ``void fastvit::f<int, (fastvit::E)1>(float*)``."""
     name = re.sub(r"\(anonymous namespace\)::|\w+::", "", name.removeprefix("void "))
     name = name.replace("__nv_bfloat16", "bfloat16").replace("__half", "half").replace("> >", ">>")
     depth = 0
@@ -111,7 +95,7 @@ def short(name: str) -> str:
 
 
 def instructions(lines: Iterable[str]) -> Counter[str]:
-    """How often each of :data:`MNEMONICS` occurs in lines of SASS."""
+    """Count each of :data:`MNEMONICS` in lines of SASS."""
     counts: Counter[str] = Counter()
     for line in lines:
         if found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
@@ -122,7 +106,7 @@ def instructions(lines: Iterable[str]) -> Counter[str]:
 
 
 def _sections(lines: Iterable[str], function: str) -> Iterator[tuple[str, str, list[str]]]:
-    """(architecture, symbol, lines) of each function in cuobjdump's output."""
+    """Yield (architecture, symbol, lines) of each function in cuobjdump's output."""
     arch, symbol, body = "", "", list[str]()
     for line in lines:
         if found := re.match(r"arch = (\w+)", line):
@@ -140,7 +124,7 @@ def _sections(lines: Iterable[str], function: str) -> Iterator[tuple[str, str, l
 
 
 def warnings(path: Path) -> dict[str, list[str]]:
-    """ptxas's own complaints about kernels in an object of ``csrc/build.py``: symbol to sentences.
+    """Return ptxas's own complaints about kernels in an object of ``csrc/build.py``: symbol to sentences.
 
     "Potential Performance Loss" is one: instructions of Hopper that it had to run one after the other.
     """
@@ -153,7 +137,7 @@ def warnings(path: Path) -> dict[str, list[str]]:
 
 
 def read(path: Path, family: str = "") -> list[Kernel]:
-    """The kernels in an object or the extension, for every architecture that they were compiled for."""
+    """Return the kernels in an object or the extension, for every architecture that they were compiled for."""
     usage = {}
     for arch, symbol, lines in _sections(_dump("-res-usage", path), r"\s*Function (\S+?):"):
         usage[arch, symbol] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", " ".join(lines))}
@@ -183,7 +167,6 @@ def kernels(archs: Sequence[str], families: Sequence[str] = ()) -> list[Kernel]:
     Raises:
         Missing: of ``csrc/build.py``: there is no nvcc, or something else is missing; the message says what.
     """
-    build = build_module()
     plan = build.Build.find(archs)
     sources = [path for path in plan.sources() if path.suffix == ".cu" and path.stem in (families or (path.stem,))]
     objects = plan.compile(sources)
@@ -193,7 +176,7 @@ def kernels(archs: Sequence[str], families: Sequence[str] = ()) -> list[Kernel]:
 
 
 def _kept(target: Path, family: str) -> list[Kernel]:
-    """:func:`read`, once for each object: disassembling takes seconds."""
+    """Call :func:`read` once for each object: disassembling takes seconds."""
     kept = target.with_suffix(".json")
     version = Path(__file__).stat().st_mtime_ns  # the object is named after its contents; the rest is this file's doing
     if kept.exists() and (report := json.loads(kept.read_text()))["version"] == version:
@@ -206,7 +189,7 @@ def _kept(target: Path, family: str) -> list[Kernel]:
 
 
 def render(found: Sequence[Kernel]) -> str:
-    """A table of kernels, by family."""
+    """Format a table of kernels, by family."""
     lines = [f"{'kernel':<72} {'arch':<7} {'regs':>4} {'stack':>5} {'static':>6}  instructions"]
     for family in sorted({one.family for one in found}):
         lines += ["", f"{family}.cu"]
@@ -229,7 +212,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="FAMILY", help="files of csrc/: layer_norm ...")
     parser.add_argument("--json", action="store_true", help="as JSON")
     arguments = parser.parse_args(argv)
-    build = build_module()
     names = {f"sm_{build.number(arch)}": arch for arch in build.ARCHITECTURES}
     if wrong := [arch for arch in arguments.arch if arch not in names]:
         parser.error(f"--arch {wrong[0]}: accepted are {', '.join(names)}")

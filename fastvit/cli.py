@@ -92,7 +92,7 @@ def _tune(commands: Any) -> None:
     command = commands.add_parser(
         "tune",
         help="measure tiles on this GPU: a table that goes before the shipped ones",
-        description="Compile, check and time tiles for every kernel of the models given, on this GPU, and write the "
+        description="Compile, check and time tiles for every kernel of the models, on this GPU, and write the "
         "fastest into a table in the cache folder (FASTVIT_CACHE, default ~/.cache/fastvit), which fastvit reads from "
         "then on. A run that is interrupted goes on where it was.",
     )
@@ -270,7 +270,7 @@ def _pretrain(commands: Any) -> None:
         "--method",
         required=True,
         choices=("masked", "beit", "tokenizer"),
-        help="beit needs a tokenizer, which the method of that name trains, and beit itself where none is given",
+        help="beit needs a tokenizer: that of --tokenizer (trained by the method of that name), or one that it trains",
     )
     command.add_argument("--data", required=True, help="as `fastvit train` takes it; labels are not looked at")
     command.add_argument("--model", metavar="NAME", help="by default the recipe's")

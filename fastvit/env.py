@@ -1,4 +1,4 @@
-"""What ``fastvit env`` reports: the device, the versions, and which backend can run each op here."""
+"""The report of ``fastvit env``: the device, the versions, and which backend can run each op here."""
 
 from __future__ import annotations
 

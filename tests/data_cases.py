@@ -1,4 +1,4 @@
-"""What the tests of data sets share: files of images, tables, and what is expected of an opened set."""
+"""Helpers of the data set tests: files of images, tables, and assertions about an opened set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvit.data.images import Split
 
 
 def png(value: int, size: tuple[int, int] = (12, 10)) -> bytes:
-    """An image of one colour, (value, 0, 100)."""
+    """Return a PNG of one colour, (value, 0, 100)."""
     return saved(Image.new("RGB", size, (value, 0, 100)))
 
 
@@ -36,7 +36,7 @@ def write(files: dict[Path, int]) -> None:
 
 
 def table(count: int, label: str = "label", image: str = "image", first: int = 0) -> dict[str, Any]:
-    """Rows as Hugging Face has them, with labels 0, 1, 0, ..."""
+    """Return rows as Hugging Face has them, with labels 0, 1, 0, ..."""
     rows = range(first, first + count)
     return {image: [{"bytes": png(i), "path": None} for i in rows], label: [(i - first) % 2 for i in rows]}
 

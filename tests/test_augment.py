@@ -1,4 +1,4 @@
-"""What the model sees: transforms, the chance in them, and the order in which images come."""
+"""Transforms, their randomness, and the order in which images come."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_chance_is_of_the_seed_and_the_place_alone(crop: str) -> None:
 
 
 def seen(image: Any, count: int, **changes: Any) -> torch.Tensor:
-    """What a recipe makes of one image, so many times: (count, C, size, size), 0 to 1."""
+    """Return one image transformed ``count`` times by a recipe: (count, C, size, size), 0 to 1."""
     recipe = Recipe(steps=20_000, **{"crop": "none", "flip": False} | changes)
     split = Split(lambda i: image, torch.zeros(1, dtype=torch.int64), str)
     examples = Examples(split, training_transform(recipe), 0)
@@ -73,7 +73,7 @@ def seen(image: Any, count: int, **changes: Any) -> torch.Tensor:
 
 
 def coordinates(size: int) -> torch.Tensor:
-    """An image whose pixels say where they are: (3, size, size), 0 to 1 from left to right and from top to bottom."""
+    """Return an image of its pixels' coordinates: (3, size, size), 0 to 1 from left to right and top to bottom."""
     x = torch.linspace(0, 1, size).expand(size, size)
     return torch.stack([x, x.T, x])
 
@@ -125,8 +125,8 @@ def test_what_was_cropped_in_training_is_tested_in_the_middle(crop: str, middle:
     split = Split(lambda i: image, torch.zeros(2, dtype=torch.int64), str)
     recipe = Recipe(steps=1, warmup_steps=0, batch_size=2, image_size=16, precision="float32", crop=crop)  # type: ignore[arg-type]
     test = loop.train(Mean(), Data(split, split, 2), recipe, tmp_path)["test"]
-    wanted = [float(evaluation_transform(16, cut)(image).mean()) for cut in (middle, not middle)]
-    assert test["loss"] == pytest.approx(wanted[0], abs=1e-5) != pytest.approx(wanted[1], abs=1e-2)
+    expected = [float(evaluation_transform(16, cut)(image).mean()) for cut in (middle, not middle)]
+    assert test["loss"] == pytest.approx(expected[0], abs=1e-5) != pytest.approx(expected[1], abs=1e-2)
 
 
 # -- the order ------------------------------------------------------------------------------------------------------
@@ -149,7 +149,5 @@ def test_order() -> None:
     assert [w for a, b in zip(*halves, strict=True) for w in (*a, *b)] == whole
     pieces = list(Order(10, 8, 3, 0, 2, seed=3))
     assert [len(piece) for piece in pieces] == [3, 3, 2] * 2
-
-
-def test_a_batch_may_be_larger_than_the_set() -> None:
+    # A batch may be larger than the set.
     assert Counter(number for _, number in flat(Order(3, 9, 9, 0, 1, seed=0))) == {0: 3, 1: 3, 2: 3}

@@ -17,15 +17,14 @@ from fastvit.ops import backends
 
 def test_env_prints_device_versions_and_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["env"]) == 0
-    said = capsys.readouterr().out
-    assert torch.__version__ in said
-    assert platform.python_version() in said
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and platform.python_version() in out
     for op, reasons in backends.availability().items():
-        (line,) = [line for line in said.splitlines() if line.split()[:1] == [op]]
+        (line,) = [line for line in out.splitlines() if line.split()[:1] == [op]]
         named = [name.split()[0] for name in line.split(None, 1)[1].split(", ")]
         assert named == [name for name, reason in reasons.items() if reason is None]
         for reason in filter(None, reasons.values()):
-            assert reason in said
+            assert reason in out
 
 
 def test_env_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,17 +37,13 @@ def test_env_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["backend"] == fastvit.ops.backends.setting()
 
 
-def test_env_shows_the_setting_and_the_fallbacks() -> None:
+def test_env_shows_the_setting_the_fallbacks_and_what_is_not_installed() -> None:
     with fastvit.backend("reference"):
         found = env.report()
     assert found["backend"] == "reference"
     found["fallbacks"] = ["ops.mlp runs on the reference: because"]
-    assert "fallback    ops.mlp runs on the reference: because" in env.render(found)
-
-
-def test_env_lists_what_is_not_installed() -> None:
-    found = env.report()
     found["versions"]["xformers"] = None
+    assert "fallback    ops.mlp runs on the reference: because" in env.render(found)
     assert "not installed: xformers" in env.render(found)
 
 
@@ -58,9 +53,7 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert everything == fastvit.list_models()
     assert cli.main(["models", "base_patch16"]) == 0
     some = capsys.readouterr().out.split()
-    assert some
-    assert set(some) < set(everything)
-    assert all("base_patch16" in name for name in some)
+    assert some and set(some) < set(everything) and all("base_patch16" in name for name in some)
     assert cli.main(["models", "no such model"]) == 1
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from csrc import build
 from csrc import compile_report as cuda_report
 from fastvit.tuning import compile_report
 
 ROOT = Path(__file__).resolve().parent.parent
-build = cuda_report.build_module()
 
 # --- what the compiler made of the kernels --------------------------------------------------------------------
 

@@ -44,10 +44,7 @@ def some() -> Data:
 def test_accuracy() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.0], [0.8, 0.1, 0.1], [0.0, 0.1, 0.9], [0.2, 0.7, 0.1]])
     assert evaluate.accuracy(scores, torch.tensor([1, 0, 2, 2])) == 0.75
-
-
-def test_real_accuracy() -> None:
-    """Any of an image's labels is right, and an image without one does not count."""
+    # ReaL: any of an image's labels is right, and an image without one does not count.
     scores = torch.eye(3)[[0, 1, 2, 0]]
     assert evaluate.real_accuracy(scores, [[0, 2], [0, 2], [2], []]) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="4 rows of scores for 3 images"):
@@ -135,7 +132,7 @@ def test_images_that_are_alone_in_their_class_choose_no_penalty() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that is made, whatever makes it."""
+    """Records the number of elements of the largest tensor that any op returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,7 +244,7 @@ def test_a_model_with_nan_has_no_accuracy(model: fastvit.ViT) -> None:
 def test_pixels_and_sizes_are_those_of_the_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a run's folder, ResNets' too, which take any size; unless something else is said."""
+    """Of a run's folder, ResNets' too, which take any size; unless the command names others."""
     monkeypatch.setattr(evaluate, "open_data", lambda source, whole: some())
     recipe = recipe_of("digits").override(["image_size=32", "mean=0.1", "std=0.3"])
     images = torch.stack([resize(some().test.image(i), [32, 32], InterpolationMode.BICUBIC) for i in range(50)])
@@ -301,7 +298,7 @@ def test_command(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_command_says_what_it_assumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the library logs is seen: here that a folder without a test set is split."""
+    """The command prints what the library logs: here that a folder without a test set is split."""
     for i in range(20):
         path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -342,7 +339,7 @@ def test_real_labels(model: fastvit.ViT, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def few_shot_of_pixels(data: Data, count: int | None) -> float:
-    """The accuracy of the probe on raw pixels."""
+    """Return the accuracy of the probe on raw pixels."""
     known, queries = (
         evaluate.outputs(lambda images: images.flatten(1), s, evaluation_transform(8)) for s in (data.train, data.test)
     )

@@ -174,9 +174,6 @@ def test_floor_is_the_sum_of_the_slower_of_two() -> None:
     assert both.seconds == pytest.approx(sum(max(one.flops / 1e12, one.bytes / 1e10) for one in work))
     assert max(endless.seconds, slow.seconds) < both.seconds < 0.9 * (endless.seconds + slow.seconds)
     assert both.images_per_s == pytest.approx(batch / both.seconds)
-
-
-def test_floor_refuses_what_it_has_no_peak_for() -> None:
     gpu = roofline.GPUS["NVIDIA H200"]
     with pytest.raises(ValueError, match=r"torch\.bfloat16 and torch\.float16, got torch\.float32"):
         roofline.floor("ViT-Ti/16", 1, gpu, torch.float32)

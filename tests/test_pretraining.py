@@ -1,4 +1,4 @@
-"""Masked patch prediction, BEiT and its tokenizer: what they draw, what they aim at, what they learn."""
+"""Masked patch prediction, BEiT and its tokenizer: masks, targets, gradients."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_corrupted_embeddings() -> None:
 
 @pytest.mark.parametrize("options", [{}, BEIT, {"rope": 100.0, "pos_embed": "none"}, {"dynamic_img_size": True}])
 def test_corrupt_comes_before_positions(options: dict[str, Any]) -> None:
-    """What a hook on the patch embedding would do."""
+    """The result equals that of a hook on the patch embedding."""
     model, images = small(**options).double(), torch.randn(2, 1, 16, 16, dtype=torch.float64)
     plain = model.forward_features(images)
     assert_same(model.forward_features(images, corrupt=lambda x: x), plain)
@@ -120,9 +120,7 @@ def test_colours_by_hand() -> None:
     black, bright = 0, 2 * 64 + 1 * 8 + 7
     first = [7 * 64 + 4 * 8] * 4
     assert mean_colours(pixels, (4, 4), 2).tolist() == [[first, [bright, bright, black, black]]]
-
-
-def test_parts_of_a_patch_are_in_reading_order() -> None:
+    # Parts of a patch are in reading order.
     pixels = torch.arange(16.0).view(1, 1, 4, 4) // 2 / 8  # levels 0 0 1 1 / 2 2 3 3 / ...
     assert mean_colours(pixels, (4, 4), 4).tolist() == [[[0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]]]
     patches = mean_colours(pixels, (2, 2), 2)
@@ -229,7 +227,7 @@ def test_masked_pixels_are_not_seen(monkeypatch: pytest.MonkeyPatch, method: str
     objective.predict.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
 
     def tokens(images: Tensor, masks: Tensor) -> Tensor:
-        """Representations of the masked patches (B, M, D), of images (B, 1, 16, 16) and masks (16,) bool."""
+        """Return the representations of the masked patches (B, M, D), of images (B, 1, 16, 16) and masks (16,) bool."""
         masks = masks.expand(len(images), -1)
         chosen = masks[0].nonzero().flatten().expand(len(images), -1)
         drawn = Corruption(chosen, masks, torch.arange(16).expand(len(images), -1))

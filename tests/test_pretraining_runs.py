@@ -20,19 +20,19 @@ from fastvit.training import loop
 from fastvit.training.build import MODELS
 from fastvit.training.pretrain import DVAE, Tokenizing
 from fastvit.training.pretrain.build import TOKENIZERS, pretrain
-from fastvit.training.pretrain.recipes import RECIPES
+from fastvit.training.recipes import PRETRAINING
 from parity import assert_same
 
 
 def short(steps: int, checkpoint_every: int = 500) -> dict[str, Any]:
-    """Arguments of a run of so many steps."""
+    """Return the arguments of a run of ``steps`` steps."""
     settings = ["batch_size=16", "warmup_steps=1", f"steps={steps}"]
     return {"settings": settings, "options": loop.Options(checkpoint_every=checkpoint_every)}
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a tokenizer's run, which has not learnt much."""
+    """Return the folder of a tokenizer that was trained for two steps."""
     folder = tmp_path_factory.mktemp("tokenizer")
     pretrain("tokenizer", "digits", folder, **short(2))
     return str(folder)
@@ -42,7 +42,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_resumed_run_draws_what_it_would_have(
     method: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Masks, codes and schedules go on bit for bit: the weights are those of a run that nobody stopped."""
+    """Masks, codes and schedules go on bit for bit: the weights are those of an uninterrupted run."""
     options = {**short(6, checkpoint_every=3), "tokenizer": tokenizer if method == "beit" else None}
     pretrain(method, "digits", tmp_path / "whole", **options)
     save = loop.Run.save
@@ -78,23 +78,23 @@ def test_the_loop_tells_an_objective_how_far_it_is(tmp_path: Path, monkeypatch: 
 
 @pytest.fixture
 def short_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that BEiT trains for itself takes two steps."""
-    monkeypatch.setitem(RECIPES, "tokenizer_digits", RECIPES["tokenizer_digits"].override(short(2)["settings"]))
+    """Let a tokenizer that BEiT trains for itself take two steps."""
+    monkeypatch.setitem(PRETRAINING, "tokenizer_digits", PRETRAINING["tokenizer_digits"].override(short(2)["settings"]))
 
 
 @pytest.mark.usefixtures("short_tokenizer")
 def test_beit_trains_its_tokenizer_where_none_is_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It says so, tells it what concerns the machine, and goes on wherever the folder is moved."""
+    """It logs that, hands on the settings of the machine, and resumes wherever the folder is moved."""
     run = short(3)
     run["settings"] = [*run["settings"], "micro_batch=8"]
     with caplog.at_level("INFO", "fastvit"):
         pretrain("beit", "digits", tmp_path / "run", codes=32, share=0.3, **run)
     assert f"one for 2 steps by the recipe tokenizer_digits, in {tmp_path / 'run' / 'tokenizer'}" in caplog.text
     out = (tmp_path / "run").rename(tmp_path / "moved")
-    trained, told = DVAE.from_checkpoint(out / "tokenizer"), json.loads((out / "tokenizer" / "run.json").read_text())
+    trained, record = DVAE.from_checkpoint(out / "tokenizer"), json.loads((out / "tokenizer" / "run.json").read_text())
     state = torch.load(out / "checkpoint.pt")["objective"]
     assert all(torch.equal(value, state[f"tokenizer.{name}"]) for name, value in trained.state_dict().items())
-    assert (trained.codes, told["codes"], told["recipe.steps"], told["recipe.micro_batch"]) == (32, 32, 2, 8)
+    assert (trained.codes, record["codes"], record["recipe.steps"], record["recipe.micro_batch"]) == (32, 32, 2, 8)
     assert json.loads((out / "run.json").read_text())["share"] == 0.3
     pretrain("beit", "digits", out, codes=32, share=0.3, **run)
     with pytest.raises(ValueError, match=r"another share \(there 0\.3, now 0\.4\)"):
@@ -108,9 +108,9 @@ def test_beit_and_its_tokenizer_by_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from fastvit.training.pretrain.build import pretrain\n"
-        "from fastvit.training.pretrain.recipes import RECIPES\n"
+        "from fastvit.training.recipes import PRETRAINING\n"
         f"settings = {short(2)['settings']}\n"
-        "RECIPES['tokenizer_digits'] = RECIPES['tokenizer_digits'].override(settings)\n"
+        "PRETRAINING['tokenizer_digits'] = PRETRAINING['tokenizer_digits'].override(settings)\n"
         f"pretrain('beit', 'digits', {str(tmp_path / 'run')!r}, settings=settings)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -168,8 +168,8 @@ def test_pretrain_and_fine_tune(
     """From the command line: `fastvit train --weights` takes up all but the classifier, and so does load_checkpoint."""
     brief = ["--data", "digits", "--steps", "3", "--set", "batch_size=16", "warmup_steps=1", "polyak=0"]
     out, fine = tmp_path / "pretrained", tmp_path / "fine"
-    given = ["--tokenizer", tokenizer] if method == "beit" else []
-    assert cli.main(["pretrain", "--method", method, "--out", str(out), *brief, *given]) == 0
+    own = ["--tokenizer", tokenizer] if method == "beit" else []
+    assert cli.main(["pretrain", "--method", method, "--out", str(out), *brief, *own]) == 0
     assert "test loss" in capsys.readouterr().out
     model = fastvit.from_checkpoint(out)
     assert model.windowed == (method == "beit") and model.num_classes == 0
@@ -206,7 +206,7 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_published_recipes() -> None:
     """Appendix B.1.2 of the ViT paper; BEiT's command for ImageNet and its defaults; DALL-E's appendix A.2."""
-    masked, beit, tokenizer = (RECIPES[name] for name in ("masked", "beit", "tokenizer"))
+    masked, beit, tokenizer = (PRETRAINING[name] for name in ("masked", "beit", "tokenizer"))
     assert (masked.lr, masked.steps, masked.batch_size, masked.warmup_steps) == (2e-4, 1_000_000, 4096, 10_000)
     assert (masked.optimizer, masked.decay) == ("adam", "cosine")
     assert (beit.lr, beit.beta2, beit.weight_decay, beit.clip, beit.drop_path) == (1.5e-3, 0.98, 0.05, 3.0, 0.1)

@@ -27,9 +27,8 @@ from fastvit import cli
 from fastvit.data.datasets import Data, Split
 from fastvit.training import build, loop
 from fastvit.training.objectives import Batch, Classification, Objective
+from fastvit.training.recipes import Recipe
 from processes import spawn
-
-HERE = loop.Place(0, 1, torch.device("cpu"))
 
 
 class Bad(Classification):
@@ -73,7 +72,8 @@ def test_weights_that_give_no_loss_are_in_no_checkpoint(tmp_path: Path, capsys: 
         run = ["train", "--data", "digits", "--out", str(out), "--steps", steps, "--checkpoint-every", "1", *wild]
         assert cli.main(run) == 2
         where = "on the test set after step 1" if steps == "1" else "at step 2"
-        assert f"{where}" in (told := capsys.readouterr().err) and "there is no checkpoint yet" in told
+        error = capsys.readouterr().err
+        assert where in error and "there is no checkpoint yet" in error
         assert not (out / "checkpoint.pt").exists() and not (out / "model.safetensors").exists()
 
 
@@ -134,7 +134,7 @@ def test_an_unreadable_image_costs_nothing(where: str, workers: int, tmp_path: P
 
 
 def test_a_folder_without_a_checkpoint_is_free(tmp_path: Path) -> None:
-    """What a run left that never got to one, a mistyped recipe say, is in nobody's way; a checkpoint knows its run."""
+    """A run that ended before its first checkpoint leaves the folder free; a checkpoint knows its run."""
     with pytest.raises(loop.Diverged):
         train(tmp_path, plain(lr=0.5), objective=Bad(0, "loss"))
     train(tmp_path, plain())
@@ -143,22 +143,19 @@ def test_a_folder_without_a_checkpoint_is_free(tmp_path: Path) -> None:
         train(tmp_path, plain(lr=0.5))
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "foreign"])
-def test_damaged_checkpoints_are_named(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "foreign", "log"])
+def test_damaged_files_are_named(damage: str, tmp_path: Path) -> None:
     train(tmp_path, plain())
     path = tmp_path / "checkpoint.pt"
     data = path.read_bytes()
     path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "garbage": b"x" * 999}.get(damage, data))
     if damage == "foreign":
         torch.save({"model": torch.ones(3)}, path)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is no checkpoint of a run, or is cut short .*; move it away"):
-        train(tmp_path, plain())
-
-
-def test_a_damaged_log_is_named(tmp_path: Path) -> None:
-    train(tmp_path, plain())
-    (tmp_path / "log.jsonl").write_text("what is this\n")
-    with pytest.raises(ValueError, match=r"log\.jsonl is no log of a run"):
+    message = r"checkpoint\.pt is no checkpoint of a run, or is cut short .*; move it away"
+    if damage == "log":
+        (tmp_path / "log.jsonl").write_text("what is this\n")
+        message = r"log\.jsonl is no log of a run"
+    with pytest.raises(ValueError, match=message):
         train(tmp_path, plain())
 
 
@@ -252,20 +249,18 @@ def test_an_objectives_own_parameters_are_trained_and_stay_in_checkpoints_alone(
 
 
 def test_examples_are_what_a_run_learns_from() -> None:
-    place, recipe = HERE, plain(examples=20)
-    run = loop.Run(Classification(linear(), 10), some(), recipe, Path(), 3, loop.Options(), place)
-    assert run.data.train.labels.tolist() == some().limit(20, 3).train.labels.tolist()
+    def run(data: Data, recipe: Recipe, world: int = 1) -> loop.Run:
+        place = loop.Place(0, world, torch.device("cpu"))
+        return loop.Run(Classification(linear(), 10), data, recipe, Path(), 3, loop.Options(), place)
+
+    found = run(some(), plain(examples=20)).data.train.labels
+    assert found.tolist() == some().limit(20, 3).train.labels.tolist()
     with pytest.raises(ValueError, match="examples=49 of 48 training images"):
-        loop.Run(Classification(linear(), 10), some(), plain(examples=49), Path(), 3, loop.Options(), place)
-    nothing = replace(some(), train=some().train.subset([]))
+        run(some(), plain(examples=49))
     with pytest.raises(ValueError, match="the training set has no images"):
-        loop.Run(Classification(linear(), 10), nothing, plain(), Path(), 0, loop.Options(), place)
-
-
-def test_a_batch_is_shared_evenly_or_not_at_all() -> None:
-    place = loop.Place(0, 3, torch.device("cpu"))
+        run(replace(some(), train=some().train.subset([])), plain())
     with pytest.raises(ValueError, match="batch_size=16 can't be shared by 3 processes"):
-        loop.Run(Classification(linear(), 10), some(), plain(), Path(), 0, loop.Options(), place)
+        run(some(), plain(), world=3)
 
 
 def command(out: Path, *more: str) -> list[str]:
@@ -276,7 +271,7 @@ def command(out: Path, *more: str) -> list[str]:
 
 
 def wait(process: subprocess.Popen[Any], done: Callable[[], bool]) -> None:
-    """Until something is there that a process writes."""
+    """Wait until a process has written something."""
     while not done():
         assert process.poll() is None
         time.sleep(0.01)
@@ -312,33 +307,23 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path, capsys: pytes
 def test_a_signal_stops_a_run_with_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
     """Between two steps; it ends as an uninterrupted one. Ctrl-C reaches the workers too."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments = [
-        "train",
-        "--data",
-        "digits",
-        "--set",
-        "warmup_steps=2",
-        "--steps",
-        "40",
-        "--checkpoint-every",
-        "1000",
-        "--out",
-    ]
+    arguments = ["train", "--data", "digits", "--set", "warmup_steps=2", "--steps", "40"]
+    arguments += ["--checkpoint-every", "1000", "--out"]
     assert cli.main([*arguments, str(whole)]) == 0
     process = start(*arguments, str(cut), "--workers", "1", stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait(process, lambda: (cut / "log.jsonl").exists() and bool(lines(cut)))
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    told = process.communicate()[1]
+    error = process.communicate()[1]
     assert process.returncode == 130
     step = checkpoint(cut)["step"]
     assert 10 <= step < 40
-    assert told.splitlines()[-1] == f"fastvit train: stopped after step {step}; the same command goes on from there"
+    assert error.splitlines()[-1] == f"fastvit train: stopped after step {step}; the same command goes on from there"
     assert cli.main([*arguments, str(cut)]) == 0
     same_run(cut, whole)
 
 
 def torchrun(world: int, arguments: list[str]) -> list[str]:
-    """The command line."""
+    """Return the command line of torchrun."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     return [*run, "-m", "fastvit", *arguments]
 
@@ -350,7 +335,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     subprocess.run(torchrun(1, command(tmp_path / "one", *more)), check=True)
     one = lines(tmp_path / "one")
     assert len(one) == 6
-    assert max(line["loss"] for line in one) - min(line["loss"] for line in one) > 0.1  # or nothing is told apart
+    assert (
+        max(line["loss"] for line in one) - min(line["loss"] for line in one) > 0.1
+    )  # or the comparison proves nothing
     for name, fsdp in (("copied", ()), ("sharded", ("--fsdp",))):
         out = tmp_path / name
         subprocess.run(torchrun(2, command(out, *more, *fsdp)), check=True)
@@ -365,7 +352,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 def evaluated(out: Path, fsdp: bool) -> dict[str, float]:
-    """Test scalars of an untrained model on one image; called in each of several processes, or in one."""
+    """Return the test scalars of an untrained model on one image, in one process or in each of several."""
     torch.manual_seed(0)
     data = some()
     data = Data(data.train, data.test.subset([3]), data.classes, data.channels)
@@ -385,7 +372,7 @@ def test_fewer_test_images_than_processes(fsdp: bool, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_sharded_run_ends_as_an_uninterrupted_one(how: signal.Signals, tmp_path: Path) -> None:
-    """Both of its processes killed, or asked to stop; Adam's moments, averages and dropout go on in each."""
+    """Both of its processes killed or stopped; Adam's moments, averages and dropout go on in each."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run(torchrun(2, command(whole, "--fsdp")), check=True)
     process = subprocess.Popen(torchrun(2, command(cut, "--fsdp")), start_new_session=True)

@@ -94,7 +94,10 @@ def test_another_architecture_takes_derived_tiles_only(folders: dict[str, Path])
     assert choose(0) is DERIVED  # an empty batch
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_table_goes(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tune.table_path(None, "NVIDIA H200") == folders["user"] / "nvidia-h200.json"
+    assert tune.table_path("tables", "NVIDIA H200") == Path("tables/nvidia-h200.json")
+    assert tune.table_path("mine.json", "NVIDIA H200") == Path("mine.json")
     monkeypatch.setenv("FASTVIT_CACHE", "/here")
     assert tiles.cache_folder() == Path("/here/tiles")
     monkeypatch.delenv("FASTVIT_CACHE")
@@ -227,9 +230,8 @@ def test_candidates_are_tiles_of_their_kernels(arch: int, dtype: torch.dtype) ->
         for tile in tried:
             assert set(tile) == set(tiles.TILES[problem.family]) <= set(derived)
             if problem.family == "linear":
-                assert tile["form"] in (
-                    ("tma", "pointer") if problem.fields["allows"] == "tma" else (problem.fields["allows"],)
-                )
+                allows = problem.fields["allows"]
+                assert tile["form"] in (("tma", "pointer") if allows == "tma" else (allows,))
 
 
 def test_every_launcher_takes_its_tile_argument() -> None:
@@ -252,8 +254,7 @@ def test_a_candidate_that_spills_or_does_not_fit_is_rejected() -> None:
     assert re.match(r"spills \d+ bytes", str(spilling))
     large = candidates.rejection(pointer, torch.bfloat16, TILE | {"block_k": 256, "stages": 4}, 86)
     assert re.match(r"overflows shared memory with \d+ bytes", str(large))
-    odd = candidates.rejection(pointer, torch.bfloat16, TILE | {"block_m": 48}, 80)
-    assert odd is not None
+    assert candidates.rejection(pointer, torch.bfloat16, TILE | {"block_m": 48}, 80) is not None  # no power of two
 
 
 def gate(path: Path) -> None:
@@ -284,10 +285,11 @@ def test_the_gate_of_shipped_tables_sees_a_spill(folders: dict[str, Path]) -> No
 
 
 def _launcher(x: Tensor, tile: dict[str, Any] | None) -> Tensor:
-    """Doubles x; how well depends on the tile. New memory holds the right result, as memory used before may."""
+    """Double x; how well depends on the tile. New memory holds the right result, as memory used before may."""
     out = torch.empty_like(x)
     out = out if out.isnan().all() else 2 * x
-    out[: -1 if tile == {"how": "unfinished"} else None] = 2 * x[: -1 if tile == {"how": "unfinished"} else None]
+    end = -1 if tile == {"how": "unfinished"} else None
+    out[:end] = 2 * x[:end]
     return out * 1.01 if tile == {"how": "wrong"} else out * 1.001 if tile == {"how": "rough"} else out
 
 
@@ -370,12 +372,6 @@ def test_without_a_gpu_tuning_is_an_error(capsys: pytest.CaptureFixture[str]) ->
 def test_mistakes_name_what_is_accepted(capsys: pytest.CaptureFixture[str], arguments: list[str], word: str) -> None:
     assert cli.main(["tune", *arguments]) == 2
     assert word in capsys.readouterr().err
-
-
-def test_where_the_table_goes(folders: dict[str, Path]) -> None:
-    assert tune.table_path(None, "NVIDIA H200") == folders["user"] / "nvidia-h200.json"
-    assert tune.table_path("tables", "NVIDIA H200") == Path("tables/nvidia-h200.json")
-    assert tune.table_path("mine.json", "NVIDIA H200") == Path("mine.json")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""What the tests of training share: a few steps on a few digits."""
+"""Helpers of the training tests: a few steps on a few digits."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fastvit.training.recipes import Recipe
 
 
 def plain(**changes: Any) -> Recipe:
-    """A recipe for a few steps on small images, where nothing is left to chance but the order."""
-    given: dict[str, Any] = {
+    """Return a recipe for a few steps on small images, in which only the order is random."""
+    fields: dict[str, Any] = {
         "steps": 6, "batch_size": 16, "lr": 0.02, "warmup_steps": 2, "crop": "none", "flip": False, "image_size": 8,
         "precision": "float32",
     }  # fmt: skip
-    return Recipe(**given | changes)
+    return Recipe(**fields | changes)
 
 
 def some() -> Data:
-    """48 digits, and 20 to test on."""
+    """Return 48 digits, and 20 to test on."""
     data = open_data("digits")
     return Data(data.train.subset(range(48)), data.test.subset(range(20)), 10, 1)
 
@@ -46,14 +46,14 @@ def lines(out: Path, split: str = "train") -> list[dict[str, Any]]:
 
 
 def train(out: Path, recipe: Recipe, model: nn.Module | None = None, **options: Any) -> dict[str, Tensor]:
-    """The weights that a linear model, or another, ends with."""
+    """Train a linear model, or another, and return its weights."""
     objective = options.pop("objective", None) or Classification(model or linear(), 10)
     loop.train(objective, some(), recipe, out, options=loop.Options(log_every=1, **options))
     return weights(out)
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Two runs end with the same weights and the same log, bit for bit."""
+    """Assert that two runs end with the same weights and the same log, bit for bit."""
     expected = weights(other)
     assert all(torch.equal(value, expected[name]) for name, value in weights(one).items())
     assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()

@@ -67,11 +67,7 @@ class Data:
                 )
 
     def limit(self, examples: int | None, seed: int) -> Data:
-        """Return the same data with only so many training images, chosen at random; None keeps all.
-
-        Raises:
-            ValueError: there are fewer.
-        """
+        """Return the same data with only ``examples`` training images, chosen at random; None keeps all."""
         if examples is None:
             return self
         if examples > len(self.train):

@@ -291,11 +291,7 @@ def table_images(table: Any, source: str) -> Images:
 
 
 def listed_images(file: Path) -> Images:
-    """Open the images of a list, "path label" in each line, where paths are below the list's folder.
-
-    Raises:
-        ValueError: a line is something else, or there is none.
-    """
+    """Open the images of a list, "path label" in each line, where paths are below the list's folder."""
     lines = [line.rsplit(maxsplit=1) for line in file.read_text().splitlines()]
     for i, line in enumerate(lines):
         if len(line) != 2:

@@ -57,11 +57,10 @@ def evaluation_transform(
 
 
 def _normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
-    """Return the steps from pixels of 0 to 1 to normalised ones; one mean and std, or one for each channel."""
+    """Return the steps from pixels of any type to normalised ones; one mean and std, or one for each channel."""
     from torchvision.transforms import v2
 
-    m, s = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-    return [v2.ToDtype(torch.float32, scale=True), v2.Lambda(lambda image: ((image - m) / s).as_subclass(Tensor))]
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
 
 
 class Examples(Dataset[dict[str, Any]]):

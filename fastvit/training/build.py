@@ -16,7 +16,8 @@ from fastvit.checkpoints.infer import arguments_not_in_shapes
 from fastvit.data.datasets import Data, open_data
 from fastvit.models import ViT, create_model, from_checkpoint
 from fastvit.models.axial import AxialResNet
-from fastvit.models.registry import is_resnet, model_class
+from fastvit.models.families import family_of
+from fastvit.models.registry import model_class
 from fastvit.models.resnet import ResNetV2
 from fastvit.training import loop
 from fastvit.training.objectives import Classification
@@ -34,13 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "global_pool": "avg",
     }
 }
-# The same as a BEiT.
-MODELS["digits_beit"] = {
-    **MODELS["digits"],
-    "init_values": 0.1,
-    "pos_embed": "none",
-    "use_rel_pos_bias": True,
-}
+MODELS["digits_beit"] = {**MODELS["digits"], "init_values": 0.1, "pos_embed": "none", "use_rel_pos_bias": True}
 
 # The recipe of a data set, where --recipe names none.
 DEFAULTS = {
@@ -60,10 +55,7 @@ def recipe_for(
 ) -> Recipe:
     """Return the recipe of a name, or the data set's own, with what is overridden.
 
-    Pixels are normalised as those were that ``weights`` were trained with.
-
-    Raises:
-        ValueError: no such recipe, none for this data set, a setting that fits none, or fine-tuning without weights.
+    Pixels are normalised as those that ``weights`` were trained with.
     """
     if name is None:
         name = DEFAULTS.get(data.partition(":")[0])
@@ -80,7 +72,7 @@ def recipe_for(
 
 
 def model_of(name: str, recipe: Recipe, data: Data, weights: str | None = None, **arguments: Any) -> nn.Module:
-    """The model that a run trains, with the recipe's dropout and image size and the data's classes and channels.
+    """Build the model that a run trains, with the recipe's dropout and image size and the data's classes and channels.
 
     Args:
         name: of :data:`MODELS`, or what :func:`fastvit.create_model` takes. With ``weights`` it is the file's model.
@@ -90,29 +82,26 @@ def model_of(name: str, recipe: Recipe, data: Data, weights: str | None = None, 
     Raises:
         ValueError: no such model or weights, or a ResNet with what it can't have: dropout, images of other channels.
     """
-    given: dict[str, Any] = {"in_chans": data.channels, "drop_path_rate": recipe.drop_path, **arguments}
+    options: dict[str, Any] = {"in_chans": data.channels, "drop_path_rate": recipe.drop_path, **arguments}
     raw = None if weights is None else files.read(weights)
+    kind: Any = ViT
     if raw is not None:
-        kind: type[nn.Module] = ResNetV2 if is_resnet(raw) else ViT
-    else:
-        kind = ViT if name in MODELS else model_class(name)
+        kind = family_of(raw.tensors).build
+    elif name not in MODELS:
+        kind = model_class(name)
     if issubclass(kind, ResNetV2):
         if recipe.dropout:
             raise ValueError(f"dropout={recipe.dropout}: of a ResNet, accepted is 0 (--set dropout=0)")
         if issubclass(kind, AxialResNet):
-            given["img_size"] = recipe.image_size
+            options["img_size"] = recipe.image_size
     else:
-        given |= {
-            "img_size": recipe.image_size,
-            "pos_drop_rate": recipe.dropout,
-            "proj_drop_rate": recipe.dropout,
-        }
+        options |= {"img_size": recipe.image_size, "pos_drop_rate": recipe.dropout, "proj_drop_rate": recipe.dropout}
     if raw is not None:
-        model = from_checkpoint(raw, num_classes=0, **given)
+        model = from_checkpoint(raw, num_classes=0, **options)
         model.reset_classifier(data.classes)
         return model
-    given["num_classes"] = data.classes
-    return ViT(**MODELS[name] | given) if name in MODELS else create_model(name, **given)
+    options["num_classes"] = data.classes
+    return ViT(**MODELS[name] | options) if name in MODELS else create_model(name, **options)
 
 
 def describe(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
@@ -147,9 +136,6 @@ def train(
 
     Returns:
         What is in metrics.json.
-
-    Raises:
-        ValueError: an argument that does not fit.
     """
     chosen = recipe_for(recipe, data, settings, steps, weights)
     sets = open_data(data)

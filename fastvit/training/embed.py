@@ -124,8 +124,8 @@ class Job:
         unreadable = {int(i): why for shard in shards for i, why in json.loads(str(shard["unreadable"])).items()}
         keys = [_line(self.images.keys[i]) for i in index]
         lines = [f"{_line(self.images.keys[i])}\t{_line(why)}" for i, why in sorted(unreadable.items())]
-        write(self.out / "unreadable.txt", "".join(f"{line}\n" for line in lines).encode())
-        write(self.out / "keys.txt", "".join(f"{key}\n" for key in keys).encode())
+        write(self.out / "unreadable.txt", "".join(f"{line}\n" for line in lines))
+        write(self.out / "keys.txt", "".join(f"{key}\n" for key in keys))
         buffer = io.BytesIO()
         np.save(buffer, features.astype(np.float32))
         write(self.out / "features.npy", buffer.getvalue())
@@ -222,10 +222,8 @@ def _claim(out: Path, images: Images, model: ViT, options: dict[str, Any]) -> No
     keys = hashlib.sha256("\n".join(images.keys).encode()).hexdigest()
     mine = {"images": keys, "weights": fingerprint(model), **json.loads(json.dumps(options))}
     path = out / "embed.json"
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        other = [name for name in mine if theirs.get(name) != mine[name]]
-        if other:
-            raise ValueError(f"{out} holds features of other {', '.join(other)}; give another folder")
-    else:
-        write(path, json.dumps(mine, indent=1).encode())
+    if not path.exists():
+        write(path, json.dumps(mine, indent=1))
+    theirs = json.loads(path.read_text())
+    if other := [name for name in mine if theirs.get(name) != mine[name]]:
+        raise ValueError(f"{out} holds features of other {', '.join(other)}; give another folder")

@@ -118,9 +118,7 @@ class Ridge:
     def left_out(self, coordinates: Tensor, targets: Tensor, penalty: float) -> Tensor:
         """Return scores (M, K) of training images (M, min(N, D)), each by a fit without it.
 
-        Targets are (M, K) of -1 and 1.
-
-        Only the deviations that features are divided by are those of all images.
+        Targets are (M, K) of -1 and 1. Only the deviations that features are divided by are those of all images.
         """
         # The diagonal of the hat matrix; 1 / N is the bias's part.
         leverage = coordinates.square() @ (1 / (self.values + penalty)) + 1 / self.count
@@ -138,9 +136,6 @@ def few_shot(features: Tensor, labels: Tensor, queries: Tensor, classes: int, pe
 
     Returns:
         scores (M, K), float64.
-
-    Raises:
-        ValueError: a penalty that is not positive.
     """
     if not penalty > 0:
         raise ValueError(f"penalty={penalty} is not positive")
@@ -176,11 +171,7 @@ def best_penalty(features: Tensor, labels: Tensor, classes: int) -> float:
 
 
 def shots(labels: Tensor, count: int, seed: int = 0) -> Tensor:
-    """Choose ``count`` images of each class at random and return their numbers.
-
-    Raises:
-        ValueError: a class has fewer.
-    """
+    """Choose ``count`` images of each class at random and return their numbers."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     chosen = []
     for label in labels.unique():
@@ -197,9 +188,6 @@ def nearest(
     """Return scores (M, K) of k nearest neighbours by cosine, voting with exp(cosine / temperature) (Wu et al., 2018).
 
     Besides the arguments and the scores, in float64, it needs about 3 CHUNK^2 + 2 CHUNK (D + k) numbers: under 0.5 GB.
-
-    Raises:
-        ValueError: k is none of 1 to N.
     """
     if not 1 <= k <= len(labels):
         raise ValueError(f"k={k}; accepted: 1 to {len(labels)}, the training images")

@@ -38,9 +38,6 @@ class Logger:
         out: folder.
         step: where the run goes on; lines of later steps are dropped.
         writes: whether this process writes.
-
-    Raises:
-        ValueError: the file log.jsonl is no log.
     """
 
     def __init__(self, out: Path, step: int, writes: bool) -> None:

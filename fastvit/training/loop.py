@@ -101,6 +101,7 @@ class Run:
         self, objective: Objective, data: Data, recipe: Recipe, out: Path, seed: int, options: Options, place: Place
     ) -> None:
         self.out, self.seed, self.options, self.place = out, seed, options, place
+        self.checkpoint = out / files.RUN
         self.data = data = data.limit(recipe.examples, seed)
         self.recipe = recipe = recipe.for_images(len(data.train))
         assert recipe.steps is not None
@@ -133,11 +134,6 @@ class Run:
             self.wrapped = DistributedDataParallel(objective, device_ids=device_ids)
         torch.manual_seed(seed + place.rank)  # what was drawn before is in the weights
         self.rng = self.rng_states()
-
-    @property
-    def checkpoint(self) -> Path:
-        """Return the path of the newest state."""
-        return self.out / files.RUN
 
     def autocast(self) -> Any:
         """Return a context of the recipe's precision."""
@@ -212,7 +208,16 @@ class Run:
                 f"{self.checkpoint} is no checkpoint of a run, or is cut short ({type(error).__name__}); move it away "
                 "to begin anew"
             ) from error
-        self._refuse_another(theirs)
+        mine = self.description
+        if others := [name for name in sorted({*mine, *theirs}) if theirs.get(name) != mine.get(name)]:
+            differences = [
+                f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})"
+                for name in others
+                if name not in ("parameters", "labels")  # hashes, which say nothing to a reader
+            ]
+            raise ValueError(
+                f"{self.out} holds a run with another {', '.join(differences or others)}; give another folder"
+            )
         self.step, self.test = state["step"], state["test"]
         set_state_dict(
             self.objective,
@@ -229,19 +234,6 @@ class Run:
             torch.cuda.set_rng_state(self.rng["cuda"], self.place.device)
         log.info("%s: goes on after step %d", self.out, self.step)
 
-    def _refuse_another(self, theirs: Mapping[str, Any]) -> None:
-        mine = self.description
-        others = [name for name in sorted({*mine, *theirs}) if theirs.get(name) != mine.get(name)]
-        differences = [
-            f"{name} (there {theirs.get(name)!r}, now {mine.get(name)!r})"
-            for name in others
-            if name not in ("parameters", "labels")  # hashes, which say nothing to a reader
-        ]
-        if others:
-            raise ValueError(
-                f"{self.out} holds a run with another {', '.join(differences or others)}; give another folder"
-            )
-
     # -- the steps ------------------------------------------------------------------------------------------------
 
     def train(self, logger: Logger, interruption: Interruption) -> dict[str, float]:
@@ -249,13 +241,12 @@ class Run:
         if self.test is None:
             try:
                 self.remaining_steps(logger, interruption)
-                test = self.evaluate()
+                self.test = self.evaluate()
             except Unreadable:
                 if self.place.world == 1 and self.step:  # of several processes the others don't know
                     self.save()
                 raise
-            self.test = test
-            logger.write(self.step, "test", test)
+            logger.write(self.step, "test", self.test)
             self.save()
         return self.test
 
@@ -320,8 +311,7 @@ class Run:
 
     def _finite(self, scalars: Mapping[str, float], where: str) -> None:
         for name in ("loss", "grad_norm"):
-            value = scalars.get(name, 0.0)
-            if not math.isfinite(value):
+            if not math.isfinite(value := scalars.get(name, 0.0)):
                 kept = "there is no checkpoint yet"
                 if self.checkpoint.exists():
                     kept = (

@@ -51,7 +51,7 @@ def processes() -> Place:
 
 
 class Interruption:
-    """Whether Ctrl-C or SIGTERM requested a stop, between two steps; a second signal stops the run at once.
+    """Records a request to stop, by Ctrl-C or SIGTERM, between two steps; a second signal stops the run at once.
 
     As a context it catches these signals, in a process's main thread.
     """

@@ -91,11 +91,7 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)}; accepted: 0 up to, and without, 1")
 
     def for_images(self, count: int) -> Recipe:
-        """Return the recipe in steps, for a training set of so many images.
-
-        Raises:
-            ValueError: there are no images, or the warm-up would not end.
-        """
+        """Return the recipe in steps for a training set of ``count`` images; its warm-up must end within them."""
         if not count:
             raise ValueError("the training set has no images")
         steps = self.steps or math.ceil((self.epochs or 0) * count / self.batch_size)
@@ -141,30 +137,15 @@ def _parse(name: str, text: str, hint: Any) -> Any:
     """Parse ``text`` as a value of the type ``hint``."""
     if get_origin(hint) is tuple:
         return tuple(_parse(name, part, get_args(hint)[0]) for part in text.split(","))
-    kinds = get_args(hint) if get_origin(hint) is not Literal else (str,)
-    kinds = kinds or (hint,)
+    kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
     if text.lower() == "none" and type(None) in kinds:
         return None
     kind = next(kind for kind in kinds if kind is not type(None))
-    if kind is bool:
-        known = {"true": True, "1": True, "false": False, "0": False}
-        if text.lower() in known:
-            return known[text.lower()]
-    else:
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    names = [k.__name__ for k in kinds if k is not type(None)] + ["none"] * (type(None) in kinds)
-    raise ValueError(f"{name}={text!r}; accepted: {' or '.join(names)}")
-
-
-def _jft(lr: float, epochs: int, model: str) -> Recipe:
-    return Recipe(lr=lr, epochs=epochs, model=model)
-
-
-def _imagenet21k(model: str) -> Recipe:
-    return Recipe(lr=1e-3, epochs=90, weight_decay=0.03, dropout=0.1, model=model)
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        names = [k.__name__ for k in kinds if k is not type(None)] + ["none"] * (type(None) in kinds)
+        raise ValueError(f"{name}={text!r}; accepted: {' or '.join(names)}") from None
 
 
 def _finetune(steps: int, lr: float, image_size: int = 384, polyak: float = 0.0) -> Recipe:
@@ -186,18 +167,18 @@ def _finetune(steps: int, lr: float, image_size: int = 384, polyak: float = 0.0)
 RECIPES: dict[str, Recipe] = {
     # Table 3. Where it has two numbers of epochs ("7/14", "30/90"), the greater one.
     "vit_imagenet": Recipe(lr=3e-3, epochs=300, decay="cosine", weight_decay=0.3, clip=1.0, dropout=0.1),
-    "vit_imagenet21k": _imagenet21k("vit_base_patch16_224"),
-    "vit_imagenet21k_l": _imagenet21k("vit_large_patch16_224"),
-    "vit_jft": _jft(8e-4, 7, "vit_base_patch16_224"),
-    "vit_jft_l32": _jft(6e-4, 7, "vit_large_patch32_224"),
-    "vit_jft_l16": _jft(4e-4, 14, "vit_large_patch16_224"),
-    "vit_jft_h14": _jft(3e-4, 14, "vit_huge_patch14_224"),
-    "hybrid_jft": _jft(8e-4, 7, "vit_base_r50_s16_224"),
-    "hybrid_jft_l32": _jft(2e-4, 7, "vit_large_r50_s32_224"),
-    "hybrid_jft_l16": _jft(4e-4, 14, "vit_large_r50_s16_224"),
-    "resnet_jft_r50": _jft(1e-3, 7, "resnetv2_50x1_bit"),
-    "resnet_jft_r101": _jft(8e-4, 7, "resnetv2_101x1_bit"),
-    "resnet_jft_r152": _jft(6e-4, 7, "resnetv2_152x2_bit"),
+    "vit_imagenet21k": (imagenet21k := Recipe(lr=1e-3, epochs=90, weight_decay=0.03, dropout=0.1)),
+    "vit_imagenet21k_l": replace(imagenet21k, model="vit_large_patch16_224"),
+    "vit_jft": Recipe(lr=8e-4, epochs=7, model="vit_base_patch16_224"),
+    "vit_jft_l32": Recipe(lr=6e-4, epochs=7, model="vit_large_patch32_224"),
+    "vit_jft_l16": Recipe(lr=4e-4, epochs=14, model="vit_large_patch16_224"),
+    "vit_jft_h14": Recipe(lr=3e-4, epochs=14, model="vit_huge_patch14_224"),
+    "hybrid_jft": Recipe(lr=8e-4, epochs=7, model="vit_base_r50_s16_224"),
+    "hybrid_jft_l32": Recipe(lr=2e-4, epochs=7, model="vit_large_r50_s32_224"),
+    "hybrid_jft_l16": Recipe(lr=4e-4, epochs=14, model="vit_large_r50_s16_224"),
+    "resnet_jft_r50": Recipe(lr=1e-3, epochs=7, model="resnetv2_50x1_bit"),
+    "resnet_jft_r101": Recipe(lr=8e-4, epochs=7, model="resnetv2_101x1_bit"),
+    "resnet_jft_r152": Recipe(lr=6e-4, epochs=7, model="resnetv2_152x2_bit"),
     # DeiT's (Touvron et al., 2021) for ImageNet without more data, but for CutMix, erasing and repeated augmentation.
     "deit_imagenet": Recipe(
         lr=1e-3,
@@ -240,12 +221,47 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def recipe_of(name: str) -> Recipe:
-    """Return a recipe by its name.
+_DIGITS = replace(RECIPES["digits"], steps=1000, epochs=None, weight_decay=0.05, mixup=0.0, crop="none")
 
-    Raises:
-        ValueError: an unknown name; all are listed.
-    """
+# Recipes of pre-training, by method, or method_data for a data set with one of its own.
+PRETRAINING: dict[str, Recipe] = {
+    # Appendix B.1.2; weight decay as of all its models pre-trained on JFT.
+    "masked": Recipe(lr=2e-4, steps=1_000_000, decay="cosine", weight_decay=0.1),
+    # The command that BEiT's authors published, and its defaults: 800 epochs of ImageNet, warmed up over 10. What
+    # differs is in docs/pretraining.md.
+    "beit": Recipe(
+        lr=1.5e-3,
+        beta2=0.98,
+        batch_size=2048,
+        epochs=800,
+        warmup_steps=6_256,
+        decay="cosine",
+        weight_decay=0.05,
+        clip=3.0,
+        drop_path=0.1,
+        model="beit_base_patch16_224",
+    ),
+    # DALL-E's appendix A.2, on the images of 112 pixels that BEiT has tokens of; for a tenth of its 3,000,000 steps,
+    # with a warm-up, and without the floor of its learning rate.
+    "tokenizer": Recipe(
+        lr=1e-4,
+        batch_size=512,
+        steps=300_000,
+        warmup_steps=1_000,
+        decay="cosine",
+        weight_decay=1e-4,
+        polyak=0.999,
+        image_size=112,
+        model="dvae",
+    ),
+    "masked_digits": _DIGITS,
+    "beit_digits": replace(_DIGITS, model="digits_beit"),
+    "tokenizer_digits": replace(_DIGITS, weight_decay=1e-4, image_size=8, model="digits_dvae"),
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    """Return a recipe by its name; a ValueError lists the names that exist."""
     if name not in RECIPES:
         raise ValueError(f"no recipe {name!r}; accepted: {', '.join(RECIPES)}")
     return RECIPES[name]

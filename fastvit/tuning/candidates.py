@@ -24,11 +24,7 @@ from fastvit.triton.attention import attention_forward
 from fastvit.triton.attention_backward import attention_key_value_gradient, attention_query_gradient
 from fastvit.triton.linear import linear_forward
 from fastvit.triton.linear_backward import linear_input_gradient, linear_weight_gradient
-from fastvit.triton.patch_embed import (
-    patch_embed_forward,
-    patch_embed_image_gradient,
-    patch_embed_weight_gradient,
-)
+from fastvit.triton.patch_embed import patch_embed_forward, patch_embed_image_gradient, patch_embed_weight_gradient
 from fastvit.triton.tiles import Problem, Row
 from fastvit.tuning import compile_report
 
@@ -83,13 +79,9 @@ def launcher_call(problem: Problem, dtype: torch.dtype, device: torch.device | s
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    make: dict[str, Callable[..., LauncherCall]] = {
-        "linear": _linear,
-        "attention": _attention,
-        "patch_embed": _patch_embed,
-        "cuda": _cuda,
-    }
-    return make[problem.family](random, size=problem.size, **problem.fields)
+    make: dict[str, Any] = {"linear": _linear, "attention": _attention, "patch_embed": _patch_embed, "cuda": _cuda}
+    call: LauncherCall = make[problem.family](random, size=problem.size, **problem.fields)
+    return call
 
 
 def is_reproducible(problem: Problem, dtype: torch.dtype, arch: int) -> bool:

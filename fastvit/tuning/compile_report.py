@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,11 @@ from fastvit.packing import pack
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
-@dataclass(frozen=True)
-class AtenOp:
+class AtenOp(NamedTuple):
     """An ATen op that ran, and the bytes of its inputs and outputs."""
 
     name: str
     moved: int
-
-    def __str__(self) -> str:
-        return self.name
 
 
 @dataclass

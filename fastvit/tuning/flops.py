@@ -42,9 +42,6 @@ def count(model: nn.Module, image_size: Size | None = None, batch: int = 1, trai
         image_size: (height, width), or one int; by default that of the model's patch embedding, or 224 without one.
         batch: images B.
         training: count the backward pass too: gradients of all parameters that require one, not of the images.
-
-    Raises:
-        ValueError: a batch below 1.
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")

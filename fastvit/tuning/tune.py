@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ ORDER = 2.0**-14  # of the largest value: what two orders of summation in float3
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """New memory is NaN, as in the tests: what a kernel leaves unwritten shows."""
+    """Fill new memory with NaN, as in the tests, so that elements that a kernel leaves unwritten show."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would have its workspace set in the environment
     try:
@@ -116,22 +117,24 @@ def _copies(call: LauncherCall, device: torch.device) -> int:
 
 def _clock(calls: Sequence[LauncherCall], tile: Row, device: torch.device) -> Callable[[], float]:
     """Return a function that runs all calls with ``tile``, in a CUDA graph, and returns the seconds of one."""
-    for call in calls:
-        call.run(tile)
+
+    def run_all() -> None:
+        for call in calls:
+            call.run(tile)
+
+    run_all()
     if device.type == "cpu":  # in the interpreter, where times mean nothing
 
         def by_the_wall() -> float:
             begun = time.perf_counter()
-            for call in calls:
-                call.run(tile)
+            run_all()
             return (time.perf_counter() - begun) / len(calls)
 
         return by_the_wall
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call.run(tile)
+        run_all()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def by_events() -> float:
@@ -173,23 +176,18 @@ def measure(
 ) -> Row:
     """Measure a problem and return its row of the table.
 
-    Args:
-        problem, dtype: the shape and keys, and the operands' dtype.
-        derived: the tile to beat.
-        found: candidates, each with the reason why it is rejected, or None.
-        device: a CUDA device, or the CPU in Triton's interpreter.
+    ``derived`` is the tile to beat; ``found`` are candidates, each with the reason why it is rejected, or None.
     """
     derived = {name: derived[name] for name in tiles.TILES[problem.family]}
     call = launcher_call(problem, dtype, device)
     calls = [call, *(launcher_call(problem, dtype, device) for _ in range(_copies(call, device) - 1))]
     check = AccuracyCheck(call, derived)
     screened: list[tuple[float, Row]] = []
-    refused: dict[str, int] = {}
+    refused: Counter[str] = Counter()
     for tile, reason in found:
         if reason is None:
             try:
-                reason = check.failure(tile)
-                if reason is None:
+                if (reason := check.failure(tile)) is None:
                     clock = _clock(calls, tile, device)
                     screened.append((min(clock() for _ in range(3)), tile))
             except torch.OutOfMemoryError:
@@ -197,8 +195,7 @@ def measure(
             except Exception as error:  # Triton's errors are of many types
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if reason is not None:
-            word = reason.split(" ")[0].rstrip(":")
-            refused[word] = refused.get(word, 0) + 1
+            refused[reason.split(" ")[0].rstrip(":")] += 1
     screened.sort(key=lambda one: one[0])
     finalists = [derived, *(tile for _, tile in screened[:FINALISTS])]
     samples = interleaved([_clock(calls, tile, device) for tile in finalists], SECONDS)
@@ -301,8 +298,6 @@ def tune(
     """Measure the problems that ``table`` does not have yet, and return how many are left.
 
     Args:
-        problems: with their dtypes and derived tiles.
-        table: gets the rows, one by one.
         device: a CUDA device, or the CPU in Triton's interpreter.
         most: at most so many candidates a problem.
         budget: seconds after which no further problem is begun.
@@ -310,23 +305,17 @@ def tune(
     end = time.monotonic() + budget
     programs = launch.multiprocessors(torch.empty(0, device=device))
     open_ones = {p: value for p, value in problems.items() if p not in table.rows}
-    tried = {
-        p: [
-            tile
-            for tile in candidate_configs(p, table.arch, programs)
-            if any(tile[name] != derived[name] for name in tile)
-        ]
-        for p, (_, derived) in open_ones.items()
-    }
-    tried = {p: found[:most] for p, found in tried.items()}
+    tried = {}
+    for problem, (_, derived) in open_ones.items():
+        found = candidate_configs(problem, table.arch, programs)
+        tried[problem] = [tile for tile in found if any(tile[name] != derived[name] for name in tile)][:most]
     # Several processes, since the compiler holds Python's lock; spawned, since CUDA does not survive a fork.
     workers = max((os.cpu_count() or 2) - 1, 1)
-    compiled_here = {} if launch.INTERPRETING else {p: v for p, v in open_ones.items() if p.family != "cuda"}
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if compiled_here else None
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))  # which starts none before its first task
     try:
         compiling: dict[Problem, list[Future[str | None]]] = {}
-        if pool is not None:
-            for problem, (dtype, _) in compiled_here.items():
+        for problem, (dtype, _) in {} if launch.INTERPRETING else open_ones.items():
+            if problem.family != "cuda":
                 compiling[problem] = [
                     pool.submit(rejection, problem, dtype, tile, table.arch) for tile in tried[problem]
                 ]
@@ -348,8 +337,7 @@ def tune(
                 except (torch.OutOfMemoryError, ArithmeticError) as error:
                     bar.write(f"{problem} is not measured: {error}")
     finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
     return left
 
 
@@ -385,15 +373,11 @@ def problems_of(
         for batch, training in product(batches, steps):
             images = torch.empty(batch, 3, *model.patch_embed.img_size, device="meta", dtype=dtype)
             for problem, derived in find_problems(model, images, arch, training=training, backend=backend).items():
-                if problem in found:
-                    continue
-                if is_reproducible(problem, dtype, arch):
+                if problem not in found and is_reproducible(problem, dtype, arch):
                     found[problem] = dtype, derived
-                else:
-                    print(
-                        f"{problem} keeps its derived tile: no call reproduces the layout of its operands",
-                        file=sys.stderr,
-                    )
+                elif problem not in found:
+                    kept = f"{problem} keeps its derived tile: no call reproduces the layout of its operands"
+                    print(kept, file=sys.stderr)
     return found
 
 
@@ -414,31 +398,23 @@ def _cuda_unavailable(arguments: Any) -> str | None:
 
 
 def main(arguments: Any) -> int:
-    """``fastvit tune`` with parsed arguments; the exit status."""
+    """Run ``fastvit tune`` with parsed arguments and return the exit status."""
     if arguments.arch is not None and not (arguments.dry_run and arguments.arch in launch.ARCHITECTURES):
         known = ", ".join(map(str, launch.ARCHITECTURES))
-        print(f"fastvit tune: --arch {arguments.arch}: accepted with --dry-run only: {known}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--arch {arguments.arch}: accepted with --dry-run only: {known}")
     if not (arguments.dry_run and arguments.arch) and not (torch.cuda.is_available() or launch.INTERPRETING):
-        print(
-            "fastvit tune needs a CUDA device, and PyTorch sees none. `fastvit tune --dry-run --arch 90` lists what "
-            "would be measured; with TRITON_INTERPRET=1 it runs on the CPU, without meaningful times.",
-            file=sys.stderr,
+        raise ValueError(
+            "it needs a CUDA device, and PyTorch sees none. `fastvit tune --dry-run --arch 90` lists what would be "
+            "measured; with TRITON_INTERPRET=1 it runs on the CPU, without meaningful times."
         )
-        return 2
     if arguments.backend == "cuda" and (missing := _cuda_unavailable(arguments)):
-        print(f"fastvit tune --backend cuda can't run: {missing}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--backend cuda can't run: {missing}")
     device = torch.device("cpu" if launch.INTERPRETING or not torch.cuda.is_available() else "cuda")
     here = torch.empty(0, device=device)
     arch = arguments.arch or launch.architecture(here)
     dtypes = [getattr(torch, name) for name in arguments.dtype]
     steps = [arguments.training] if arguments.training is not None else [False, True]
-    try:
-        problems = problems_of(arguments.models, arguments.batch, dtypes, steps, arch, arguments.backend)
-    except ValueError as error:  # an unknown model
-        print(f"fastvit tune: {error}", file=sys.stderr)
-        return 2
+    problems = problems_of(arguments.models, arguments.batch, dtypes, steps, arch, arguments.backend)
     if arguments.dry_run:
         programs = launch.multiprocessors(here if here.is_cuda else here.to("meta"))
         counts = {problem: len(candidate_configs(problem, arch, programs)[: arguments.most]) for problem in problems}
@@ -452,10 +428,9 @@ def main(arguments: Any) -> int:
     try:
         left = tune(problems, table, device, most=arguments.most, budget=arguments.budget)
     except KeyboardInterrupt:
-        print(
-            f"interrupted; {table.path} has {len(table.rows)} problems, and the same command goes on", file=sys.stderr
-        )
-        return 130
+        raise KeyboardInterrupt(
+            f"interrupted; {table.path} has {len(table.rows)} problems, and the same command goes on"
+        ) from None
     print(render(problems, table))
     print(f"{table.path}: {len(table.rows)} problems" + (f"; {left} left: run the same again" if left else ""))
     return 1 if left else 0

@@ -102,6 +102,5 @@ def test_a_launch_takes_the_measured_tile() -> None:
 def test_the_command_says_what_is_left(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["--models", "vit_tiny_patch16_224", "--batch", "1", "--inference", "--budget", "0"]
     assert cli.main(["tune", *arguments, "--out", str(tmp_path / "mine.json")]) == 1
-    said = capsys.readouterr().out
-    assert f"{tmp_path / 'mine.json'}: 0 problems;" in said
-    assert "left: run the same again" in said
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'mine.json'}: 0 problems;" in out and "left: run the same again" in out

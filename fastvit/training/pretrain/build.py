@@ -18,8 +18,7 @@ from fastvit.training.logger import fingerprint
 from fastvit.training.pretrain.beit import Beit
 from fastvit.training.pretrain.dvae import DVAE, Tokenizing
 from fastvit.training.pretrain.masked import MaskedPatches
-from fastvit.training.pretrain.recipes import name_of, recipe_for
-from fastvit.training.recipes import Recipe
+from fastvit.training.recipes import PRETRAINING, Recipe
 
 log = logging.getLogger("fastvit")
 
@@ -34,12 +33,19 @@ TOKENIZERS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def encoder_of(name: str, recipe: Recipe, data: Data) -> ViT:
-    """Build the model to pre-train, without a classifier.
+def name_of(method: str, data: str) -> str:
+    """Return the key in :data:`PRETRAINING` of a method on a data set."""
+    own = f"{method}_{data.partition(':')[0]}"
+    return own if own in PRETRAINING else method
 
-    Raises:
-        ValueError: it is no ViT.
-    """
+
+def recipe_for(method: str, data: str, settings: Sequence[str], steps: int | None = None) -> Recipe:
+    """Return the recipe of a method on a data set, with some of its fields overridden."""
+    return PRETRAINING[name_of(method, data)].override(settings, steps)
+
+
+def encoder_of(name: str, recipe: Recipe, data: Data) -> ViT:
+    """Build the ViT to pre-train, without a classifier."""
     model = model_of(name, recipe, data)
     if not isinstance(model, ViT):
         raise ValueError(f"pre-training takes ViTs alone; model {name!r} is of the class {type(model).__name__}")
@@ -54,28 +60,22 @@ def pixels_of(recipe: Recipe, data: Data) -> tuple[list[float], list[float]]:
 
 
 def tokenizer_of(name: str, recipe: Recipe, data: Data, codes: int | None = None) -> Tokenizing:
-    """Build a new tokenizer with its loss; ``codes`` replaces its own number of codes.
-
-    Raises:
-        ValueError: an unknown name, or fewer than 2 codes.
-    """
+    """Build a new tokenizer with its loss; ``codes`` replaces its own number of codes."""
     if name not in TOKENIZERS:
         raise ValueError(f"no tokenizer {name!r}; accepted: {', '.join(TOKENIZERS)}")
     sizes, divergence = TOKENIZERS[name]
-    sizes = sizes if codes is None else sizes | {"codes": codes}
-    return Tokenizing(DVAE(*pixels_of(recipe, data), **sizes), divergence)
+    replaced = {} if codes is None else {"codes": codes}
+    return Tokenizing(DVAE(*pixels_of(recipe, data), **sizes | replaced), divergence)
 
 
 def _same_pixels(dvae: DVAE, mean: list[float], std: list[float]) -> None:
     """Raise a ValueError where images are normalised otherwise than those that the tokenizer was trained on."""
-    ours = torch.tensor([mean, std])
     theirs = torch.stack([dvae.pixels.mean, dvae.pixels.std]).flatten(1)
-    if not torch.equal(ours, theirs):
-        expected = ", ".join(
-            f"{name}={[round(value, 6) for value in values]}"
-            for name, values in zip(("mean", "std"), theirs.tolist(), strict=True)
+    if not torch.equal(torch.tensor([mean, std]), theirs):
+        means, stds = ([round(value, 6) for value in values] for values in theirs.tolist())
+        raise ValueError(
+            f"mean={mean}, std={std}: the tokenizer's images were normalised by mean={means}, std={stds}; --set these"
         )
-        raise ValueError(f"mean={mean}, std={std}: the tokenizer's images were normalised by {expected}; --set these")
 
 
 def _own_tokenizer(
@@ -143,11 +143,7 @@ def pretrain(
     sets, recipe = open_data(data, labels=False), recipe_for(method, data, list(settings), steps)
     chosen = sets.limit(recipe.examples, seed)
     recipe.for_images(len(chosen.train))  # refuses what the loop would, before a tokenizer is trained for it
-    described: dict[str, Any] = {
-        "method": method,
-        "data": os.path.normpath(data),
-        "model": model or recipe.model,
-    }
+    described: dict[str, Any] = {"method": method, "data": os.path.normpath(data), "model": model or recipe.model}
     part: dict[str, Any] = {} if share is None else {"share": share}
     torch.manual_seed(seed)
     objective: Tokenizing | MaskedPatches | Beit

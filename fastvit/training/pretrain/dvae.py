@@ -41,9 +41,6 @@ class DVAE(nn.Module):
         codes: size of the vocabulary; BEiT's is 8192.
         halvings: how often the encoder halves height and width: 3 of 112 pixels give 14 x 14 codes.
         width: channels of the hidden layers.
-
-    Raises:
-        ValueError: a size that does not fit.
     """
 
     def __init__(
@@ -67,12 +64,7 @@ class DVAE(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> DVAE:
-        """Build the tokenizer of some weights: a file, the folder of a run, or a state_dict.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: these are no weights of a tokenizer.
-        """
+        """Build the tokenizer of some weights: a file, the folder of a run, or a state_dict."""
         raw = files.read(source)
         state = raw.tensors
         if "decoder.0.weight" not in state or "pixels.mean" not in state:
@@ -85,11 +77,7 @@ class DVAE(nn.Module):
         return model
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits (B, codes, H / 2^halvings, W / 2^halvings) of images (B, C, H, W), normalised.
-
-        Raises:
-            ValueError: sides that can't be halved so often.
-        """
+        """Return logits (B, codes, H / 2^halvings, W / 2^halvings) of images (B, C, H, W), normalised."""
         if images.shape[2] % 2**self.halvings or images.shape[3] % 2**self.halvings:
             raise ValueError(
                 f"images of {images.shape[2]}x{images.shape[3]} can't be halved {self.halvings} times into whole codes"

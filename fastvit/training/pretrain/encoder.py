@@ -16,9 +16,6 @@ class Pixels(nn.Module):
 
     Args:
         mean, std: C values each, which the images were normalised with.
-
-    Raises:
-        ValueError: not as many of the one as of the other, or a std that is not positive.
     """
 
     mean: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,40 +73,30 @@ def mean_colours(pixels: Tensor, patch: tuple[int, int], cells: int = 1) -> Tens
     return F.pixel_unshuffle(colours.unsqueeze(1), cells).flatten(2).transpose(1, 2)
 
 
-class Target(Protocol):
-    """A target of the prediction of a patch."""
-
-    def outputs(self, patch: tuple[int, int], channels: int) -> int:
-        """Return how many numbers the head has for a patch."""
-
-    def of(self, images: Tensor, pixels: Tensor, patch: tuple[int, int]) -> Tensor:
-        """Return the targets (B, N, ...) of images (B, C, H, W), normalised and in 0..1."""
-
-    def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Return the loss and other metrics of a prediction (B, M, outputs)."""
-
-
 class Colours(NamedTuple):
     """3-bit mean colours of ``cells`` x ``cells`` parts: option 1 of the paper with one, option 2 with 4 x 4."""
 
     cells: int
 
     def outputs(self, patch: tuple[int, int], channels: int) -> int:
+        """Return how many numbers the head has for a patch."""
         if patch[0] % self.cells or patch[1] % self.cells:
             raise ValueError(f"a patch of {patch[0]}x{patch[1]} has no {self.cells}x{self.cells} equal parts")
         return int(self.cells**2 * LEVELS**channels)
 
     def of(self, images: Tensor, pixels: Tensor, patch: tuple[int, int]) -> Tensor:
+        """Return the targets (B, N, ...) of images (B, C, H, W), normalised and in 0..1."""
         return mean_colours(pixels, patch, self.cells)
 
     def scores(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return the loss and other metrics of a prediction (B, M, outputs)."""
         logits = prediction.unflatten(-1, (self.cells**2, -1)).flatten(0, 2)
         right = logits.argmax(-1) == target.flatten()
         return {"loss": F.cross_entropy(logits, target.flatten()), "accuracy": right.float().mean()}
 
 
 class Regression:
-    """All of the patch's normalised pixels by L2: option 3 of the paper."""
+    """All of the patch's normalised pixels by L2: option 3 of the paper. Methods are those of :class:`Colours`."""
 
     def outputs(self, patch: tuple[int, int], channels: int) -> int:
         return channels * patch[0] * patch[1]
@@ -118,7 +108,7 @@ class Regression:
         return {"loss": F.mse_loss(prediction, target)}
 
 
-TARGETS: dict[str, Target] = {"colour": Colours(1), "colours": Colours(4), "pixels": Regression()}
+TARGETS: dict[str, Colours | Regression] = {"colour": Colours(1), "colours": Colours(4), "pixels": Regression()}
 
 
 class MaskedPatches(CorruptedImages):
@@ -132,9 +122,6 @@ class MaskedPatches(CorruptedImages):
         target: "colour", the mean 3-bit colour (512 classes of RGB), which the paper's final results are of;
             "colours", those of 4 x 4 parts of the patch; "pixels", regression by L2.
         share: of the patches that are corrupted.
-
-    Raises:
-        ValueError: an unknown target, one that the model's patches have not, or a share that corrupts none of them.
     """
 
     def __init__(
