@@ -241,9 +241,9 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, images: Tensor | PackedImages) -> Tensor:
-        """Return the patches of floating images (B, C, H, W) as ``output_fmt``: (B, N, D), (B, h, w, D), (B, D, h, w).
+        """Return the patches of images (B, C, H, W) as ``output_fmt``: (B, N, D), (B, h, w, D), (B, D, h, w).
 
-        Packed images give the patches of all, (1, N, D).
+        Pixels of uint8 images are divided by 255. Packed images give the patches of all, (1, N, D).
 
         Raises:
             ValueError: a number of channels or a size that is not accepted.
@@ -252,9 +252,9 @@ class PatchEmbed(nn.Module):
             if self.is_plain():
                 return self.norm(ops.patch_embed_packed(images, self.proj.weight, self.proj.bias))
             return self.norm(self.proj(images.patches()).flatten(1).unsqueeze(0))
-        images, _, _ = self.accept(images, None, None)
+        images, mean, std = self.accept(images, (0.0,) * self.in_chans, (1.0,) * self.in_chans)
         if self.is_plain():
-            x = ops.patch_embed(images, self.proj.weight, self.proj.bias)  # (B, N, D)
+            x = ops.patch_embed(images, self.proj.weight, self.proj.bias, mean=mean, std=std)  # (B, N, D)
             if not self.flatten:
                 x = x.unflatten(1, (images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]))
         else:
