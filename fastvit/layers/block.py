@@ -149,7 +149,7 @@ class Block(nn.Module):
 
     def _with_positions(self, x: Tensor, context: TokenContext) -> Tensor:
         """Return x with the position embeddings of this block, where each block adds its own."""
-        if not context.layer_pos_embed:  # else the block's number would be a reason to compile each by itself
+        if len(context.layer_pos_embed) == 0:  # else the block's number would be a reason to compile each by itself
             return x
         return x + context.layer_pos_embed[self.depth % len(context.layer_pos_embed)]
 

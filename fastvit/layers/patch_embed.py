@@ -17,6 +17,7 @@ from fastvit.layers.resample import resample_patch_embed
 from fastvit.packing import PackedImages
 
 Size = int | tuple[int, int]
+Statistics = tuple[float, ...] | None  # of pixels: C values, in 0..1 units
 
 
 def fits(name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
@@ -40,7 +41,7 @@ def image_size(images: Tensor, channels: int) -> tuple[int, int]:
 
 def checked_statistics(
     mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+) -> tuple[Statistics, Statistics]:
     """Return mean and std as tuples, which no .half() or .to() can round or move, or raise a ValueError."""
     if mean is None and std is None:
         return None, None
@@ -50,9 +51,7 @@ def checked_statistics(
     return values[0], values[1]
 
 
-def known_statistics(
-    mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def known_statistics(mean: Statistics, std: Statistics) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and std for uint8 images, or raise a ValueError where the model has none."""
     if mean is None or std is None:
         raise ValueError(
@@ -63,9 +62,7 @@ def known_statistics(
 
 
 @torch.fx.wrap
-def normalised(
-    images: Tensor, channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, dtype: torch.dtype
-) -> Tensor:
+def normalised(images: Tensor, channels: int, mean: Statistics, std: Statistics, dtype: torch.dtype) -> Tensor:
     """Return floating images as they are, and uint8 ones as (image / 255 - mean) / std, (B, C, H, W) in ``dtype``."""
     if images.dtype != torch.uint8 or images.ndim != 4:
         return images
@@ -84,10 +81,10 @@ def accept(
     size: tuple[int, int] | None,
     strict: bool,
     pad: bool,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    mean: Statistics = None,
+    std: Statistics = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, tuple[float, ...] | None, tuple[float, ...] | None]:
+) -> tuple[Tensor, Statistics, Statistics]:
     """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError that says what is accepted.
 
     Args:
@@ -222,9 +219,7 @@ class PatchEmbed(nn.Module):
             return -(-img_size[0] // self.patch_size[0]), -(-img_size[1] // self.patch_size[1])
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
-    def accept(
-        self, images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-    ) -> tuple[Tensor, tuple[float, ...] | None, tuple[float, ...] | None]:
+    def accept(self, images: Tensor, mean: Statistics, std: Statistics) -> tuple[Tensor, Statistics, Statistics]:
         """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError; see :func:`accept`."""
         size, strict, pad = self.img_size, self.strict_img_size, self.dynamic_img_pad
         return accept(images, self.in_chans, self.patch_size, size, strict, pad, mean, std, self.proj.weight.dtype)

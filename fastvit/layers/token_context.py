@@ -45,7 +45,7 @@ class TokenContext(NamedTuple):
             and self.rope is None
             and self.window is None
             and self.batches is None
-            and not self.layer_pos_embed
+            and len(self.layer_pos_embed) == 0  # Dynamo traces no `not` of a tuple
             and self.keep is None
         )
 

@@ -74,10 +74,10 @@ class AxialViT(ViT):
             raise ValueError(f"an AxialViT reads one whole grid of patches: {', '.join(wrong)} can't be with it")
         super().__init__(**{**options, "class_token": False, "global_pool": global_pool, "block_fn": AxialBlock})
 
-    def _embed_packed(self, images: PackedImages) -> tuple[Tensor, TokenContext]:
+    def _embed_packed(self, images: PackedImages) -> Any:
         raise ValueError("packed images can't pass blocks: rows and columns are those of one grid of patches")
 
-    def _context(self, x: Tensor, images: Tensor, kept: Tensor | None) -> TokenContext:
+    def _context(self, x: Tensor, images: Any, *_: Any) -> TokenContext:
         return TokenContext(window=self._grid(images))
 
 

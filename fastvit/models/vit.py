@@ -38,7 +38,6 @@ from fastvit.layers.block import run_block, run_blocks
 from fastvit.layers.misc import count, positive, rate
 from fastvit.layers.packed import split
 from fastvit.layers.patch_embed import Size, checked_statistics, image_size, is_fused, normalised
-from fastvit.layers.pos_embed import check_pos_embed
 from fastvit.layers.resample import resample_pos_embed
 from fastvit.layers.resolve import ATTENTIONS, NORMS, Layer, resolve
 from fastvit.layers.token_context import NO_CONTEXT, TokenContext, with_masks
@@ -163,7 +162,6 @@ class ViT(nn.Module):
         check_pool(global_pool, class_token, distilled)
         if distilled and representation_size is not None:
             raise ValueError(f"representation_size={representation_size}: a distilled model has no pre-training head")
-        check_pos_embed(pos_embed, pos_embed_at, embed_dim)
         reg_tokens, num_classes = count("reg_tokens", reg_tokens), count("num_classes", num_classes)
         if mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be positive, got {mlp_ratio}")
@@ -188,8 +186,9 @@ class ViT(nn.Module):
         self.rope = rope
         self.windowed = use_rel_pos_bias or use_shared_rel_pos_bias
         positions.check(
-            rope=rope, head_dim=head_dim, windowed=self.windowed, class_token=class_token, reg_tokens=reg_tokens,
-            prefix=self.num_prefix_tokens, patch_drop_rate=patch_drop_rate, pos_embed_at=pos_embed_at,
+            pos_embed, pos_embed_at, rope=rope, windowed=self.windowed, width=embed_dim, head_dim=head_dim,
+            class_token=class_token, reg_tokens=reg_tokens, distilled=distilled, patch_drop_rate=patch_drop_rate,
+            dynamic_img_size=dynamic_img_size, attn_layer=attn_layer is not None,
         )  # fmt: skip
 
         embed_options: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
@@ -227,7 +226,6 @@ class ViT(nn.Module):
         self.norm_pre = norm_layer(embed_dim, **dd) if pre_norm else nn.Identity()
         self.rel_pos_bias = RelativePositionBias(grid, num_heads, **dd) if use_shared_rel_pos_bias else None
         if pos_embed == "relative":
-            positions.check_relative(dynamic_img_size, patch_drop_rate > 0, self.windowed, attn_layer is not None)
             attn_layer = partial(RelativeAttention, tokens=grid[0] * grid[1] + self.num_prefix_tokens)
         block_layer = resolve("block_fn", block_fn, {}, BeitBlock if self.windowed else Block)
         attn_layer = resolve("attn_layer", attn_layer, ATTENTIONS, getattr(block_layer, "default_attn", Attention))
@@ -341,13 +339,13 @@ class ViT(nn.Module):
 
         The arguments are those of :meth:`forward_features`.
         """
+        layer, sequences, kept = self.patch_embed, None, None
         if isinstance(images, (list, tuple, PackedImages)):
             if corrupt is not None:
                 raise ValueError("corrupt= takes patches (B, N, D): give images as one tensor, not packed ones")
-            x, context = self._embed_packed(self._packed(images))
-            return x, with_masks(context, attn_mask, is_causal)
-        layer = self.patch_embed
-        if (
+            images = cast(PackedImages, self._packed(images))
+            x, sequences, kept = self._embed_packed(images)
+        elif (
             corrupt is None  # which comes between the projection and the positions
             and not isinstance(layer, HybridEmbed)
             and is_fused(layer)
@@ -370,9 +368,10 @@ class ViT(nn.Module):
             if corrupt is not None:
                 x = corrupt(x.flatten(1, -2)).reshape(x.shape)
             x = self._pos_embed(x)
-        x, kept = positions.drop_patches(self.patch_drop, x, self.rope is not None)
+        if sequences is None:
+            x, kept = positions.drop_patches(self.patch_drop, x, self.rope is not None)
         x = self.norm_pre(x)
-        return x, with_masks(self._context(x, images, kept), attn_mask, is_causal)
+        return x, with_masks(self._context(x, images, sequences, kept), attn_mask, is_causal)
 
     def pool(self, x: Tensor, pool_type: str | None = None, sequences: Sequences | None = None) -> Tensor:
         """Return the pooled tokens x (B, T, D), (B, D), or all of them where the pool is "".
@@ -454,8 +453,8 @@ class ViT(nn.Module):
             return images
         return packed.pack_for(self.patch_embed, images, self.in_chans, self.mean, self.std)
 
-    def _embed_packed(self, images: PackedImages) -> tuple[Tensor, TokenContext]:
-        """Return the tokens of packed images, (1, total, D), and their context; see :meth:`embed`.
+    def _embed_packed(self, images: PackedImages) -> tuple[Tensor, Sequences, Tensor | None]:
+        """Return the tokens of packed images (1, total, D) that patch dropout leaves, their sequences and indices.
 
         Raises:
             ValueError: uint8 images without the model's mean and std, or a module that takes no packed images.
@@ -470,34 +469,35 @@ class ViT(nn.Module):
             windowed=self.windowed,
         )
         own, prefix = self._prefix_positions(), self._prefix_tokens()
-        x = packed.embed(self.patch_embed, images, self.pos_embed, own, prefix, self.mean, self.std)
-        x, sequences, kept = self.pos_drop(x), images.sequences(self.num_prefix_tokens), None
-        if isinstance(self.patch_drop, PatchDropout):
-            x, sequences, kept = self.patch_drop.of_packed(x, sequences)
-        x, rope, batches = self.norm_pre(x), None, None
-        if self.rope is not None:
-            head_dim = cast(Any, self.blocks[0]).attn.head_dim
-            cos, sin = positions.packed_angles(images, self.num_prefix_tokens, head_dim, self.rope, x.dtype)
-            rope = (cos, sin) if kept is None else (cos[kept], sin[kept])
-        if self.windowed:
-            batches = positions.batches_by_size(images, self.num_prefix_tokens, self.rel_pos_bias)
-        return x, TokenContext(sequences=sequences, rope=rope, batches=batches)
+        x = self.pos_drop(packed.embed(self.patch_embed, images, self.pos_embed, own, prefix, self.mean, self.std))
+        sequences = images.sequences(self.num_prefix_tokens)
+        drop = self.patch_drop
+        return drop.of_packed(x, sequences) if isinstance(drop, PatchDropout) else (x, sequences, None)
 
     def _has_context(self) -> bool:
         """Return whether blocks need to know where their tokens are."""
         return self.rope is not None or self.windowed or self.layer_pos_embed is not None
 
-    def _context(self, x: Tensor, images: Tensor, kept: Tensor | None) -> TokenContext:
-        """Return what blocks need to know of the images' tokens x (B, P + N, D), of whose patches ``kept`` stayed."""
+    def _context(
+        self, x: Tensor, images: Tensor | PackedImages, sequences: Sequences | None, kept: Tensor | None
+    ) -> TokenContext:
+        """Return what blocks need to know of tokens x besides masks; ``kept`` are those that patch dropout left."""
         if not self._has_context():
-            return NO_CONTEXT
-        grid, rope, tables = self._grid(images), None, None
+            return NO_CONTEXT if sequences is None else TokenContext(sequences=sequences)
+        prefix, rope, tables = self.num_prefix_tokens, None, None
         if self.rope is not None:
-            cos, sin = positions.angles(x, grid, cast(Any, self.blocks[0]).attn.head_dim, self.rope)
+            head_dim = cast(Any, self.blocks[0]).attn.head_dim
+            if isinstance(images, PackedImages):
+                cos, sin = positions.packed_angles(images, prefix, head_dim, self.rope, x.dtype)
+            else:
+                cos, sin = positions.angles(x, self._grid(images), head_dim, self.rope)
             rope = (cos, sin) if kept is None else (cos[kept], sin[kept])
+        if isinstance(images, PackedImages):
+            batches = positions.batches_by_size(images, prefix, self.rel_pos_bias) if self.windowed else None
+            return TokenContext(sequences=sequences, rope=rope, batches=batches)
+        grid = self._grid(images)
         if self.layer_pos_embed is not None:  # 0 for prefix tokens that have no positions
-            without = self.num_prefix_tokens - self._prefix_positions()
-            tables = F.pad(self.layer_pos_embed(grid), (0, 0, without, 0))
+            tables = F.pad(self.layer_pos_embed(grid), (0, 0, prefix - self._prefix_positions(), 0))
         return TokenContext(
             rope=rope,
             window=grid if self.windowed else None,
