@@ -1,6 +1,6 @@
-"""Pictures of what a Vision Transformer has learned (figures 6, 7, 10 and 13 of its paper): ``fastvit inspect``.
+"""Pictures of a Vision Transformer's attention and weights (figures 6, 7, 10 and 13 of its paper).
 
-:mod:`fastvit.analysis` computes what is drawn here.
+``fastvit inspect`` draws what :mod:`fastvit.analysis` computes.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def inspect(
     std: Sequence[float] | None = None,
     num_heads: int | None = None,
 ) -> dict[str, Path | str]:
-    """Draw a model's filters and positions, and what its attention makes of some images.
+    """Draw a model's filters and positions, and its attention rollout and distances on some images.
 
     Args:
         images: files; attention distances are the mean over them.

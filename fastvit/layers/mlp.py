@@ -82,7 +82,7 @@ class Mlp(nn.Module):
         return fuse.linear(fc2, x, norm=between, dropout=self.drop2, residual=residual)
 
     def _activation(self) -> str | None:
-        """Return the name by which ops.mlp knows what happens between the matrices, or None."""
+        """Return the ops' name of the activation between the matrices, or None where no op computes it."""
         return fuse.activation_name(self.act)
 
     def _hidden(self, x: Tensor, norm: nn.Module | None) -> Tensor:
@@ -109,7 +109,7 @@ class SwiGLU(Mlp):
                 self.fc1.bias[half:].fill_(1.0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take timm's ``SwiGLU`` too, whose two matrices fc1_g and fc1_x are the halves of fc1."""
+        """Load timm's ``SwiGLU`` too: its two matrices fc1_g and fc1_x are the halves of fc1."""
         for kind in ("weight", "bias"):
             gate, value = (f"{prefix}fc1_{half}.{kind}" for half in "gx")
             if gate in state_dict and value in state_dict:

@@ -1,4 +1,4 @@
-"""Images to patch tokens on :func:`fastvit.ops.patch_embed`, and what it takes to accept an image."""
+"""Images to patch tokens on :func:`fastvit.ops.patch_embed`, and the checks of images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def checked_statistics(
         return None, None
     values = [tuple(float(v) for v in t) if t is not None else () for t in (mean, std)]
     if any(len(t) != channels for t in values) or min(values[1]) <= 0:
-        raise ValueError(f"mean={mean} and std={std} must be given together, {channels} values each, std positive")
+        raise ValueError(f"mean={mean} and std={std} must come together, {channels} values each, std positive")
     return values[0], values[1]
 
 
@@ -71,6 +71,13 @@ def normalised(images: Tensor, channels: int, mean: Statistics, std: Statistics,
         images = images.permute(0, 3, 1, 2)
     low, high = (torch.tensor(t, device=images.device).view(-1, 1, 1) for t in (mean, std))
     return ((images / 255 - low) / high).to(dtype)
+
+
+@torch.fx.wrap
+def whole_patches(x: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Return x (B, C, H, W) with zeros at the bottom and on the right up to whole patches."""
+    down, right = -x.shape[2] % patch[0], -x.shape[3] % patch[1]
+    return F.pad(x, (0, right, 0, down)) if down or right else x
 
 
 @torch.fx.wrap
@@ -124,8 +131,7 @@ def accept(
     if not pad:
         fits("the image's size", (height, width), patch)
         return images, mean, std
-    down, right = -height % patch[0], -width % patch[1]
-    return (F.pad(images, (0, right, 0, down)) if down or right else images), mean, std
+    return whole_patches(images, patch), mean, std
 
 
 def is_fused(layer: Any) -> bool:

@@ -16,7 +16,7 @@ torch.fx.wrap("resample_pos_embed")
 
 
 class PosEmbed(nn.Module):
-    """Tables of learned position embeddings, (tables, P + h * w, D), whose patches' rows may be made of two.
+    """Tables of learned position embeddings, (tables, P + h * w, D), where a patch's row may consist of two halves.
 
     Args:
         grid: (h, w) of the patches.

@@ -31,13 +31,13 @@ def check(
     dynamic_img_size: bool,
     attn_layer: bool,
 ) -> None:
-    """Raise a ValueError where a ViT can't have these positions, which names the argument and what is accepted.
+    """Raise a ValueError that names the argument where a ViT can't have these positions.
 
     Args:
         kind, place: ``pos_embed`` and ``pos_embed_at``.
         windowed: whether there are biases by relative position.
         width, head_dim: D and d.
-        attn_layer: whether that argument is given; the others are ViT's arguments.
+        attn_layer: whether ViT has an ``attn_layer``; the others are ViT's arguments.
     """
     dropped = f"patch_drop_rate={patch_drop_rate}"
     conflicts = {

@@ -102,25 +102,25 @@ def from_checkpoint(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> ViT | Any:
-    """The :class:`fastvit.ViT` that weights are of, with them: its architecture is read off their shapes.
+    """Build a :class:`fastvit.ViT` with the architecture that the weights' shapes imply, and load the weights.
 
-    What shapes don't tell (attention heads, the norms' eps, the activation, the image's size) comes from the
-    configuration beside them where there is one, else from what models of that layout and width have; it is logged.
+    Shapes don't imply attention heads, the norms' eps, the activation and the image's size: these come from the
+    configuration beside the weights, else from the usual models of that layout and width, and are logged.
 
     Args:
         source: a file, a folder of Hugging Face, "hf-hub:org/name" or a state_dict, in any layout that
             :func:`fastvit.load_checkpoint` takes; or of a BiT ResNet under timm's names, or an AxialResNet.
         num_classes: another number than the file's starts a new classifier; 0 leaves it out.
-        num_heads: attention heads, in place of what is found.
+        num_heads: attention heads, in place of the inferred number.
         device, dtype: of the model; by default the CPU and PyTorch's default dtype.
-        **kwargs: arguments of ViT that go before what is found: img_size and patch_size resample, for example.
+        **kwargs: arguments of ViT, in place of the inferred ones: img_size and patch_size resample, for example.
 
     Returns:
         A ViT, or for a ResNet's weights a ResNetV2 (which is typed as Any, so that a ViT needs no cast).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of no known layout, or does not fit what is asked for.
+        ValueError: the file is damaged, of no known layout, or does not fit the arguments.
     """
     copy = isinstance(source, Mapping | Checkpoint)
     if not isinstance(source, Checkpoint):
@@ -138,7 +138,7 @@ def from_checkpoint(
         model = family.build(**found | {"num_classes": num_classes}, device=device, dtype=dtype)
         load_checkpoint(model, checkpoint, head="drop")
         return model
-    # Never twice in memory: the model takes a file's tensors for its parameters. Those read before are somebody's own.
+    # Never twice in memory: the model takes a file's tensors for its parameters. The caller owns those of a state_dict.
     model = family.build(**found, device="meta", dtype=dtype)
     values = fit(model, checkpoint, "keep")
     if not copy:

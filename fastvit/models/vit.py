@@ -59,7 +59,7 @@ for _name in ("image_size", "normalised", "resample_pos_embed"):
 class ViT(nn.Module):
     """Vision Transformer with timm's constructor, methods, attributes and state_dict keys.
 
-    ``ViT(...).load_state_dict(timm_model.state_dict())`` gives timm's logits. What is not listed is as in timm.
+    ``ViT(...).load_state_dict(timm_model.state_dict())`` gives timm's logits. Everything else is as in timm.
 
     Args:
         img_size: (height, width) of the images, or one int.
