@@ -166,7 +166,7 @@ def test_the_command_says_that_heads_are_guessed_or_takes_them(image: Path, tmp_
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_heads_are_those_asked_for(image: Path, tmp_path: Path, heads: int, monkeypatch: Any) -> None:
+def test_heads_are_those_of_the_argument(image: Path, tmp_path: Path, heads: int, monkeypatch: Any) -> None:
     seen: list[torch.Tensor] = []
     draw = inspect.draw_distances
     monkeypatch.setattr(inspect, "draw_distances", lambda distances: (seen.append(distances), draw(distances))[1])
