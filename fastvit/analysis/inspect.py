@@ -171,10 +171,9 @@ def inspect(
         raise ValueError("no images; accepted: one file or more")
     if isinstance(weights, ViT):
         model = weights
-        if size is not None:
-            raise ValueError("size: accepted with weights; a model has its own (set_input_size changes it)")
-        if num_heads is not None:
-            raise ValueError("num_heads: accepted with weights; a model has its own")
+        for name, value in (("size", size), ("num_heads", num_heads)):
+            if value is not None:
+                raise ValueError(f"{name}: {value}; accepted with weights; a model has its own")
     else:
         options: dict[str, Any] = {} if size is None else {"img_size": size}
         model = from_checkpoint(weights, num_heads=num_heads, **options)

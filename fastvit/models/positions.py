@@ -58,10 +58,7 @@ def check(
             kind == "learn_2d" and width % 2,
             f"pos_embed='learn_2d' has one half for each axis; embed_dim must be even, got {width}",
         ),
-        (
-            rope is not None and rope <= 0,
-            f"rope must be the base of the periods, positive, or None, got {rope}",
-        ),
+        (rope is not None and rope <= 0, f"rope must be the base of the periods, positive, or None, got {rope}"),
         (
             rope is not None and head_dim % 4,
             f"rope turns heads in four quarters; embed_dim / num_heads is {head_dim}, no multiple of 4",
@@ -75,10 +72,7 @@ def check(
             patch_drop_rate and place != "stem",
             f"{dropped} with pos_embed_at={place!r}: later blocks add positions to all patches; accepted: 'stem'",
         ),
-        (
-            patch_drop_rate and windowed,
-            f"{dropped}: biases by relative position are for whole windows; accepted: 0",
-        ),
+        (patch_drop_rate and windowed, f"{dropped}: biases by relative position are for whole windows; accepted: 0"),
         (
             kind == "relative" and found,
             f"pos_embed='relative' has relative position keys for one grid: not with {found}",

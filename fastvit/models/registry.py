@@ -58,16 +58,8 @@ def create_model(
     """Build a :class:`fastvit.ViT`, or one of the :mod:`fastvit.resnet` that it is compared with, by name.
 
     Args:
-        name: "vit_{tiny, small, medium, base, large, huge, so400m, giant, gigantic}_patch{8, 14, 16, 32}_{image size}"
-            or "ViT-{Ti, S, M, B, L, H, So400m, g, G}/{patch}", which may end in "-384" for another image size than 224;
-            "vit_{small, small_plus, base, large, huge_plus, 7b}_patch16_dinov3", which but for the last may end in
-            "_qkvb", and "vit_tiny_patch16_dinov3_qkvb";
-            "beit_{base, large}_patch16_{image size}", "beitv2_{base, large}_patch16_{image size}";
-            "deit_{tiny, small, base}_distilled_patch16_{image size}";
-            "vit_{base, large}_r50_{s16, s32}_{image size}" or "R50+ViT-{B, L}/{16, 32}", and timm's other hybrids,
-            "vit_{small, base}_r26_s32_{image size}", "vit_tiny_r_s16_p8_{image size}";
-            "axial_" before a ViT's name or "Axial-" before the paper's ("Axial-ViT-B/16"), and "axial_resnet50";
-            "resnetv2_{50x1, 50x2, 50x3, 101x1, 101x3, 152x1, 152x2, 152x4, 200x3}_bit" or "R{50x1, ...}".
+        name: one of :func:`list_models`, where another image size may stand at the end, or a name as in the papers:
+            "ViT-B/16", "ViT-L/16-384", "R50+ViT-B/16", "Axial-ViT-B/16" or "R50x1".
         pretrained: must be False: weights come from a file.
         checkpoint_path: weights to load into a ViT with :func:`fastvit.load_checkpoint`; into a ResNet, .safetensors or
             a torch.save'd state_dict.
