@@ -147,11 +147,9 @@ def test_names(tmp_path: Path) -> None:
         assert type(fastvit.create_model("ViT-B/16")) is fastvit.ViT
         resnet = fastvit.create_model("axial_resnet50", num_classes=3)
         assert type(resnet) is AxialResNet and resnet.get_classifier().out_channels == 3
-    assert fastvit.list_models("axial") == [
-        "axial_vit_base_patch16_224",
-        "axial_vit_base_patch32_224",
-        "axial_resnet50",
-    ]
+    names = set(fastvit.list_models("axial"))
+    assert {"axial_vit_base_patch16_224", "axial_vit_base_patch32_224", "axial_resnet50"} <= names
+    assert names - {"axial_resnet50"} <= {f"axial_{name}" for name in fastvit.list_models("vit_*")}
     with pytest.raises(ValueError, match="unknown model 'axial_vit_base_patch7_224'; .*axial_vit_base_patch16_224"):
         fastvit.create_model("axial_vit_base_patch7_224")
     with pytest.raises(ValueError, match="npz files are for ViTs"):
