@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
 
     cu_seqlens: Tensor  # (n + 1,) int32: where each begins, and the end
     longest: int  # tokens of the longest
-    image: Tensor  # (total,) int64: whose each token is
+    image: Tensor  # (total,) int64: the image of each token
 
     @staticmethod
     def of(cu_seqlens: Tensor, longest: int, total: int) -> Sequences:
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
     starts: Tensor  # (n,) int64: where an image begins
     sizes: Tensor  # (n, 2) int32: its height and width in pixels, whole patches
     cu_patches: Tensor  # (n + 1,) int32: its first patch, and at the end N
-    image: Tensor  # (N,) int32: whose a patch is
+    image: Tensor  # (N,) int32: the image of each patch
     row: Tensor  # (N,) int32: its place in the grid of that image's patches
     column: Tensor  # (N,) int32
 
@@ -209,7 +209,7 @@ def pack(images: Sequence[Tensor], patch_size: int | Pair, *, channels: int = 3,
 
 
 def _planes(name: str, image: Tensor, channels: int, patch: Pair, pad: bool) -> Tensor:
-    """Return the image as (C, H, W), whole patches, or raise a ValueError that says what is wrong with it."""
+    """Return the image as (C, H, W), whole patches, or raise a ValueError that names the image and the value."""
     shape = tuple(image.shape)
     if not (image.is_floating_point() or image.dtype == torch.uint8):
         raise ValueError(f"{name} has dtype {image.dtype}; accepted: floating point (normalised), or uint8")

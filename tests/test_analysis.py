@@ -171,17 +171,6 @@ def test_mean_attention_distance_is_in_pixels(name: str) -> None:
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_heads_that_look_everywhere_alike_see_the_mean_distance() -> None:
-    model, images = build("no class token")
-    for block in model.blocks:
-        nn.init.zeros_(block.attn.qkv.weight)
-        nn.init.zeros_(block.attn.qkv.bias)
-    centres = [(8 * y, 10 * x) for y in range(3) for x in range(4)]
-    mean = sum(math.dist(a, b) for a in centres for b in centres) / 144
-    torch.testing.assert_close(analysis.mean_attention_distance(model, images), torch.full((3, 2, 4), mean))
-    assert torch.allclose(analysis.rollout(model, images).weights, torch.full((2, 12), 1 / 12))
-
-
 def test_the_model_is_left_as_it_was() -> None:
     """Its modes, its weights and its gradients; dropout in training is not drawn."""
     model, images = build("dropout")
@@ -226,7 +215,7 @@ def test_timms_beit_is_looked_into(shared: bool, monkeypatch: pytest.MonkeyPatch
     [("rollout", "class token", 13), ("rollout", "relative positions", 13),
      ("mean_attention_distance", "relative positions", 12)],
 )  # fmt: skip
-def test_no_more_rows_at_once_than_asked(look: str, name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_ROWS_rows_are_in_memory(look: str, name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of T x T is in memory: the largest piece of weights has ROWS rows."""
     monkeypatch.setattr(analysis, "ROWS", 3)
     seen: list[int] = []

@@ -108,7 +108,7 @@ def test_drop_path_drops_whole_images() -> None:
     assert torch.equal(changed.any(1), changed.all(1)) and 0 < changed.any(1).sum() < 16
 
 
-def test_what_axial_vit_is_not_with() -> None:
+def test_arguments_that_axial_vit_refuses() -> None:
     for options, message in (
         ({"class_token": True}, "class_token=True can't be with it"),
         ({"reg_tokens": 2}, "reg_tokens=2"),
@@ -147,11 +147,9 @@ def test_names(tmp_path: Path) -> None:
         assert type(fastvit.create_model("ViT-B/16")) is fastvit.ViT
         resnet = fastvit.create_model("axial_resnet50", num_classes=3)
         assert type(resnet) is AxialResNet and resnet.get_classifier().out_channels == 3
-    assert fastvit.list_models("axial") == [
-        "axial_vit_base_patch16_224",
-        "axial_vit_base_patch32_224",
-        "axial_resnet50",
-    ]
+    names = set(fastvit.list_models("axial"))
+    assert {"axial_vit_base_patch16_224", "axial_vit_base_patch32_224", "axial_resnet50"} <= names
+    assert names - {"axial_resnet50"} <= {f"axial_{name}" for name in fastvit.list_models("vit_*")}
     with pytest.raises(ValueError, match="unknown model 'axial_vit_base_patch7_224'; .*axial_vit_base_patch16_224"):
         fastvit.create_model("axial_vit_base_patch7_224")
     with pytest.raises(ValueError, match="npz files are for ViTs"):
@@ -204,7 +202,7 @@ def plain_axial(x: Tensor, module: AxialAttention2d) -> Tensor:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(5, 4), (3, 4), (1, 1)], ids=str)
 def test_what_stands_for_a_convolution(size: tuple[int, int], stride: int) -> None:
-    """At the largest size, whose last mean is of one row of positions, and at smaller ones."""
+    """At the largest size, where the last mean is of one row of positions, and at smaller ones."""
     module = AxialAttention2d(16, (5, 4), stride, num_heads=2).double()
     x = torch.randn(2, 16, *size, dtype=torch.float64, requires_grad=True)
     got, want = module(x), plain_axial(x, module)

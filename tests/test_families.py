@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastvit
 from fastvit import ops
 from fastvit.analysis import attention as analysis
-from fastvit.layers import BeitAttention, BeitBlock, PatchDropout, TokenContext
+from fastvit.layers import BeitAttention, PatchDropout, SwiGLU, TokenContext
 from fastvit.models import ViT
 from fastvit.models.hybrid import HybridEmbed
 from fastvit.tuning import flops
@@ -22,6 +22,7 @@ from parity import Calls, assert_same, gradients
 
 SIZES: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "num_classes": 5}
 FAMILIES: dict[str, dict[str, Any]] = {
+    "plain, SwiGLU": {"name": "vit_small_patch16_224", "mlp_layer": SwiGLU},
     "DINOv3": {"name": "vit_small_patch16_dinov3_qkvb"},
     "DINOv3, class token": {"name": "vit_small_plus_patch16_dinov3_qkvb", "global_pool": "token"},
     "rope in a plain ViT": {"name": "vit_small_patch16_224", "rope": 100.0, "pos_embed": "none"},
@@ -55,7 +56,7 @@ ANY_SIZE = [family for family in FAMILIES if family != "relative"]
 
 
 def small(family: str, dtype: torch.dtype = torch.float64, **options: Any) -> ViT:
-    """A small model whose weights all matter."""
+    """A small model with weights that all matter."""
     model = fastvit.create_model(**{"img_size": 32, **SIZES, **FAMILIES[family], **options}).to(dtype)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
@@ -93,48 +94,47 @@ def test_packed_images_are_each_alone(family: str, fixed: bool) -> None:
     model = small(family, dynamic_img_size=True)
     mix = [torch.randn(3, *size, dtype=torch.float64) for size in MIX]
     alone = torch.cat([model(image[None]) for image in mix])
-    given = small(family, dynamic_img_size=not fixed)
-    given.load_state_dict(model.state_dict())
-    out = given(mix)
+    other = small(family, dynamic_img_size=not fixed)
+    other.load_state_dict(model.state_dict())
+    out, want = other(mix), gradients(model, alone)
     assert_same(out, alone)
-    wanted = gradients(model, alone)
-    assert_same(gradients(given, out), wanted)
-    given.set_grad_checkpointing()
-    assert_same(gradients(given, given(mix)), wanted)
+    assert_same(gradients(other, out), want)
+    other.set_grad_checkpointing()
+    assert_same(gradients(other, other(mix)), want)
 
 
 @pytest.mark.parametrize("family", TABLES)
 def test_packed_images_of_one_size_are_a_batch(family: str) -> None:
     """With the same dropout; and of several sizes each draws its own."""
     model, x, runs = small(family, attn_drop_rate=0.4, drop_path_rate=0.3), images(), []
-    for given in (x, list(x)):
+    for batch in (x, list(x)):
         torch.manual_seed(3)
-        out = model(given)
+        out = model(batch)
         runs.append([out, *gradients(model, out)])
     assert_same(*runs)
     seeds: list[int] = []
     for block in model.blocks:
         fused = block.attn._fused
 
-        def watched(op: Any, heads: Any, *rest: Any, fused: Any = fused) -> Tensor:
+        def spied(op: Any, heads: Any, *rest: Any, fused: Any = fused) -> Tensor:
             def seen(*args: Any, **options: Any) -> Any:
                 seeds.append(options["seed"].item())
                 return op(*args, **options)
 
             return fused(seen, heads, *rest)
 
-        block.attn._fused = watched
+        block.attn._fused = spied
     model([torch.randn(3, *size, dtype=torch.float64) for size in MIX])
     assert len(seeds) == len(set(seeds)) == 3 * len(model.blocks)
 
 
-@pytest.mark.parametrize("watch", ["attn", "attn.qkv", "attn.proj", "mlp", "norm1"])
+@pytest.mark.parametrize("hooked", ["attn", "attn.qkv", "attn.proj", "mlp", "norm1"])
 @pytest.mark.parametrize("family", TABLES)
-def test_hooks_see_packed_images_in_their_order(family: str, watch: str) -> None:
+def test_hooks_see_packed_images_in_their_order(family: str, hooked: str) -> None:
     model, mix, seen = small(family), [torch.randn(3, *size, dtype=torch.float64) for size in MIX], []
     want, total = model(mix), sum(1 + h * w // 64 for h, w in MIX)
     for block in model.blocks:
-        block.get_submodule(watch).register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
+        block.get_submodule(hooked).register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
     assert_same(model(mix), want)
     assert seen == [(1, total)] * len(model.blocks)
 
@@ -146,16 +146,16 @@ def test_patches_that_stay_keep_their_angles(family: str, packed: bool) -> None:
     model = small(family, dynamic_img_size=True, patch_drop_rate=0.5)
     prefix = model.num_prefix_tokens
     mix = [torch.randn(3, *size, dtype=torch.float64) for size in (MIX if packed else ((48, 24),) * 3)]
-    given = fastvit.pack(mix, 8) if packed else torch.stack(mix)
+    batch = fastvit.pack(mix, 8) if packed else torch.stack(mix)
     torch.manual_seed(4)
-    got = model.forward_features(given)
+    got = model.forward_features(batch)
     torch.manual_seed(4)
-    if isinstance(given, Tensor):
+    if isinstance(batch, Tensor):
         stay = model.patch_drop.draw(torch.empty(3, prefix + 18, 1))
         kept = [torch.cat([torch.arange(prefix), prefix + own]) for own in stay]
         got = got.flatten(0, 1)[None]
     else:
-        where = given.sequences(prefix)
+        where = batch.sequences(prefix)
         _, after, index = model.patch_drop.of_packed(torch.empty(1, len(where.image), 1), where)
         kept = [index[after.image == i] - where.cu_seqlens[i] for i in range(len(mix))]
     model.eval()
@@ -241,7 +241,7 @@ def test_compiles_in_one_graph(family: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     if model.pos_embed is None and not family.startswith(
         ("positions", "relative")
-    ):  # PyTorch can't differentiate a resampling whose size is dynamic
+    ):  # PyTorch can't differentiate a resampling of dynamic size
         other = images(48, 24, dtype=torch.float32)
         torch.testing.assert_close(compiled(other), model(other), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
@@ -263,16 +263,16 @@ def test_exports_and_traces(family: str, dynamic: bool) -> None:
     assert_same(gradients(model, traced(x, None, False)), gradients(model, model(x)))
 
 
-@pytest.mark.parametrize("watch", ["attn", "attn.qkv", "attn.attn_drop", "attn.proj", "mlp", "norm1", "blocks"])
+@pytest.mark.parametrize("hooked", ["attn", "attn.qkv", "attn.attn_drop", "attn.proj", "mlp", "norm1", "blocks"])
 @pytest.mark.parametrize("family", ONE_ATTENTION)
-def test_hooks_change_nothing(family: str, watch: str) -> None:
+def test_hooks_change_nothing(family: str, hooked: str) -> None:
     model, x, seen = small(family), images(), []
     want = model(x)
-    watched = [block.get_submodule(watch) for block in model.blocks] if watch != "blocks" else [model.blocks]
-    for module in watched:
+    modules = [block.get_submodule(hooked) for block in model.blocks] if hooked != "blocks" else [model.blocks]
+    for module in modules:
         module.register_forward_hook(lambda *_: seen.append(1))
     got = model(x)
-    assert len(seen) == len(watched)
+    assert len(seen) == len(modules)
     assert_same(got, want)
     assert_same(gradients(model, got), gradients(model, want))
 
@@ -285,18 +285,18 @@ def test_masks(family: str, masked: str) -> None:
     tokens = model.num_prefix_tokens + 16
     keep = torch.rand(tokens, tokens) > 0.4
     keep.fill_diagonal_(True)
-    given: dict[str, Any] = {
+    mask: dict[str, Any] = {
         "bool": {"attn_mask": keep},
         "keys": {"attn_mask": (torch.arange(tokens) % 3 != 1).view(1, 1, 1, -1).expand(2, -1, -1, -1)},
         "float": {"attn_mask": torch.randn(tokens, tokens, dtype=torch.float64)},
         "causal": {"is_causal": True},
     }[masked]
-    got = model(x, **given)
+    got = model(x, **mask)
     if masked == "causal":
         assert_same(got, model(x, attn_mask=torch.ones(tokens, tokens, dtype=torch.bool).tril()))
     for block in model.blocks:
         block.attn.fused_attn = False
-    assert_same(got, model(x, **given))
+    assert_same(got, model(x, **mask))
     assert (got - model(x)).abs().max() > 1e-3
 
 
@@ -312,8 +312,8 @@ def test_analysis_turns_the_heads_and_adds_the_tables(family: str) -> None:
     grid, prefix = analysis._grid(model, x), model.num_prefix_tokens
     side = 32 // grid[0]
     places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) * side for n in grid))
-    wanted = (maps[..., prefix:, prefix:].double() * torch.cdist(places, places)).sum(-1).mean(-1)
-    torch.testing.assert_close(analysis.mean_attention_distance(model, x).double(), wanted, rtol=1e-5, atol=1e-5)
+    want = (maps[..., prefix:, prefix:].double() * torch.cdist(places, places)).sum(-1).mean(-1)
+    torch.testing.assert_close(analysis.mean_attention_distance(model, x).double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -333,7 +333,7 @@ def test_weights_start_anew(family: str) -> None:
     assert not [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
 
 
-def test_what_biases_by_relative_position_are_not_with() -> None:
+def test_arguments_that_exclude_biases_by_relative_position() -> None:
     model = small("BEiT")
     model.patch_drop = PatchDropout(0.5)
     with pytest.raises(ValueError, match="packed images can't pass patch_drop: biases by relative position are for wh"):
@@ -348,18 +348,6 @@ def test_what_biases_by_relative_position_are_not_with() -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             small("BEiT", **options)
-
-
-def test_a_block_is_four_ops_with_gammas_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = BeitBlock(32, 2, qkv_bias=True, init_values=0.1)
-    calls = Calls(monkeypatch)
-    block(torch.randn(2, 5, 32))
-    assert [(name, used) for name, _, used in calls.made] == [
-        ("linear", ("norm",)),
-        ("attention_qkvpacked", ("scale",)),
-        ("linear", ("residual", "gamma")),
-        ("mlp", ("norm", "activation", "residual", "gamma")),
-    ]
 
 
 def test_few_queries_of_attention_without_a_key_bias() -> None:

@@ -17,7 +17,6 @@ from torch import nn
 
 import fastvit
 from checkpoint_cases import randomise as shuffled
-from fastvit import analysis
 from fastvit.checkpoints import convert, load_checkpoint
 from fastvit.integrations.timm_registry import register
 from fastvit.models.families.hybrid import FAMILY, HYBRIDS
@@ -116,7 +115,7 @@ def test_logits_and_gradients_are_timms(case: str) -> None:
 
 @torch.no_grad()
 def test_any_size_is_timms() -> None:
-    """With dynamic_img_size, and after set_input_size, to another patch too; padded to whole patches where asked."""
+    """With dynamic_img_size, and after set_input_size, to another patch too; padded to whole patches."""
     options: dict[str, Any] = {"layers": (1, 1), "patch_size": 2, "dynamic_img_size": True, "dynamic_img_pad": True}
     theirs = randomise(timms(**options)).double()
     model = ours(**options).double()
@@ -257,15 +256,6 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         fastvit.from_checkpoint(tmp_path / "cut.npz")
     with pytest.raises(RuntimeError, match="Build the model"):
         ours((2, 1), num_classes=3).load_state_dict(state)
-
-
-def test_attention_distance_is_in_pixels_of_the_image() -> None:
-    """A token is 8 pixels apart from the next one, through the backbone."""
-    model, x = shuffled(ours((1, 1), patch_size=1)), torch.randn(1, 3, 64, 64)
-    maps = analysis.attention_maps(model, x, rows=range(65))[0, 0, :, 1:, 1:]
-    place = 8.0 * torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
-    want = (maps * torch.cdist(place, place)).sum(-1).mean(-1)
-    torch.testing.assert_close(analysis.mean_attention_distance(model, x)[0, 0], want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_configuration_tells_the_images_size(tmp_path: Path) -> None:

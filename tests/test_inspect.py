@@ -166,7 +166,7 @@ def test_the_command_says_that_heads_are_guessed_or_takes_them(image: Path, tmp_
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_heads_are_those_asked_for(image: Path, tmp_path: Path, heads: int, monkeypatch: Any) -> None:
+def test_heads_are_those_of_the_argument(image: Path, tmp_path: Path, heads: int, monkeypatch: Any) -> None:
     seen: list[torch.Tensor] = []
     draw = inspect.draw_distances
     monkeypatch.setattr(inspect, "draw_distances", lambda distances: (seen.append(distances), draw(distances))[1])
@@ -183,7 +183,7 @@ def test_heads_are_those_asked_for(image: Path, tmp_path: Path, heads: int, monk
         ({"std": [0.2, 0.0, 0.2]}, r"std: \[0.2, 0.0, 0.2\]; accepted: finite numbers, above 0"),
         ({"std": [float("inf")]}, r"std: \[inf\]; accepted: finite numbers, above 0"),
         ({"mean": [float("nan")]}, r"mean: \[nan\]; accepted: finite numbers$"),
-        ({"num_heads": 2}, "num_heads: accepted with weights; a model has its own"),
+        ({"num_heads": 2}, "num_heads: 2; accepted with weights; a model has its own"),
         (
             {"weights": dict.fromkeys(("stages.0.blocks.0.conv1.weight", "norm.bias"), torch.ones(1))},
             "it is a ResNet, of fastvit.resnet",
@@ -192,7 +192,7 @@ def test_heads_are_those_asked_for(image: Path, tmp_path: Path, heads: int, monk
         ({"weights": create_model("R50x1").state_dict(), "size": (8, 8)}, "is a ResNet's, but: .* 'img_size'"),
         ({"weights": DVAE([0.5], [0.5], 4, 1, 4).state_dict()}, "it is a tokenizer, fastvit.training.pretrain.DVAE"),
         ({"weights": ViT(**SMALL, in_chans=4)}, "images of 4 channels; accepted: 1 or 3"),
-        ({"size": (64, 64)}, "size: accepted with weights; a model has its own"),
+        ({"size": (64, 64)}, r"size: \(64, 64\); accepted with weights; a model has its own"),
     ],
 )
 def test_bad_input(image: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

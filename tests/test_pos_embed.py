@@ -59,20 +59,20 @@ def test_another_size_resamples_each_axis(kind: str, place: str) -> None:
     model, x = small(pos_embed=kind, pos_embed_at=place, dynamic_img_size=True), images(32, 40)
     dynamic = model(x)
     grads = gradients(model, dynamic)
-    given = model.pos_embed_2d if place == "stem" else model.layer_pos_embed
-    before = {name: value.detach().clone() for name, value in given.named_parameters()}
+    table = model.pos_embed_2d if place == "stem" else model.layer_pos_embed
+    before = {name: value.detach().clone() for name, value in table.named_parameters()}
     assert all(gradient is not None for gradient in grads)
     model.set_input_size((32, 40))
     assert_same(model(x), dynamic)
-    assert torch.equal(given.prefix, before["prefix"])
+    assert torch.equal(table.prefix, before["prefix"])
     if kind == "learn":
         want = torch.stack([resample_pos_embed(rows[None], (4, 5), (H, W), 0)[0] for rows in before["patches"]])
-        assert_same(given.patches, want)
+        assert_same(table.patches, want)
         return
     for name, size in (("x", 5), ("y", 4)):
         line = before[name].mT.unsqueeze(2)  # (tables, D / 2, 1, size)
         want = F.interpolate(line, (1, size), mode="bicubic", antialias=True)[:, :, 0].mT
-        assert_same(getattr(given, name), want)
+        assert_same(getattr(table, name), want)
 
 
 def test_prefix_tokens_without_positions() -> None:

@@ -1,4 +1,4 @@
-"""What a Vision Transformer attends to and has learned; ``fastvit inspect`` draws it."""
+"""Attention maps, rollout and distances, filters and positions of a ViT; ``fastvit inspect`` draws them."""
 
 from fastvit.analysis.attention import (
     Rollout,

@@ -1,11 +1,11 @@
-"""What a Vision Transformer has learned and what it attends to (section 4.5 of the ViT paper): the patch embedding's
-filters, how alike positions are, attention maps, attention rollout, mean attention distance.
+"""Inspection of a Vision Transformer (section 4.5 of the ViT paper): the patch embedding's filters, the similarity of
+positions, attention maps, attention rollout, mean attention distance.
 
-What is about attention comes out of the fused kernels: they run as in inference, save the log-sum-exp of each row, and
-the weights are computed from it, a row or a block of rows at a time. No T x T matrix is ever in memory.
+Attention comes out of the fused kernels: they run as in inference, save the log-sum-exp of each row, and the weights
+are computed from it, a row or a block of rows at a time. No T x T matrix is ever in memory.
 
-The functions take any :class:`fastvit.ViT` on any backend. The model runs in eval mode without gradients and is left as
-it was. ``fastvit inspect`` draws what they return.
+The functions take any :class:`fastvit.ViT` on any backend, and ``images`` as its ``forward`` does. The model runs in
+eval mode without gradients, and keeps its modes, weights and gradients.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _Result = TypeVar("_Result")
 
 
 class Rollout(NamedTuple):
-    """What :func:`rollout` returns."""
+    """The result of :func:`rollout`."""
 
     weights: Tensor  # (B, T): how much of each token that enters the first block; they sum to 1
     grid: Tensor  # (B, h, w): those of the patches, where they are in the image
 
 
 class _Heads(NamedTuple):
-    """The attention of one block, or of a pool, before it is taken."""
+    """Queries and keys of one block, or of a pool, and the log-sum-exp of their scores."""
 
     q: Tensor  # (B, R, H, d), R = T in a block
     k: Tensor  # (B, T, H, d)
     lse: Tensor  # (B, H, R)
-    options: dict[str, Any]  # the scale, and what its scores have by relative position, as ops.attention takes them
+    options: dict[str, Any]  # of ops.attention: the scale and relative positions
 
     def rows(self, rows: Sequence[int] | Tensor) -> Tensor:
         """Return the attention weights of some rows, (B, H, R, T)."""
@@ -66,7 +66,6 @@ def patch_filters(model: ViT, count: int = 28) -> Tensor:
     they spread most, each of length 1. Which way round a direction points is arbitrary: the largest value is positive.
 
     Args:
-        model: the ViT.
         count: at most so many.
 
     Returns:
@@ -88,8 +87,7 @@ def position_similarity(model: ViT, block: int = 0) -> Tensor:
     """Return the cosine of the angle between the position embeddings of every two patches (figure 7, centre).
 
     Args:
-        model: the ViT.
-        block: whose, in a model that adds other positions before each block (``pos_embed_at="layers"``).
+        block: index of the block, in a model that adds other positions before each (``pos_embed_at="layers"``).
 
     Returns:
         (h, w, h, w) float32: of the patch in a row and column, with the patch in another row and column.
@@ -109,7 +107,7 @@ def position_similarity(model: ViT, block: int = 0) -> Tensor:
 
 
 def _other_positions(model: ViT) -> str:
-    """Return what a model has in place of position embeddings."""
+    """Return the name of the positions that a model has in place of embeddings."""
     if model.windowed:
         return "biases by relative position"
     if model.rope is not None:
@@ -119,11 +117,9 @@ def _other_positions(model: ViT) -> str:
 
 
 def attention_maps(model: ViT, images: Tensor, rows: Sequence[int] = (0,)) -> Tensor:
-    """Return what some tokens attend to, in every block.
+    """Return the attention weights of some tokens in every block.
 
     Args:
-        model: the ViT.
-        images: as its ``forward`` takes them.
         rows: tokens by their index, which may count from the end. 0 is the class token where there is one, which not
             every head reads: that of a BEiT pools patches.
 
@@ -148,10 +144,6 @@ def rollout(model: ViT, images: Tensor) -> Rollout:
     them. That is a row vector times one matrix after the other, from the last block to the first, so that only q, k and
     the log-sum-exp of every block are kept.
 
-    Args:
-        model: the ViT.
-        images: as its ``forward`` takes them.
-
     Returns:
         ``weights`` (B, T) and those of the patches as a ``grid`` (B, h, w), both float32 (float64 of a float64 model).
 
@@ -163,10 +155,6 @@ def rollout(model: ViT, images: Tensor) -> Rollout:
 
 def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
     """Return how far each head looks, in pixels (figures 7 and 10 of the ViT paper); see ``ops.attention_distance``.
-
-    Args:
-        model: the ViT.
-        images: as its ``forward`` takes them.
 
     Returns:
         (blocks, B, H) float32 (float64 of a float64 model): the mean over the patches of the distance to the patches
@@ -181,15 +169,8 @@ def mean_attention_distance(model: ViT, images: Tensor) -> Tensor:
 def distance_and_rollout(model: ViT, images: Tensor) -> tuple[Tensor, Rollout]:
     """Compute :func:`mean_attention_distance` and :func:`rollout` in one pass through the model.
 
-    Args:
-        model: the ViT.
-        images: as its ``forward`` takes them.
-
-    Returns:
-        What each of the two returns.
-
     Raises:
-        TypeError: as they do.
+        TypeError: a block, its attention, or an attention pool of another class than ours.
     """
     distance = _distance(model, images)
     found, tokens = _each_block(model, images, lambda heads: (heads, distance(heads)))

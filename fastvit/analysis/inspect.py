@@ -1,6 +1,6 @@
-"""Pictures of what a Vision Transformer has learned (figures 6, 7, 10 and 13 of its paper): ``fastvit inspect``.
+"""Pictures of a Vision Transformer's attention and weights (figures 6, 7, 10 and 13 of its paper).
 
-:mod:`fastvit.analysis` computes what is drawn here.
+``fastvit inspect`` draws what :mod:`fastvit.analysis` computes.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def inspect(
     std: Sequence[float] | None = None,
     num_heads: int | None = None,
 ) -> dict[str, Path | str]:
-    """Draw a model's filters and positions, and what its attention makes of some images.
+    """Draw a model's filters and positions, and its attention rollout and distances on some images.
 
     Args:
         images: files; attention distances are the mean over them.
@@ -171,10 +171,9 @@ def inspect(
         raise ValueError("no images; accepted: one file or more")
     if isinstance(weights, ViT):
         model = weights
-        if size is not None:
-            raise ValueError("size: accepted with weights; a model has its own (set_input_size changes it)")
-        if num_heads is not None:
-            raise ValueError("num_heads: accepted with weights; a model has its own")
+        for name, value in (("size", size), ("num_heads", num_heads)):
+            if value is not None:
+                raise ValueError(f"{name}: {value}; accepted with weights; a model has its own")
     else:
         options: dict[str, Any] = {} if size is None else {"img_size": size}
         model = from_checkpoint(weights, num_heads=num_heads, **options)

@@ -12,13 +12,14 @@ from fastvit.layers import (
     AttentionPoolLatent,
     BeitAttention,
     BeitBlock,
-    Block,
+    DropPath,
     LayerNorm,
-    Mlp,
+    LayerScale,
+    PatchDropout,
     PatchEmbed,
     SwiGLU,
 )
-from fastvit.layers.misc import DropPath, LayerScale, PatchDropout
+from fastvit.layers.resolve import TIMM
 from fastvit.models import ViT
 
 
@@ -46,28 +47,35 @@ def _beit_attention(attention: Any) -> dict[str, Any]:
     return {"attn_dim": width, "head_dim": width // attention.num_heads, **norms}
 
 
-TWINS = {
-    "timm.models.vision_transformer.VisionTransformer": Twin(ViT, attributes=_vit),
-    "timm.models.vision_transformer.Block": Twin(Block),
-    "timm.layers.attention.Attention": Twin(Attention, {"gate": None}),
-    "timm.layers.attention_pool.AttentionPoolLatent": Twin(
-        AttentionPoolLatent,
-        {
+_KINDS: dict[str, type[nn.Module]] = {
+    **TIMM,
+    "timm.models.vision_transformer.VisionTransformer": ViT,
+    "timm.layers.attention_pool.AttentionPoolLatent": AttentionPoolLatent,
+    "timm.layers.mlp.GluMlp": SwiGLU,
+    "timm.layers.layer_scale.LayerScale": LayerScale,
+    "timm.layers.drop.DropPath": DropPath,
+    "timm.layers.patch_dropout.PatchDropout": PatchDropout,
+    "timm.models.beit.Attention": BeitAttention,
+    "timm.models.beit.Block": BeitBlock,
+}
+_OPTIONS: dict[type[nn.Module], dict[str, Any]] = {
+    ViT: {"attributes": _vit},
+    PatchEmbed: {"attributes": _patch_embed},
+    BeitAttention: {"attributes": _beit_attention},
+    Attention: {"usual": {"gate": None}},
+    AttentionPoolLatent: {
+        "usual": {
             "pos_embed": None,
             "latent_len": 1,
             "pool": "token",
             "fused_attn": True,
             "q_norm": nn.Identity,
             "k_norm": nn.Identity,
-        },
-    ),
-    "timm.layers.mlp.Mlp": Twin(Mlp),
-    "timm.layers.mlp.GluMlp": Twin(SwiGLU, {"gate_last": False, "chunk_dim": -1}),
-    "timm.layers.norm.LayerNorm": Twin(LayerNorm, {"_fast_norm": False}),
-    "timm.layers.patch_embed.PatchEmbed": Twin(PatchEmbed, attributes=_patch_embed),
-    "timm.layers.layer_scale.LayerScale": Twin(LayerScale),
-    "timm.layers.drop.DropPath": Twin(DropPath, {"scale_by_keep": True}),
-    "timm.layers.patch_dropout.PatchDropout": Twin(PatchDropout, {"ordered": False}),
-    "timm.models.beit.Attention": Twin(BeitAttention, attributes=_beit_attention),
-    "timm.models.beit.Block": Twin(BeitBlock),
+        }
+    },
+    SwiGLU: {"usual": {"gate_last": False, "chunk_dim": -1}},
+    LayerNorm: {"usual": {"_fast_norm": False}},
+    DropPath: {"usual": {"scale_by_keep": True}},
+    PatchDropout: {"usual": {"ordered": False}},
 }
+TWINS = {name: Twin(kind, **_OPTIONS.get(kind, {})) for name, kind in _KINDS.items()}

@@ -71,7 +71,7 @@ def relative_bias(
     rel_pos_table: Tensor | None = None,
     window: Window | None = None,
 ) -> Tensor:
-    """Return what relative positions add to the scores of queries q (B, T, H, d), as a bias of T x T."""
+    """Return the scores that relative positions add for queries q (B, T, H, d), as a bias of T x T."""
     if rel_pos_keys is not None:
         return reference.relative_bias(q, rel_pos_keys, scale).to(q.dtype)
     assert rel_pos_table is not None and window is not None
@@ -149,7 +149,7 @@ class Attention(nn.Module):
 
         Args:
             attn_mask, is_causal: as in F.scaled_dot_product_attention, broadcast to (B, H, T, T).
-            context: what else is known of the tokens; see :class:`fastvit.layers.token_context.TokenContext`.
+            context: of the tokens; see :class:`fastvit.layers.token_context.TokenContext`.
         """
         return self.branch(x, context=with_masks(context, attn_mask, is_causal))
 
@@ -168,8 +168,7 @@ class Attention(nn.Module):
         if keep is not None and context.rope is None and fuse.is_fusable(self.qkv, nn.Linear):
             out = self._attend(*self._leading_qkv(x, norm, keep, context.sequences), options, relative, context)
         else:
-            qkv = fuse.linear(self.qkv, x, norm=norm, bias=self._qkv_bias())
-            qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+            qkv = self._project(x, norm)
             if options is not None and keep is None and self._is_plain(context):
                 out = self._fused(ops.attention_qkvpacked, [qkv], qkv[:, :, 0], options, relative, context.batches)
             else:
@@ -180,9 +179,13 @@ class Attention(nn.Module):
         return fuse.linear(self.proj, out.flatten(2), norm=self.norm, dropout=self.proj_drop, residual=residual)
 
     def heads(self, x: Tensor, norm: nn.Module | None, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries, keys and values of norm(x), (B, T, H, d) each, as the scores are taken of them."""
+        """Return the queries, keys and values of norm(x), (B, T, H, d) each, normed and rotated."""
+        return self._rotated(self._project(x, norm), context)
+
+    def _project(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """Return the queries, keys and values of norm(x) as they are projected, (B, T, 3, H, d)."""
         qkv = fuse.linear(self.qkv, x, norm=norm, bias=self._qkv_bias())
-        return self._rotated(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)), context)
+        return qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def relative_options(self, context: TokenContext) -> dict[str, Any]:
         """Return the arguments of ops.attention for scores by relative position; none where there are no such."""

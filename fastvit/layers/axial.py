@@ -44,8 +44,7 @@ class AxialAttention(Attention):
         window = context.window
         if window is None or context.attn_mask is not None or context.is_causal or context.sequences is not None:
             raise ValueError("attention along rows or columns takes one grid of patches, and no mask or packed images")
-        qkv = fuse.linear(self.qkv, x, norm=norm, bias=self._qkv_bias())
-        qkv = self._lines(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)), window)
+        qkv = self._lines(self._project(x, norm), window)
         options = self._fused_options(qkv, NO_CONTEXT)
         if options is not None and self._is_plain(NO_CONTEXT):
             out = self._fused(ops.attention_qkvpacked, [qkv], qkv[:, :, 0], options, {}, None)

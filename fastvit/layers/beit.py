@@ -16,7 +16,7 @@ torch.fx.wrap("resample_rel_pos_table")  # symbolic tracing sees one call: it ma
 
 
 class Windowed:
-    """What a module with a table of biases for a window of patches, after one class token, can do."""
+    """Methods of a module that has a table of biases for a window of patches, after one class token."""
 
     window_size: Window | None
     relative_position_bias_table: nn.Parameter | None

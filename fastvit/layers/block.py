@@ -36,7 +36,7 @@ class Block(nn.Module):
         qk_norm, scale_attn_norm, scale_mlp_norm: extra norms (on queries and keys, before the projection, in the MLP).
         proj_drop, attn_drop, drop_path: dropout rates.
         init_values: start of LayerScale; None leaves it out.
-        act_layer, norm_layer, mlp_layer, attn_layer: classes of the pieces. What is not ours runs as a module.
+        act_layer, norm_layer, mlp_layer, attn_layer: classes of the pieces. Other classes than ours run as modules.
         depth: index of the block, for an ``attn_layer`` with that argument, and among the positions that blocks add.
         window_size: (h, w) of the patches, for an ``attn_layer`` with a table for them.
     """
@@ -110,9 +110,9 @@ class Block(nn.Module):
         self.drop_path2 = dropped()
 
     def can_prune(self) -> bool:
-        """Return whether computing only some tokens is exact and nobody in the block could tell.
+        """Return whether the block may compute some tokens alone: exact, and without effect on hooks or random numbers.
 
-        Not with hooks, replaced modules or a subclass, and not with active dropout, whose random numbers would differ.
+        Not with hooks, replaced modules or a subclass, and not with active dropout, which would draw other numbers.
         """
         return (
             fuse.is_ours(self)
@@ -129,7 +129,7 @@ class Block(nn.Module):
         )
 
     def attention_inputs(self, x: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Return q, k and v (B, T, H, d) that the block makes of x (B, T, D), and the options of ops.attention.
+        """Return q, k and v (B, T, H, d) of x (B, T, D), and the options of ops.attention.
 
         Raises:
             TypeError: attention of another class than ours, which may do anything with its norm and qkv.
@@ -149,7 +149,7 @@ class Block(nn.Module):
 
     def _with_positions(self, x: Tensor, context: TokenContext) -> Tensor:
         """Return x with the position embeddings of this block, where each block adds its own."""
-        if not context.layer_pos_embed:  # else the block's number would be a reason to compile each by itself
+        if len(context.layer_pos_embed) == 0:  # else the block's number would be a reason to compile each by itself
             return x
         return x + context.layer_pos_embed[self.depth % len(context.layer_pos_embed)]
 
@@ -164,7 +164,7 @@ class Block(nn.Module):
 
         Args:
             attn_mask, is_causal: timm's arguments, as in F.scaled_dot_product_attention.
-            context: what else is known of the tokens.
+            context: of the tokens; see :class:`fastvit.layers.token_context.TokenContext`.
         """
         context = with_masks(context, attn_mask, is_causal)
         x = self._with_positions(x, context)
@@ -294,7 +294,7 @@ def run_block(block: nn.Module, x: Tensor, context: TokenContext, checkpointing:
 def run_blocks(
     blocks: nn.Sequential, x: Tensor, context: TokenContext, checkpointing: bool = False, keep: int | None = None
 ) -> Tensor:
-    """Return the tokens x (B, T, D) after all blocks; of each image only the first ``keep`` where that is given."""
+    """Return the tokens x (B, T, D) after all blocks; or the first ``keep`` of each image."""
     if keep is None and not checkpointing:
         if not arguments(context):
             return blocks(x)

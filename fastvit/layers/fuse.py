@@ -60,7 +60,7 @@ remember_forward(
 
 
 def branch(kind: type[Kind]) -> type[Kind]:
-    """Register a class whose ``branch`` method is residual(module(norm(x))), so that blocks fuse it."""
+    """Register a class with a method ``branch``, which is residual(module(norm(x))), so that blocks fuse it."""
     global _BRANCHES
     _BRANCHES = (*_BRANCHES, kind)
     remember_forward(kind)
@@ -73,7 +73,7 @@ def is_known(module: nn.Module) -> bool:
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Return whether the module is exactly of a class that may be fused, and nobody watches it."""
+    """Return whether the module is exactly of a class that may be fused, and has no hooks."""
     kind = type(module)
     return is_fusable(module, *((kind,) if kind in _FORWARD else ()))
 
@@ -110,7 +110,7 @@ def is_fusable(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = Fa
     """Return whether using the module's parameters directly is the same as calling it.
 
     It is exactly of one of ``kinds`` (a subclass, a LoRA wrapper or a parametrised class is not), its ``forward``
-    is its class's, no hook watches it, and its parameters are plain floating tensors. Each reason against it is logged
+    is its class's, it has no hooks, and its parameters are plain floating tensors. Each reason against it is logged
     once.
 
     ``or_counted`` overlooks hooks on every module, as counters and profilers set them.
@@ -123,12 +123,12 @@ def is_fusable(module: nn.Module, *kinds: type[nn.Module], or_counted: bool = Fa
 
 
 def is_identity(module: nn.Module) -> bool:
-    """Return whether the module is an Identity that nobody watches."""
+    """Return whether the module is an Identity without hooks."""
     return type(module) is nn.Identity and is_fusable(module, nn.Identity)
 
 
 def is_inactive(dropout: Any) -> bool:
-    """Return whether a dropout does nothing now: rate 0 or not training, and nobody watches it."""
+    """Return whether a dropout does nothing now: rate 0 or not training, and no hooks."""
     if not is_fusable(dropout, nn.Dropout, nn.Identity):
         return False
     return type(dropout) is nn.Identity or not dropout.training or dropout.p == 0.0
@@ -147,7 +147,7 @@ PARTS = (LayerNorm, LayerScale, nn.Conv2d, nn.LayerNorm, nn.Linear)  # with para
 def activation_name(act: nn.Module, *, gates: bool = False) -> str | None:
     """Return the ops' name of an activation module, or None, logged once, where it has to run as the module it is.
 
-    With ``gates`` the name is that of the gated linear unit whose gate the module is.
+    With ``gates`` return the name of the gated linear unit that has the module as its gate.
     """
     kind, name = type(act), activations.name_of(act)
     accepted = dict.fromkeys(activations.ACTIVATIONS, "") if not gates else {v: k for k, v in activations.GATED.items()}

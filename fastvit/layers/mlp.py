@@ -23,13 +23,15 @@ class Mlp(nn.Module):
 
     Args:
         in_features, hidden_features, out_features: widths; the last two default to the first.
-        act_layer: activation class.
+        act_layer: activation class; by default GELU, and SiLU in a :class:`SwiGLU`.
         norm_layer: norm class between the two matrices, or None.
         bias, drop: one for both matrices or a pair.
     """
 
     #: hidden features that fc1 makes for each one that fc2 reads
     gating = 1
+    #: act_layer by default
+    default_act: Callable[[], nn.Module] = nn.GELU
     #: what the ranks of :func:`fastvit.integrations.parallel.plan` divide; a subclass states it for itself
     tensor_parallel = "features"
 
@@ -38,7 +40,7 @@ class Mlp(nn.Module):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
+        act_layer: Callable[[], nn.Module] | None = None,
         norm_layer: Callable[..., nn.Module] | None = None,
         bias: bool | tuple[bool, bool] = True,
         drop: float | tuple[float, float] = 0.0,
@@ -52,7 +54,7 @@ class Mlp(nn.Module):
         (bias1, bias2), (drop1, drop2) = _two(bias), _two(drop)
         inner = hidden // self.gating
         self.fc1 = nn.Linear(in_features, hidden, bias=bias1, device=device, dtype=dtype)
-        self.act = act_layer()
+        self.act = (act_layer or self.default_act)()
         self.drop1 = nn.Dropout(drop1)
         self.norm = nn.Identity() if norm_layer is None else norm_layer(inner, device=device, dtype=dtype)
         self.fc2 = nn.Linear(inner, out_features or in_features, bias=bias2, device=device, dtype=dtype)
@@ -80,7 +82,7 @@ class Mlp(nn.Module):
         return fuse.linear(fc2, x, norm=between, dropout=self.drop2, residual=residual)
 
     def _activation(self) -> str | None:
-        """Return the name by which ops.mlp knows what happens between the matrices, or None."""
+        """Return the ops' name of the activation between the matrices, or None where no op computes it."""
         return fuse.activation_name(self.act)
 
     def _hidden(self, x: Tensor, norm: nn.Module | None) -> Tensor:
@@ -91,27 +93,12 @@ class Mlp(nn.Module):
 class SwiGLU(Mlp):
     """fc2(act(g) * v) with g, v the halves of fc1(x) (Shazeer, 2020; DINOv2's giant), timm's ``SwiGLUPacked``.
 
-    ``hidden_features`` counts both halves. A ViT given this class uses SiLU unless it gets an ``act_layer``; only
-    SiLU is fused.
+    ``hidden_features`` counts both halves. Only SiLU, the default ``act_layer``, is fused.
     """
 
     gating = 2
     tensor_parallel = "features"
     default_act = nn.SiLU
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int | None = None,
-        out_features: int | None = None,
-        act_layer: Callable[[], nn.Module] = nn.SiLU,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        bias: bool | tuple[bool, bool] = True,
-        drop: float | tuple[float, float] = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, hidden_features, out_features, act_layer, norm_layer, bias, drop, device, dtype)
 
     def init_weights(self) -> None:
         """Start the second half of fc1 near zero with a bias of one, as timm does."""
@@ -122,7 +109,7 @@ class SwiGLU(Mlp):
                 self.fc1.bias[half:].fill_(1.0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take timm's ``SwiGLU`` too, whose two matrices fc1_g and fc1_x are the halves of fc1."""
+        """Load timm's ``SwiGLU`` too: its two matrices fc1_g and fc1_x are the halves of fc1."""
         for kind in ("weight", "bias"):
             gate, value = (f"{prefix}fc1_{half}.{kind}" for half in "gx")
             if gate in state_dict and value in state_dict:

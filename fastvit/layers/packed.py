@@ -1,4 +1,4 @@
-"""What is done to the tokens of images, packed or not: pick some of each image, or reduce them.
+"""Operations on the tokens of each image, packed or not: select some of them, or reduce them.
 
 Where ``sequences`` is None, x (B, T, D) holds images of equal length; else x (1, total, D) is a packed row of n images.
 """

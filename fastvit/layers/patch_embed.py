@@ -1,4 +1,4 @@
-"""Images to patch tokens on :func:`fastvit.ops.patch_embed`, and what it takes to accept an image."""
+"""Images to patch tokens on :func:`fastvit.ops.patch_embed`, and the checks of images."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fastvit.layers.resample import resample_patch_embed
 from fastvit.packing import PackedImages
 
 Size = int | tuple[int, int]
+Statistics = tuple[float, ...] | None  # of pixels: C values, in 0..1 units
 
 
 def fits(name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
@@ -40,19 +41,17 @@ def image_size(images: Tensor, channels: int) -> tuple[int, int]:
 
 def checked_statistics(
     mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+) -> tuple[Statistics, Statistics]:
     """Return mean and std as tuples, which no .half() or .to() can round or move, or raise a ValueError."""
     if mean is None and std is None:
         return None, None
     values = [tuple(float(v) for v in t) if t is not None else () for t in (mean, std)]
     if any(len(t) != channels for t in values) or min(values[1]) <= 0:
-        raise ValueError(f"mean={mean} and std={std} must be given together, {channels} values each, std positive")
+        raise ValueError(f"mean={mean} and std={std} must come together, {channels} values each, std positive")
     return values[0], values[1]
 
 
-def known_statistics(
-    mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def known_statistics(mean: Statistics, std: Statistics) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and std for uint8 images, or raise a ValueError where the model has none."""
     if mean is None or std is None:
         raise ValueError(
@@ -63,9 +62,7 @@ def known_statistics(
 
 
 @torch.fx.wrap
-def normalised(
-    images: Tensor, channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, dtype: torch.dtype
-) -> Tensor:
+def normalised(images: Tensor, channels: int, mean: Statistics, std: Statistics, dtype: torch.dtype) -> Tensor:
     """Return floating images as they are, and uint8 ones as (image / 255 - mean) / std, (B, C, H, W) in ``dtype``."""
     if images.dtype != torch.uint8 or images.ndim != 4:
         return images
@@ -77,6 +74,13 @@ def normalised(
 
 
 @torch.fx.wrap
+def whole_patches(x: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Return x (B, C, H, W) with zeros at the bottom and on the right up to whole patches."""
+    down, right = -x.shape[2] % patch[0], -x.shape[3] % patch[1]
+    return F.pad(x, (0, right, 0, down)) if down or right else x
+
+
+@torch.fx.wrap
 def accept(
     images: Tensor,
     channels: int,
@@ -84,10 +88,10 @@ def accept(
     size: tuple[int, int] | None,
     strict: bool,
     pad: bool,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    mean: Statistics = None,
+    std: Statistics = None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, tuple[float, ...] | None, tuple[float, ...] | None]:
+) -> tuple[Tensor, Statistics, Statistics]:
     """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError that says what is accepted.
 
     Args:
@@ -127,8 +131,7 @@ def accept(
     if not pad:
         fits("the image's size", (height, width), patch)
         return images, mean, std
-    down, right = -height % patch[0], -width % patch[1]
-    return (F.pad(images, (0, right, 0, down)) if down or right else images), mean, std
+    return whole_patches(images, patch), mean, std
 
 
 def is_fused(layer: Any) -> bool:
@@ -222,9 +225,7 @@ class PatchEmbed(nn.Module):
             return -(-img_size[0] // self.patch_size[0]), -(-img_size[1] // self.patch_size[1])
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
-    def accept(
-        self, images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-    ) -> tuple[Tensor, tuple[float, ...] | None, tuple[float, ...] | None]:
+    def accept(self, images: Tensor, mean: Statistics, std: Statistics) -> tuple[Tensor, Statistics, Statistics]:
         """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError; see :func:`accept`."""
         size, strict, pad = self.img_size, self.strict_img_size, self.dynamic_img_pad
         return accept(images, self.in_chans, self.patch_size, size, strict, pad, mean, std, self.proj.weight.dtype)
@@ -241,9 +242,9 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, images: Tensor | PackedImages) -> Tensor:
-        """Return the patches of floating images (B, C, H, W) as ``output_fmt``: (B, N, D), (B, h, w, D), (B, D, h, w).
+        """Return the patches of images (B, C, H, W) as ``output_fmt``: (B, N, D), (B, h, w, D), (B, D, h, w).
 
-        Packed images give the patches of all, (1, N, D).
+        Pixels of uint8 images are divided by 255. Packed images give the patches of all, (1, N, D).
 
         Raises:
             ValueError: a number of channels or a size that is not accepted.
@@ -252,9 +253,9 @@ class PatchEmbed(nn.Module):
             if self.is_plain():
                 return self.norm(ops.patch_embed_packed(images, self.proj.weight, self.proj.bias))
             return self.norm(self.proj(images.patches()).flatten(1).unsqueeze(0))
-        images, _, _ = self.accept(images, None, None)
+        images, mean, std = self.accept(images, (0.0,) * self.in_chans, (1.0,) * self.in_chans)
         if self.is_plain():
-            x = ops.patch_embed(images, self.proj.weight, self.proj.bias)  # (B, N, D)
+            x = ops.patch_embed(images, self.proj.weight, self.proj.bias, mean=mean, std=std)  # (B, N, D)
             if not self.flatten:
                 x = x.unflatten(1, (images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]))
         else:

@@ -14,24 +14,9 @@ from fastvit.layers.token_context import TokenContext
 
 torch.fx.wrap("resample_pos_embed")
 
-KINDS = ("learn", "learn_2d", "relative", "none", "")
-PLACES = ("stem", "layers", "shared")
-
-
-def check_pos_embed(kind: str, place: str, width: int) -> None:
-    """Raise a ValueError where there are no such positions, or not in that place."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown pos_embed {kind!r}; accepted: {', '.join(map(repr, KINDS))}")
-    if place not in PLACES:
-        raise ValueError(f"unknown pos_embed_at {place!r}; accepted: {', '.join(map(repr, PLACES))}")
-    if place != "stem" and not kind.startswith("learn"):
-        raise ValueError(f"pos_embed_at={place!r} with pos_embed={kind!r}; accepted: 'learn' and 'learn_2d'")
-    if kind == "learn_2d" and width % 2:
-        raise ValueError(f"pos_embed='learn_2d' has one half for each axis; embed_dim must be even, got {width}")
-
 
 class PosEmbed(nn.Module):
-    """Tables of learned position embeddings, (tables, P + h * w, D), whose patches' rows may be made of two.
+    """Tables of learned position embeddings, (tables, P + h * w, D), where a patch's row may consist of two halves.
 
     Args:
         grid: (h, w) of the patches.

@@ -102,7 +102,7 @@ def resample_rel_pos_table(table: Tensor, new_window: Pair, old_window: Pair) ->
     """Return BEiT's table of biases by relative position for another window of patches, with gradients.
 
     Near distances stay apart as they are and far ones are stretched, in a geometric progression, as in BEiT's own
-    fine-tuning and timm's ``resize_rel_pos_bias_table``, whose linear interpolation it is.
+    fine-tuning and timm's ``resize_rel_pos_bias_table``, of which this is the linear interpolation.
 
     Args:
         table: ((2h-1)(2w-1) [+3], H); three rows more are the class token's, and stay.
@@ -192,9 +192,9 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
 
     One channel sums the file's; more repeat them, scaled so that the tokens keep their size.
     """
-    given = weight.shape[1]
-    if channels == given:
+    own = weight.shape[1]
+    if channels == own:
         return weight
     if channels == 1:
         return weight.sum(dim=1, keepdim=True)
-    return weight.repeat(1, -(-channels // given), 1, 1)[:, :channels] * (given / channels)
+    return weight.repeat(1, -(-channels // own), 1, 1)[:, :channels] * (own / channels)

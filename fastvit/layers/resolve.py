@@ -1,7 +1,7 @@
-"""From what a constructor is given (a name, a class, a partial) to the layer class that is built.
+"""From a constructor's argument (a name, a class, a partial) to the class of the layer.
 
 timm's own classes become ours where ours has the same arguments, keys and results, so that code which passes
-``mlp_layer=timm.layers.SwiGLUPacked`` gets the fused layer. Any other class is built as it was given.
+``mlp_layer=timm.layers.SwiGLUPacked`` gets the fused layer. Any other class stays as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Layer = Callable[..., nn.Module]
 NORMS: dict[str, Layer] = {"layernorm": LayerNorm, "rmsnorm": functools.partial(nn.RMSNorm, eps=1e-6)}
 ATTENTIONS: dict[str, Layer] = {"": Attention, "attn": Attention}
 
-_TWINS: dict[str, Layer] = {
+#: classes of timm -> ours with the same arguments, keys and results
+TIMM: dict[str, type[nn.Module]] = {
     "timm.layers.attention.Attention": Attention,
     "timm.layers.mlp.Mlp": Mlp,
     "timm.layers.norm.LayerNorm": LayerNorm,
@@ -39,12 +40,12 @@ def _name(layer: Any) -> str:
 def _twin(layer: Layer) -> Layer:
     """Return our class for one of timm's, plain or in a partial, and any other layer as it is."""
     if not isinstance(layer, functools.partial):
-        return _TWINS.get(_name(layer), layer)
+        return TIMM.get(_name(layer), layer)
     if _name(layer.func) == "timm.layers.mlp.GluMlp":  # the gate in the first half is SwiGLUPacked
         options = {key: value for key, value in layer.keywords.items() if key != "gate_last"}
         return functools.partial(SwiGLU, **options) if layer.keywords.get("gate_last") is False else layer
     if _name(layer.func) in ("timm.layers.norm.LayerNorm", "timm.layers.mlp.Mlp"):
-        return functools.partial(_TWINS[_name(layer.func)], *layer.args, **layer.keywords)
+        return functools.partial(TIMM[_name(layer.func)], *layer.args, **layer.keywords)
     return layer
 
 

@@ -1,4 +1,4 @@
-"""What the layers of a ViT know of the tokens x besides their values: one small tuple, handed from layer to layer."""
+"""The context of the tokens x: masks, positions and sequences in one tuple, which each layer passes to the next."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Batches(NamedTuple):
 
 
 class TokenContext(NamedTuple):
-    """What blocks and attention need to know of their tokens x (B, T, D), or (1, total, D) where images are packed."""
+    """Masks, positions and sequences of tokens x (B, T, D), or (1, total, D) where images are packed."""
 
     attn_mask: Tensor | None = None  # as in F.scaled_dot_product_attention, broadcasts to (B, H, T, T)
     is_causal: bool = False
@@ -39,13 +39,13 @@ class TokenContext(NamedTuple):
     keep: int | None = None  # the block computes only the first so many tokens of each image; None: all
 
     def masks_alone(self) -> bool:
-        """Return whether nothing but a mask is given, which any block of timm's signature takes."""
+        """Return whether there is at most a mask, which any block of timm's signature takes."""
         return (
             self.sequences is None
             and self.rope is None
             and self.window is None
             and self.batches is None
-            and not self.layer_pos_embed
+            and len(self.layer_pos_embed) == 0  # Dynamo traces no `not` of a tuple
             and self.keep is None
         )
 

@@ -1,4 +1,4 @@
-"""Appendix D.5 of the ViT paper: ViTs and ResNets whose attention goes along rows, then along columns."""
+"""Appendix D.5 of the ViT paper: ViTs and ResNets with attention along rows, then along columns."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ class AxialViT(ViT):
             raise ValueError(f"an AxialViT reads one whole grid of patches: {', '.join(wrong)} can't be with it")
         super().__init__(**{**options, "class_token": False, "global_pool": global_pool, "block_fn": AxialBlock})
 
-    def _embed_packed(self, images: PackedImages) -> tuple[Tensor, TokenContext]:
+    def _embed_packed(self, images: PackedImages) -> Any:
         raise ValueError("packed images can't pass blocks: rows and columns are those of one grid of patches")
 
-    def _context(self, x: Tensor, images: Tensor, kept: Tensor | None) -> TokenContext:
+    def _context(self, x: Tensor, images: Any, *_: Any) -> TokenContext:
         return TokenContext(window=self._grid(images))
 
 
@@ -161,8 +161,8 @@ class AxialResNet(ResNetV2):
     """A ResNet in which attention along columns and rows stands for every 3x3 convolution (Wang et al., 2020).
 
     "Axial-DeepLab: Stand-Alone Axial-Attention for Panoptic Segmentation" replaces them in a ResNet-50, as the ViT
-    paper does for a baseline. Here it is the BiT ResNet, and attention whose queries meet relative positions; Wang et
-    al. have these for keys and values too, and norms of queries, keys, values and scores.
+    paper does for a baseline. Here it is the BiT ResNet, and attention with relative position keys; Wang et al.
+    have relative queries and values too, and norms of queries, keys, values and scores.
 
     Args:
         layers: blocks of each of the four stages.

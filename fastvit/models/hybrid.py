@@ -13,15 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastvit.layers.misc import pair, positive
-from fastvit.layers.patch_embed import Size, accept, resized
-from fastvit.models.resnet import CHANNELS, STEM_CHANNELS, GroupNormReLU, StdConv2d, standardised
+from fastvit.layers.patch_embed import Size, accept, resized, whole_patches
+from fastvit.models.resnet import CHANNELS, STEM_CHANNELS, GroupNormReLU, StdConv2d, run_stages, standardised
 
 Pair = tuple[int, int]
 
-for _name in ("accept", "standardised"):  # symbolic tracing sees a call, not its checks
+for _name in ("accept", "standardised", "whole_patches"):  # symbolic tracing sees a call, not its checks
     torch.fx.wrap(_name)
 
 
@@ -33,13 +32,6 @@ def same_padded(x: Tensor, kernel: int, stride: int, value: float) -> Tensor:
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
         around += [total // 2, total - total // 2]
     return F.pad(x, around, value=value) if any(around) else x
-
-
-@torch.fx.wrap
-def _whole_patches(x: Tensor, patch: Pair) -> Tensor:
-    """Return x (B, C, H, W) with zeros at the bottom and on the right up to whole patches."""
-    down, right = -x.shape[2] % patch[0], -x.shape[3] % patch[1]
-    return F.pad(x, (0, right, 0, down)) if down or right else x
 
 
 class StdConv2dSame(StdConv2d):
@@ -103,7 +95,7 @@ class Bottleneck(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The ResNet whose feature map a hybrid cuts into patches: the stem, which has stride 4, and some stages.
+    """The ResNet of a hybrid, which cuts its feature map into patches: the stem, which has stride 4, and some stages.
 
     Args:
         layers: blocks of each stage, up to four; () leaves the stem alone, which then has no name of its own.
@@ -163,13 +155,7 @@ class Backbone(nn.Module):
         """Return the feature map of images (B, C, H, W): (B, C', ceil(H / reduction), ceil(W / reduction))."""
         if not self.layers:
             return self.pool(self.norm(self.conv(x)))
-        x = self.stem(x)
-        if not self.grad_checkpointing:
-            return self.stages(x)
-        for stage in self.stages:
-            for block in stage.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
-        return x
+        return run_stages(self.stages, self.stem(x), self.grad_checkpointing)
 
 
 def reduction(layers: Sequence[int]) -> int:
@@ -278,11 +264,11 @@ class HybridEmbed(nn.Module):
         return -(-height // p), -(-width // q)
 
     def accept(self, images: Tensor) -> Tensor:
-        """Return the images, or raise a ValueError: accepted is any size whose feature map is whole patches."""
+        """Return the images, or raise a ValueError where their feature map is not whole patches."""
         images, _, _ = accept(images, self.in_chans, (1, 1), self.img_size, self.strict_img_size, False)
         return images if self.dynamic_img_pad else _whole(images, self.patch_size, self.reduction)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the tokens of floating images (B, C, H, W): (B, N, D), or (B, h, w, D) with ``output_fmt`` "NHWC"."""
-        x = self.proj(_whole_patches(self.backbone(self.accept(images)), self.patch_size))
+        x = self.proj(whole_patches(self.backbone(self.accept(images)), self.patch_size))
         return x.flatten(2).transpose(1, 2) if self.flatten else x.permute(0, 2, 3, 1)

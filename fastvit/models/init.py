@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,16 +49,15 @@ def _by_name(mode: str, name: str, module: nn.Module, head_bias: float) -> bool:
 
 
 @torch.no_grad()
-def init_vit(model: nn.Module, mode: str, *, num_classes: int, reset: bool) -> None:
-    """Start every module below ``model``.
+def init_vit(model: Any, mode: str, *, reset: bool) -> None:
+    """Start the tokens and positions of a ViT, and every module below it.
 
     Args:
         mode: "" normal(0.02) for matrices; "jax" as the paper's code, with a zero head; "jax_nlhb" the same with the
             head's bias at -log(num_classes); "moco" as MoCo v3; "reset" each layer's own reset_parameters.
-        num_classes: for the head's bias.
         reset: whether modules without a rule are reset too (not needed right after construction).
     """
-    head_bias = -math.log(num_classes) if mode == "jax_nlhb" and num_classes > 0 else 0.0
+    head_bias = -math.log(model.num_classes) if mode == "jax_nlhb" and model.num_classes > 0 else 0.0
 
     def start(name: str, module: nn.Module) -> None:
         for child_name, child in module.named_children():
@@ -68,4 +68,16 @@ def init_vit(model: nn.Module, mode: str, *, num_classes: int, reset: bool) -> N
             elif reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
+    if model.pos_embed is not None:
+        nn.init.trunc_normal_(model.pos_embed, std=0.02)
+    for token in (model.cls_token, model.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=1e-6)
+    if model.dist_token is not None:
+        nn.init.trunc_normal_(model.dist_token, std=0.02)
     start("", model)
+    if model.fix_init:
+        for i, block in enumerate(model.blocks):
+            scale = (2.0 * (i + 1)) ** 0.5
+            block.attn.proj.weight.div_(scale)
+            block.mlp.fc2.weight.div_(scale)

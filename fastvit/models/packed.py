@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from fastvit import ops, reference
 from fastvit.layers import Attention, Block, DropPath, PatchDropout, PatchEmbed, RelativeAttention, fuse
-from fastvit.layers.patch_embed import is_fused, known_statistics, normalised
+from fastvit.layers.patch_embed import Statistics, is_fused, known_statistics, normalised
 from fastvit.layers.resample import resample_pos_embed_at
 from fastvit.packing import PackedImages, pack
-
-Statistics = tuple[float, ...] | None
 
 
 def pack_for(embed: Any, images: Sequence[Tensor], channels: int, mean: Statistics, std: Statistics) -> PackedImages:

@@ -12,49 +12,74 @@ from fastvit.layers.token_context import Batch, Batches, TokenContext
 from fastvit.ops import rope
 from fastvit.packing import PackedImages
 
+KINDS = ("learn", "learn_2d", "relative", "none", "")
+PLACES = ("stem", "layers", "shared")
+
 
 def check(
+    kind: str,
+    place: str,
     *,
     rope: float | None,
-    head_dim: int,
     windowed: bool,
+    width: int,
+    head_dim: int,
     class_token: bool,
     reg_tokens: int,
-    prefix: int,
+    distilled: bool,
     patch_drop_rate: float,
-    pos_embed_at: str,
+    dynamic_img_size: bool,
+    attn_layer: bool,
 ) -> None:
-    """Raise a ValueError that names what rope or tables of biases by relative position exclude."""
-    if rope is not None and rope <= 0:
-        raise ValueError(f"rope must be the base of the periods, positive, or None, got {rope}")
-    if rope is not None and head_dim % 4:
-        raise ValueError(f"rope turns heads in four quarters; embed_dim / num_heads is {head_dim}, no multiple of 4")
-    if windowed and (not class_token or prefix != 1):
-        raise ValueError(
-            "tables of biases by relative position have rows for one class token: class_token must be True and "
-            f"reg_tokens 0, got {class_token} and {reg_tokens}"
-        )
-    if patch_drop_rate and pos_embed_at != "stem":
-        raise ValueError(
-            f"patch_drop_rate={patch_drop_rate} with pos_embed_at={pos_embed_at!r}: later blocks add positions to all "
-            "patches; accepted: 'stem'"
-        )
-    if patch_drop_rate and windowed:
-        raise ValueError(
-            f"patch_drop_rate={patch_drop_rate}: biases by relative position are for whole windows; accepted: 0"
-        )
+    """Raise a ValueError that names the argument where a ViT can't have these positions.
 
-
-def check_relative(dynamic_img_size: bool, patch_drop: bool, windowed: bool, attn_layer: bool) -> None:
-    """Raise a ValueError that names what relative position keys, which are for sequences of one length, exclude."""
+    Args:
+        kind, place: ``pos_embed`` and ``pos_embed_at``.
+        windowed: whether there are biases by relative position.
+        width, head_dim: D and d.
+        attn_layer: whether ViT has an ``attn_layer``; the others are ViT's arguments.
+    """
+    dropped = f"patch_drop_rate={patch_drop_rate}"
     conflicts = {
         "dynamic_img_size": dynamic_img_size,
-        "patch_drop_rate": patch_drop,
+        "patch_drop_rate": patch_drop_rate > 0,
         "biases by relative position": windowed,
         "an attn_layer": attn_layer,
     }
-    if wrong := [name for name, here in conflicts.items() if here]:
-        raise ValueError(f"pos_embed='relative' has relative position keys for one grid: not with {', '.join(wrong)}")
+    found = ", ".join(name for name, here in conflicts.items() if here)
+    for wrong, message in (
+        (kind not in KINDS, f"unknown pos_embed {kind!r}; accepted: {', '.join(map(repr, KINDS))}"),
+        (place not in PLACES, f"unknown pos_embed_at {place!r}; accepted: {', '.join(map(repr, PLACES))}"),
+        (
+            place != "stem" and not kind.startswith("learn"),
+            f"pos_embed_at={place!r} with pos_embed={kind!r}; accepted: 'learn' and 'learn_2d'",
+        ),
+        (
+            kind == "learn_2d" and width % 2,
+            f"pos_embed='learn_2d' has one half for each axis; embed_dim must be even, got {width}",
+        ),
+        (rope is not None and rope <= 0, f"rope must be the base of the periods, positive, or None, got {rope}"),
+        (
+            rope is not None and head_dim % 4,
+            f"rope turns heads in four quarters; embed_dim / num_heads is {head_dim}, no multiple of 4",
+        ),
+        (
+            windowed and (not class_token or reg_tokens or distilled),
+            "tables of biases by relative position have rows for one class token: class_token must be True and "
+            f"reg_tokens 0, got {class_token} and {reg_tokens}",
+        ),
+        (
+            patch_drop_rate and place != "stem",
+            f"{dropped} with pos_embed_at={place!r}: later blocks add positions to all patches; accepted: 'stem'",
+        ),
+        (patch_drop_rate and windowed, f"{dropped}: biases by relative position are for whole windows; accepted: 0"),
+        (
+            kind == "relative" and found,
+            f"pos_embed='relative' has relative position keys for one grid: not with {found}",
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
 
 
 def check_resize(model: nn.Module) -> None:

@@ -58,16 +58,8 @@ def create_model(
     """Build a :class:`fastvit.ViT`, or one of the :mod:`fastvit.resnet` that it is compared with, by name.
 
     Args:
-        name: "vit_{tiny, small, medium, base, large, huge, so400m, giant, gigantic}_patch{8, 14, 16, 32}_{image size}"
-            or "ViT-{Ti, S, M, B, L, H, So400m, g, G}/{patch}", which may end in "-384" for another image size than 224;
-            "vit_{small, small_plus, base, large, huge_plus, 7b}_patch16_dinov3", which but for the last may end in
-            "_qkvb", and "vit_tiny_patch16_dinov3_qkvb";
-            "beit_{base, large}_patch16_{image size}", "beitv2_{base, large}_patch16_{image size}";
-            "deit_{tiny, small, base}_distilled_patch16_{image size}";
-            "vit_{base, large}_r50_{s16, s32}_{image size}" or "R50+ViT-{B, L}/{16, 32}", and timm's other hybrids,
-            "vit_{small, base}_r26_s32_{image size}", "vit_tiny_r_s16_p8_{image size}";
-            "axial_" before a ViT's name or "Axial-" before the paper's ("Axial-ViT-B/16"), and "axial_resnet50";
-            "resnetv2_{50x1, 50x2, 50x3, 101x1, 101x3, 152x1, 152x2, 152x4, 200x3}_bit" or "R{50x1, ...}".
+        name: one of :func:`list_models`, where another image size may stand at the end, or a name as in the papers:
+            "ViT-B/16", "ViT-L/16-384", "R50+ViT-B/16", "Axial-ViT-B/16" or "R50x1".
         pretrained: must be False: weights come from a file.
         checkpoint_path: weights to load into a ViT with :func:`fastvit.load_checkpoint`; into a ResNet, .safetensors or
             a torch.save'd state_dict.
@@ -102,25 +94,25 @@ def from_checkpoint(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> ViT | Any:
-    """The :class:`fastvit.ViT` that weights are of, with them: its architecture is read off their shapes.
+    """Build a :class:`fastvit.ViT` with the architecture that the weights' shapes imply, and load the weights.
 
-    What shapes don't tell (attention heads, the norms' eps, the activation, the image's size) comes from the
-    configuration beside them where there is one, else from what models of that layout and width have; it is logged.
+    Shapes don't imply attention heads, the norms' eps, the activation and the image's size: these come from the
+    configuration beside the weights, else from the usual models of that layout and width, and are logged.
 
     Args:
         source: a file, a folder of Hugging Face, "hf-hub:org/name" or a state_dict, in any layout that
             :func:`fastvit.load_checkpoint` takes; or of a BiT ResNet under timm's names, or an AxialResNet.
         num_classes: another number than the file's starts a new classifier; 0 leaves it out.
-        num_heads: attention heads, in place of what is found.
+        num_heads: attention heads, in place of the inferred number.
         device, dtype: of the model; by default the CPU and PyTorch's default dtype.
-        **kwargs: arguments of ViT that go before what is found: img_size and patch_size resample, for example.
+        **kwargs: arguments of ViT, in place of the inferred ones: img_size and patch_size resample, for example.
 
     Returns:
         A ViT, or for a ResNet's weights a ResNetV2 (which is typed as Any, so that a ViT needs no cast).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of no known layout, or does not fit what is asked for.
+        ValueError: the file is damaged, of no known layout, or does not fit the arguments.
     """
     copy = isinstance(source, Mapping | Checkpoint)
     if not isinstance(source, Checkpoint):
@@ -138,7 +130,7 @@ def from_checkpoint(
         model = family.build(**found | {"num_classes": num_classes}, device=device, dtype=dtype)
         load_checkpoint(model, checkpoint, head="drop")
         return model
-    # Never twice in memory: the model takes a file's tensors for its parameters. Those read before are somebody's own.
+    # Never twice in memory: the model takes a file's tensors for its parameters. The caller owns those of a state_dict.
     model = family.build(**found, device="meta", dtype=dtype)
     values = fit(model, checkpoint, "keep")
     if not copy:

@@ -134,6 +134,16 @@ class Bottleneck(nn.Module):
         return self.drop_path(branch) + shortcut
 
 
+def run_stages(stages: nn.Sequential, x: Tensor, checkpointing: bool) -> Tensor:
+    """Return x (B, C, H, W) after all blocks, which with ``checkpointing`` run again in backward."""
+    if not checkpointing:
+        return stages(x)
+    for stage in stages:
+        for block in stage.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+    return x
+
+
 class Head(nn.Module):
     """Pool, dropout, and the classifier as a 1x1 convolution.
 
@@ -283,13 +293,7 @@ class ResNetV2(nn.Module):
             ValueError: images of another shape or dtype than accepted.
         """
         x = self.stem(_accept(x, self.in_chans))
-        if self.grad_checkpointing:
-            for stage in self.stages:
-                for block in stage.blocks:
-                    x = checkpoint(block, x, use_reentrant=False)
-        else:
-            x = self.stages(x)
-        return self.norm(x)
+        return self.norm(run_stages(self.stages, x, self.grad_checkpointing))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits (B, num_classes) of a feature map, or with ``pre_logits`` the classifier's input (B, C)."""

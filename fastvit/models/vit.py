@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.activations import MODULES
+from fastvit.checkpoints.load import load_checkpoint, mismatch_advice
 from fastvit.layers import (
     Attention,
     AttentionPoolLatent,
@@ -27,35 +30,36 @@ from fastvit.layers import (
     PosEmbed,
     RelativeAttention,
     RelativePositionBias,
+    Windowed,
     fuse,
 )
 from fastvit.layers.attention import head_dim_of
-from fastvit.layers.block import run_blocks
+from fastvit.layers.block import run_block, run_blocks
 from fastvit.layers.misc import count, positive, rate
 from fastvit.layers.packed import split
-from fastvit.layers.patch_embed import Size, checked_statistics, is_fused, normalised
-from fastvit.layers.pos_embed import check_pos_embed
+from fastvit.layers.patch_embed import Size, checked_statistics, image_size, is_fused, normalised
 from fastvit.layers.resample import resample_pos_embed
 from fastvit.layers.resolve import ATTENTIONS, NORMS, Layer, resolve
 from fastvit.layers.token_context import NO_CONTEXT, TokenContext, with_masks
-from fastvit.models import packed, positions
-from fastvit.models.head import check_pool, classify, pool_tokens
+from fastvit.models import intermediates, packed, positions
+from fastvit.models.head import LEARNED_POOLS, check_pool, classify, pool_tokens
 from fastvit.models.hybrid import HybridEmbed
-from fastvit.models.init import check_mode
-from fastvit.models.vit_base import Images, ViTBase
+from fastvit.models.init import check_mode, init_vit
+from fastvit.ops import onednn
 from fastvit.packing import PackedImages, Sequences
 
+Images = Tensor | list[Tensor] | tuple[Tensor, ...] | PackedImages
 Corruption = Callable[[Tensor], Tensor]
 
 # Symbolic tracing (torch.fx) sees a call of each, not its checks.
-for _name in ("normalised", "resample_pos_embed"):
+for _name in ("image_size", "normalised", "resample_pos_embed"):
     torch.fx.wrap(_name)
 
 
-class ViT(ViTBase):
+class ViT(nn.Module):
     """Vision Transformer with timm's constructor, methods, attributes and state_dict keys.
 
-    ``ViT(...).load_state_dict(timm_model.state_dict())`` gives timm's logits. What is not listed is as in timm.
+    ``ViT(...).load_state_dict(timm_model.state_dict())`` gives timm's logits. Everything else is as in timm.
 
     Args:
         img_size: (height, width) of the images, or one int.
@@ -158,7 +162,6 @@ class ViT(ViTBase):
         check_pool(global_pool, class_token, distilled)
         if distilled and representation_size is not None:
             raise ValueError(f"representation_size={representation_size}: a distilled model has no pre-training head")
-        check_pos_embed(pos_embed, pos_embed_at, embed_dim)
         reg_tokens, num_classes = count("reg_tokens", reg_tokens), count("num_classes", num_classes)
         if mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be positive, got {mlp_ratio}")
@@ -183,8 +186,9 @@ class ViT(ViTBase):
         self.rope = rope
         self.windowed = use_rel_pos_bias or use_shared_rel_pos_bias
         positions.check(
-            rope=rope, head_dim=head_dim, windowed=self.windowed, class_token=class_token, reg_tokens=reg_tokens,
-            prefix=self.num_prefix_tokens, patch_drop_rate=patch_drop_rate, pos_embed_at=pos_embed_at,
+            pos_embed, pos_embed_at, rope=rope, windowed=self.windowed, width=embed_dim, head_dim=head_dim,
+            class_token=class_token, reg_tokens=reg_tokens, distilled=distilled, patch_drop_rate=patch_drop_rate,
+            dynamic_img_size=dynamic_img_size, attn_layer=attn_layer is not None,
         )  # fmt: skip
 
         embed_options: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
@@ -222,7 +226,6 @@ class ViT(ViTBase):
         self.norm_pre = norm_layer(embed_dim, **dd) if pre_norm else nn.Identity()
         self.rel_pos_bias = RelativePositionBias(grid, num_heads, **dd) if use_shared_rel_pos_bias else None
         if pos_embed == "relative":
-            positions.check_relative(dynamic_img_size, patch_drop_rate > 0, self.windowed, attn_layer is not None)
             attn_layer = partial(RelativeAttention, tokens=grid[0] * grid[1] + self.num_prefix_tokens)
         block_layer = resolve("block_fn", block_fn, {}, BeitBlock if self.windowed else Block)
         attn_layer = resolve("attn_layer", attn_layer, ATTENTIONS, getattr(block_layer, "default_attn", Attention))
@@ -336,13 +339,13 @@ class ViT(ViTBase):
 
         The arguments are those of :meth:`forward_features`.
         """
+        layer, sequences, kept = self.patch_embed, None, None
         if isinstance(images, (list, tuple, PackedImages)):
             if corrupt is not None:
                 raise ValueError("corrupt= takes patches (B, N, D): give images as one tensor, not packed ones")
-            x, context = self._embed_packed(self._packed(images))
-            return x, with_masks(context, attn_mask, is_causal)
-        layer = self.patch_embed
-        if (
+            images = cast(PackedImages, self._packed(images))
+            x, sequences, kept = self._embed_packed(images)
+        elif (
             corrupt is None  # which comes between the projection and the positions
             and not isinstance(layer, HybridEmbed)
             and is_fused(layer)
@@ -365,9 +368,10 @@ class ViT(ViTBase):
             if corrupt is not None:
                 x = corrupt(x.flatten(1, -2)).reshape(x.shape)
             x = self._pos_embed(x)
-        x, kept = positions.drop_patches(self.patch_drop, x, self.rope is not None)
+        if sequences is None:
+            x, kept = positions.drop_patches(self.patch_drop, x, self.rope is not None)
         x = self.norm_pre(x)
-        return x, with_masks(self._context(x, images, kept), attn_mask, is_causal)
+        return x, with_masks(self._context(x, images, sequences, kept), attn_mask, is_causal)
 
     def pool(self, x: Tensor, pool_type: str | None = None, sequences: Sequences | None = None) -> Tensor:
         """Return the pooled tokens x (B, T, D), (B, D), or all of them where the pool is "".
@@ -400,6 +404,17 @@ class ViT(ViTBase):
         return (read + read_dist) / 2
 
     # -- what forward reads -------------------------------------------------------------------------------------
+
+    def _prefix_positions(self) -> int:
+        """Return how many rows of pos_embed belong to class and register tokens."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """Return (h, w), the patches of these images."""
+        layer = self.patch_embed
+        if not self.dynamic_img_size:
+            return cast(tuple[int, int], layer.grid_size)
+        return cast(tuple[int, int], layer.dynamic_feat_size(image_size(images, self.in_chans)))
 
     def _prefix_tokens(self) -> Tensor | None:
         """Return class, distillation and register tokens, (1, P, D)."""
@@ -438,8 +453,8 @@ class ViT(ViTBase):
             return images
         return packed.pack_for(self.patch_embed, images, self.in_chans, self.mean, self.std)
 
-    def _embed_packed(self, images: PackedImages) -> tuple[Tensor, TokenContext]:
-        """Return the tokens of packed images, (1, total, D), and their context; see :meth:`embed`.
+    def _embed_packed(self, images: PackedImages) -> tuple[Tensor, Sequences, Tensor | None]:
+        """Return the tokens of packed images (1, total, D) that patch dropout leaves, their sequences and indices.
 
         Raises:
             ValueError: uint8 images without the model's mean and std, or a module that takes no packed images.
@@ -454,34 +469,35 @@ class ViT(ViTBase):
             windowed=self.windowed,
         )
         own, prefix = self._prefix_positions(), self._prefix_tokens()
-        x = packed.embed(self.patch_embed, images, self.pos_embed, own, prefix, self.mean, self.std)
-        x, sequences, kept = self.pos_drop(x), images.sequences(self.num_prefix_tokens), None
-        if isinstance(self.patch_drop, PatchDropout):
-            x, sequences, kept = self.patch_drop.of_packed(x, sequences)
-        x, rope, batches = self.norm_pre(x), None, None
-        if self.rope is not None:
-            head_dim = cast(Any, self.blocks[0]).attn.head_dim
-            cos, sin = positions.packed_angles(images, self.num_prefix_tokens, head_dim, self.rope, x.dtype)
-            rope = (cos, sin) if kept is None else (cos[kept], sin[kept])
-        if self.windowed:
-            batches = positions.batches_by_size(images, self.num_prefix_tokens, self.rel_pos_bias)
-        return x, TokenContext(sequences=sequences, rope=rope, batches=batches)
+        x = self.pos_drop(packed.embed(self.patch_embed, images, self.pos_embed, own, prefix, self.mean, self.std))
+        sequences = images.sequences(self.num_prefix_tokens)
+        drop = self.patch_drop
+        return drop.of_packed(x, sequences) if isinstance(drop, PatchDropout) else (x, sequences, None)
 
     def _has_context(self) -> bool:
         """Return whether blocks need to know where their tokens are."""
         return self.rope is not None or self.windowed or self.layer_pos_embed is not None
 
-    def _context(self, x: Tensor, images: Tensor, kept: Tensor | None) -> TokenContext:
-        """Return what blocks need to know of the images' tokens x (B, P + N, D), of whose patches ``kept`` stayed."""
+    def _context(
+        self, x: Tensor, images: Tensor | PackedImages, sequences: Sequences | None, kept: Tensor | None
+    ) -> TokenContext:
+        """Return what blocks need to know of tokens x besides masks; ``kept`` are those that patch dropout left."""
         if not self._has_context():
-            return NO_CONTEXT
-        grid, rope, tables = self._grid(images), None, None
+            return NO_CONTEXT if sequences is None else TokenContext(sequences=sequences)
+        prefix, rope, tables = self.num_prefix_tokens, None, None
         if self.rope is not None:
-            cos, sin = positions.angles(x, grid, cast(Any, self.blocks[0]).attn.head_dim, self.rope)
+            head_dim = cast(Any, self.blocks[0]).attn.head_dim
+            if isinstance(images, PackedImages):
+                cos, sin = positions.packed_angles(images, prefix, head_dim, self.rope, x.dtype)
+            else:
+                cos, sin = positions.angles(x, self._grid(images), head_dim, self.rope)
             rope = (cos, sin) if kept is None else (cos[kept], sin[kept])
+        if isinstance(images, PackedImages):
+            batches = positions.batches_by_size(images, prefix, self.rel_pos_bias) if self.windowed else None
+            return TokenContext(sequences=sequences, rope=rope, batches=batches)
+        grid = self._grid(images)
         if self.layer_pos_embed is not None:  # 0 for prefix tokens that have no positions
-            without = self.num_prefix_tokens - self._prefix_positions()
-            tables = F.pad(self.layer_pos_embed(grid), (0, 0, without, 0))
+            tables = F.pad(self.layer_pos_embed(grid), (0, 0, prefix - self._prefix_positions(), 0))
         return TokenContext(
             rope=rope,
             window=grid if self.windowed else None,
@@ -510,6 +526,198 @@ class ViT(ViTBase):
             and fuse.is_fusable(self.norm, LayerNorm, nn.LayerNorm, nn.Identity)
         )
         return (1 if self.head_dist is None else 2) if unseen else None
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Start all weights; see :func:`fastvit.models.init.init_vit` for the modes."""
+        init_vit(self, check_mode(mode or self.weight_init_mode), reset=needs_reset)
+
+    def load_pretrained(self, checkpoint_path: str | Path, prefix: str = "") -> None:
+        """Load weights, the paper's own .npz or others, resampled to this size: :func:`fastvit.load_checkpoint`."""
+        load_checkpoint(self, checkpoint_path, prefix=prefix)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as ``nn.Module.load_state_dict``; nothing is resampled, and errors advise on each shape."""
+        onednn.drop(self.parameters())
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            advice = mismatch_advice(self, state_dict)
+            raise RuntimeError(f"{error}\n{advice}" if advice else str(error)) from error
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as ``nn.Module.train``; training drops the copies of weights that CPU inference keeps packed."""
+        if mode:
+            onednn.drop(self.parameters())
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Apply as ``nn.Module._apply`` (``to``, ``half``, ...); moved weights leave no packed copies behind."""
+        onednn.drop(self.parameters())
+        return super()._apply(fn, recurse)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that weight decay should leave out."""
+        learned = re.compile(r"pos_embed_2d\.|layer_pos_embed\.|.*(relative_position_bias_table|rel_pos_keys)$")
+        tables = {name for name, _ in self.named_parameters() if learned.match(name)}
+        return {"pos_embed", "cls_token", "reg_token", "dist_token"} | tables
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return patterns that group parameters by depth, for layer-wise learning rates."""
+        more = "|rel_pos_bias" * self.windowed + "|dist_token" * (self.dist_token is not None)
+        more += "|layer_pos_embed" * (self.layer_pos_embed is not None)
+        return {
+            "stem": rf"^cls_token|reg_token|pos_embed|patch_embed|norm_pre{more}",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    # -- changes to the model -----------------------------------------------------------------------------------
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in backward instead of keeping its activations."""
+        self.grad_checkpointing = enable
+        if hasattr(self.patch_embed, "set_grad_checkpointing"):
+            self.patch_embed.set_grad_checkpointing(enable)
+
+    def _classifier(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        like = self.patch_embed.proj.weight if hasattr(self.patch_embed, "proj") else next(self.parameters())
+        return nn.Linear(self.head_hidden_size, self.num_classes, device=like.device, dtype=like.dtype)
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """Return the last layer: a Linear, or an Identity without classes; of a distilled model both."""
+        return self.head if self.head_dist is None else (self.head, self.head_dist)
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Return the logits of both heads of a distilled model in training, for a loss of each."""
+        self.distilled_training = enable
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the pre-training head by one zero-initialised linear layer (section 3.2 of the paper).
+
+        Raises:
+            ValueError: an unknown pool, one with weights that this model lacks, or one that a distilled model has not:
+                there "" is "token", as in timm.
+        """
+        num_classes = count("num_classes", num_classes)
+        if self.head_dist is not None:
+            check_pool(global_pool or "token", self.has_class_token, distilled=True)
+        elif global_pool is not None:
+            check_pool(global_pool, self.has_class_token)
+            if global_pool in LEARNED_POOLS and type(self.attn_pool) is not LEARNED_POOLS[global_pool]:
+                raise ValueError(f"global_pool={global_pool!r} has layers of its own; build the model with it")
+            if global_pool not in LEARNED_POOLS:
+                self.attn_pool = None
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.pre_logits = nn.Identity().train(self.training)
+        self.head_hidden_size = self.embed_dim
+        for name in ("head",) if self.head_dist is None else ("head", "head_dist"):
+            head = self._classifier().train(self.training)
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
+            setattr(self, name, head)
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Take images (and patches) of another size from now on; positions, tables and projection are resampled.
+
+        Raises:
+            ValueError: a size that patches don't tile; the model stays as it was.
+        """
+        positions.check_resize(self)
+        before = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        grid = self.patch_embed.grid_size
+        if grid == before:
+            return
+        if self.pos_embed is not None:
+            rows = resample_pos_embed(self.pos_embed.detach(), grid, before, self._prefix_positions())
+            self.pos_embed = nn.Parameter(rows, requires_grad=self.pos_embed.requires_grad)
+        for module in self.modules():
+            if isinstance(module, Windowed):
+                module.set_window_size(grid)
+            elif isinstance(module, PosEmbed):
+                module.set_grid(grid)
+
+    # -- the tokens between blocks ------------------------------------------------------------------------------
+
+    def forward_intermediates(
+        self,
+        x: Images,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """Return the tokens after some blocks, and the final ones.
+
+        Args:
+            x: images (B, C, H, W), or packed ones: then patch tokens are (1, N, D), those of all images, prefix tokens
+                (n, P, D), the final tokens (1, total, D).
+            indices: blocks to take: all (None), the last n (an int), or a list.
+            return_prefix_tokens: return pairs (patch tokens, prefix tokens).
+            norm: put the final norm on each.
+            stop_early: don't run the blocks after the last one taken.
+            output_fmt: "NCHW" (B, D, h, w) or "NLC" (B, N, D).
+            intermediates_only: leave out the final tokens.
+            output_dict: return a dict with "image_intermediates", "image_intermediates_prefix", "image_features".
+
+        Returns:
+            (final tokens (B, T, D), list), the list alone, or the dict.
+
+        Raises:
+            ValueError: indices or a format that don't exist.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"unknown output_fmt {output_fmt!r}; accepted: NCHW, NLC")
+        if isinstance(x, (list, tuple, PackedImages)) and output_fmt == "NCHW":
+            raise ValueError("packed images have no common (h, w): their tokens come with output_fmt='NLC'")
+        taken = intermediates.select_blocks(len(self.blocks), indices)
+        y, context = self.embed(x, attn_mask, is_causal)
+        found = []
+        for i, block in enumerate(list(self.blocks)[: max(taken) + 1 if stop_early else None]):
+            y = run_block(block, y, context, self.grad_checkpointing)
+            if i in taken:
+                z = self.norm(y) if norm else y
+                found.append(split(z, self.num_prefix_tokens, context.sequences))
+        grid = self._grid(cast(Tensor, x)) if output_fmt == "NCHW" else None
+        final = None if intermediates_only else self.norm(y)
+        return intermediates.arrange(found, final, grid, return_prefix_tokens, output_dict)
+
+    def get_intermediate_layers(
+        self,
+        x: Images,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> list[Any]:
+        """Return the tokens after the last n blocks or those listed, NLC or with ``reshape`` NCHW; DINO's name."""
+        fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True, attn_mask=attn_mask
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last of ``indices``, and optionally norm and head; return the indices."""
+        kept = intermediates.select_blocks(len(self.blocks), indices)
+        self.blocks = type(self.blocks)(*list(self.blocks)[: max(kept) + 1])
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return kept
 
 
 _METHODS = {
