@@ -95,8 +95,8 @@ def _refuse_device(device: torch.device) -> str | None:
     return None
 
 
-def refuse(op: str, x: Tensor, weights: Iterable[Tensor] = ()) -> str | None:
-    """Return why the CUDA kernels can't run ``op`` on ``x``, with ``weights`` those of its products, or None."""
+def refuse(op: str, x: Tensor, *, weights: Iterable[Tensor] = (), needs_grad: bool = False) -> str | None:
+    """Return why the CUDA kernels can't run ``op`` on ``x``, with the ``weights`` of its products, or None."""
     if MISSING:
         return MISSING
     if x.device.type not in ("cuda", "meta", "cpu" if EMULATED else "cuda"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvit import reference
 from fastvit.ops import backends, checks
-from fastvit.ops.library import autocasting, cast_for_autocast, launchers, register, unit_stride
+from fastvit.ops.library import autocast_dtype, cast_for_autocast, launchers, register, unit_stride
 
 
 def attention_rows(
@@ -54,13 +54,8 @@ def attention_rows(
         bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
         cu_seqlens=None, max_seqlen=None, dropout_p=0.0, seed=None,
     )  # fmt: skip
-    options: dict[str, Any] = {
-        "bias": bias,
-        "rel_pos_table": rel_pos_table,
-        "window": checked.window,
-        "rel_pos_keys": rel_pos_keys,
-        "key_mask": key_mask,
-    }
+    names = ("bias", "rel_pos_table", "window", "rel_pos_keys", "key_mask")
+    options = {name: getattr(checked, name) for name in names}
     chosen = backends.choose("attention_rows", q, needs_grad=False)
     with torch.no_grad(), _exact(q):
         if chosen not in backends.KERNELS:
@@ -117,7 +112,7 @@ def attention_distance(
 
 def _exact(q: Tensor) -> AbstractContextManager[Any]:
     """The reference's products in the dtype that they are written in, under autocast too."""
-    return torch.autocast(q.device.type, enabled=False) if autocasting(q) else nullcontext()
+    return torch.autocast(q.device.type, enabled=False) if autocast_dtype(q.device) else nullcontext()
 
 
 def _accept(op: str, q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,10 +121,11 @@ def _accept(op: str, q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor,
     if q.ndim != 4 or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or 0 in q.shape[2:]:
         raise ValueError(f"ops.{op}: q {tuple(q.shape)}, k {tuple(k.shape)}; expected (B, Tq, H, d), (B, Tk, H, d)")
     checks.shape(op, "lse", lse, (q.shape[0], q.shape[2], q.shape[1]))
-    checks.same_device(op, q, k=k, lse=lse)
-    if not autocasting(q):
+    checks.same_device(op, q.device, k=k, lse=lse)
+    autocast = autocast_dtype(q.device)
+    if autocast is None:
         checks.same_dtype(op, q=q, k=k)
-    q, k = cast_for_autocast(q, q.detach(), k.detach())
+    q, k = cast_for_autocast(autocast, q.detach(), k.detach())
     return q, k, lse.detach()
 
 
@@ -157,10 +153,6 @@ def _forward(
     return launchers(backend).attention_rows(q, k, lse, rows.contiguous(), scale, bias=bias)
 
 
-def _fake(q, k, lse, rows, bias, scale, backend):
-    return q.new_empty((q.shape[0], q.shape[2], rows.shape[0], k.shape[1]), dtype=torch.float32)
-
-
 def _distance(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, grid: list[int], patch_size: list[float], backend: str
 ) -> Tensor:
@@ -168,18 +160,14 @@ def _distance(
     return launchers(backend).attention_distance(unit_stride(q), unit_stride(k), lse, scale, grid, patch_size)
 
 
-def _distance_fake(q, k, lse, scale, grid, patch_size, backend):
-    return q.new_empty((q.shape[0], q.shape[2]), dtype=torch.float32)
-
-
 _attention_rows = register(
     "attention_rows(Tensor q, Tensor k, Tensor lse, Tensor rows, Tensor? bias, float scale, str backend) -> Tensor",
     _forward,
-    _fake,
+    lambda a: a.q.new_empty((a.q.shape[0], a.q.shape[2], a.rows.shape[0], a.k.shape[1]), dtype=torch.float32),
 )
 _attention_distance = register(
     "attention_distance(Tensor q, Tensor k, Tensor lse, float scale, SymInt[] grid, float[] patch_size, str backend) "
     "-> Tensor",
     _distance,
-    _distance_fake,
+    lambda a: a.q.new_empty((a.q.shape[0], a.q.shape[2]), dtype=torch.float32),
 )

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from fastvit import reference
 from fastvit.attention_options import AttentionOptions
-from fastvit.reference import Norm
 
 
-def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """Check that every tensor is on x's device."""
-    for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"ops.{op}: {name} is on {t.device}, x is on {x.device}; all must be on one device")
+def same_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Check that every tensor is on ``device``, that of the op's input."""
+    for name, t in tensors.items():
+        if t is not None and t.device != device:
+            raise ValueError(f"ops.{op}: {name} is on {t.device}, x is on {device}; all must be on one device")
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
@@ -34,20 +33,10 @@ def shape(op: str, name: str, t: Tensor | None, expected: tuple[int, ...]) -> No
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
     """Check that all tensors share one dtype."""
-    given = {name: t.dtype for name, t in tensors.items() if t is not None}
-    if len(set(given.values())) > 1:
-        said = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
-        raise ValueError(f"ops.{op}: dtypes differ: {said}; they must share one")
-
-
-def norm(op: str, given: Norm | None, width: int) -> None:
-    """Check that norm is None or (weight (D,), bias (D,) or None, eps)."""
-    if given is None:
-        return
-    if not isinstance(given, tuple) or len(given) != 3:
-        raise ValueError(f"ops.{op}: norm must be (weight, bias, eps), got {given!r}")
-    shape(op, "norm weight", given[0], (width,))
-    shape(op, "norm bias", given[1], (width,))
+    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
+    if len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"ops.{op}: dtypes differ: {listed}; they must share one")
 
 
 def merging(
@@ -88,7 +77,7 @@ def attention(
     batch, heads, queries, keys = sizes
     learned = {"bias": bias, "rel_pos_table": rel_pos_table, "rel_pos_keys": rel_pos_keys}
     floating(op, **learned)
-    same_device(op, x, **learned, key_mask=key_mask, seed=seed)
+    same_device(op, x.device, **learned, key_mask=key_mask, seed=seed)
     if bias is not None and (
         bias.ndim != 4 or any(n not in (1, size) for n, size in zip(bias.shape, sizes, strict=True))
     ):

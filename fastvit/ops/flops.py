@@ -108,29 +108,15 @@ def attention_distance(q: Shape, k: Shape, lse: Shape, scale: float, grid: Any, 
 
 
 @register_flop_formula(torch.ops.fastvit.patch_embed)
-def patch_embed(images: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    """As the strided convolution: every pixel meets every output channel once."""
+def patch_embed(images: Shape, layout: Any, weight: Shape, *_: Any, **__: Any) -> int:
+    """Count as the strided convolution: every pixel meets every output channel once."""
     return 2 * prod(images) * weight[0]
 
 
 @register_flop_formula(torch.ops.fastvit.patch_embed_backward)
 def patch_embed_backward(
-    dout: Shape, images: Shape | None, image_shape: Shape, dtype: Any, weight: Shape, *rest: Any, **_: Any
+    dout: Shape, images: Shape | None, image_shape: Shape, dtype: Any, layout: Any, weight: Shape, *rest: Any, **_: Any
 ) -> int:
-    """As the convolution's backward: one product for the images' gradient, one for the weight's."""
-    needs_images, needs_weight, _ = rest[-2]
+    """Count as the convolution's backward: one product for the images' gradient, one for the weight's."""
+    needs_images, needs_weight, _needs_rows = rest[-2]
     return 2 * prod(image_shape) * weight[0] * (needs_images + needs_weight)
-
-
-@register_flop_formula(torch.ops.fastvit.patch_embed_packed)
-def patch_embed_packed(pixels: Shape, layout: Any, weight: Shape, *_: Any, **__: Any) -> int:
-    """As :func:`patch_embed`: the pixels are those of whole patches."""
-    return 2 * prod(pixels) * weight[0]
-
-
-@register_flop_formula(torch.ops.fastvit.patch_embed_packed_backward)
-def patch_embed_packed_backward(
-    dout: Shape, pixels: Shape | None, size: int, dtype: Any, layout: Any, weight: Shape, *rest: Any, **_: Any
-) -> int:
-    """As :func:`patch_embed_backward`."""
-    return 2 * size * weight[0] * sum(rest[-2])

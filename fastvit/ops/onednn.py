@@ -34,7 +34,7 @@ _NARROW = (1024, 1280)
 _AMX = torch.cpu._is_amx_tile_supported()
 
 
-def refuse(x: Tensor, needs_grad: bool) -> str | None:
+def refuse(op: str, x: Tensor, *, weights: Iterable[Tensor] = (), needs_grad: bool = False) -> str | None:
     """Return why oneDNN can't run an op on ``x``, or None."""
     if torch.compiler.is_compiling() and (exporting() or x.dtype != torch.bfloat16 or BFLOAT16_INSTRUCTIONS):
         return "it is for eager mode; torch.compile fuses the reference itself"
