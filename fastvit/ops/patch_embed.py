@@ -66,8 +66,9 @@ def patch_embed(
     if images.shape[1] != channels:
         raise ValueError(f"ops.patch_embed: images {tuple(images.shape)} don't have the weight's {channels} channels")
     height, right = images.shape[2:]
-    if height % p or right % q:
-        raise ValueError(f"ops.patch_embed: images of {height}x{right} are not divisible by the patch of {p}x{q}")
+    if height % p or right % q or height < 1 or right < 1:
+        fault = "are empty" if height < 1 or right < 1 else f"are not divisible by the patch of {p}x{q}"
+        raise ValueError(f"ops.patch_embed: images of {height}x{right} {fault}")
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
     tokens = (height // p) * (right // q)
     positions = ((1, tokens, width), (1, prefix + tokens, width))
