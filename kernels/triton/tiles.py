@@ -106,7 +106,7 @@ def slug(gpu: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Return tiles/ in FASTVIT_CACHE, else in fastvit/ of XDG_CACHE_HOME or ~/.cache: the folder of the user's tables."""
+    """Return the folder of the user's tables: tiles/ in FASTVIT_CACHE, by default fastvit/ in XDG_CACHE_HOME."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(os.environ.get("FASTVIT_CACHE") or os.path.join(base, "fastvit")) / "tiles"
 
