@@ -557,6 +557,6 @@ def test_other_bad_input_to_the_model() -> None:
         op(packed, weight, pos_embed=Z(3, 32))
     with pytest.raises(ValueError, match="packed is a Tensor; fastvit.pack makes"):
         op(images[0], weight)
-    with pytest.raises(ValueError, match="pixels has dtype torch.int32"):
+    with pytest.raises(ValueError, match="images have dtype torch.int32"):
         op(replace(packed, pixels=packed.pixels.int()), weight)
     assert backends.setting() == "auto"

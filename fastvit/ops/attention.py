@@ -35,7 +35,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale + bias) v for each head (Vaswani et al., 2017, equation 1), T x T never stored.
+    """Compute softmax(q k^T * scale + bias) v for each head (Vaswani et al., 2017, equation 1) without storing T x T.
 
     Args:
         q: (B, Tq, H, d) floating; k, v: (B, Tk, H, d). The last dimension is contiguous (else it is copied), the
@@ -116,7 +116,7 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`attention` on q, k, v = qkv.unbind(2), with one packed gradient (but for rope, which makes new q and k).
+    """Compute :func:`attention` of q, k, v = qkv.unbind(2), with one packed gradient (but for rope).
 
     Args:
         qkv: (B, T, 3, H, d) floating, as a fused projection writes it.

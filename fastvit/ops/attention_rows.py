@@ -37,8 +37,8 @@ def attention_rows(
         rows: the queries, R ints or an int64 tensor (R,) on q's device, from -Tq to Tq - 1. On a
             GPU the values of a tensor are not looked at: a row outside that range is NaN. Ints are copied there first,
             which a CUDA graph can't record.
-        scale, bias, rel_pos_table, window, rel_pos_keys, key_mask: as attention had them. What they add to the scores
-            of these rows is in memory, no larger than the result.
+        scale, bias, rel_pos_table, window, rel_pos_keys, key_mask: as attention had them. The bias of these rows is in
+            memory, no larger than the result.
 
     Returns:
         (B, H, R, Tk) float32 (float64 for float64). A row with no key (lse -inf) is zeros.
@@ -52,7 +52,6 @@ def attention_rows(
     checked = checks.attention(
         "attention_rows", q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]),
         bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
-        cu_seqlens=None, max_seqlen=None, dropout_p=0.0, seed=None,
     )  # fmt: skip
     names = ("bias", "rel_pos_table", "window", "rel_pos_keys", "key_mask")
     options = {name: getattr(checked, name) for name in names}
@@ -111,12 +110,12 @@ def attention_distance(
 
 
 def _exact(q: Tensor) -> AbstractContextManager[Any]:
-    """The reference's products in the dtype that they are written in, under autocast too."""
+    """Return a context that keeps the dtype of the reference's products under autocast."""
     return torch.autocast(q.device.type, enabled=False) if autocast_dtype(q.device) else nullcontext()
 
 
 def _accept(op: str, q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and lse checked, detached, and in the dtype that attention multiplied them in."""
+    """Return q, k and lse checked, detached, and in the dtype that attention multiplied them in."""
     checks.floating(op, q=q, k=k, lse=lse)
     if q.ndim != 4 or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or 0 in q.shape[2:]:
         raise ValueError(f"ops.{op}: q {tuple(q.shape)}, k {tuple(k.shape)}; expected (B, Tq, H, d), (B, Tk, H, d)")
@@ -130,7 +129,7 @@ def _accept(op: str, q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _rows(rows: Sequence[int] | Tensor, q: Tensor) -> Tensor:
-    """The rows as an int64 tensor on q's device; values are checked where nothing has to wait for them."""
+    """Return the rows as an int64 tensor on q's device; check values that are on the host."""
     tokens, values = q.shape[1], rows
     if isinstance(rows, Tensor):
         if rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != q.device:

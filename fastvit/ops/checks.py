@@ -45,7 +45,7 @@ def merging(
     """Check residual (*batch, width), and gamma (width,) and row_scale, (batch[0],) or by rows, which need it."""
     if residual is None:
         if gamma is not None or row_scale is not None:
-            raise ValueError(f"ops.{op}: gamma and row_scale scale what is added to a residual; give residual too")
+            raise ValueError(f"ops.{op}: gamma and row_scale need a residual")
         return
     shape(op, "residual", residual, (*batch, width))
     shape(op, "gamma", gamma, (width,))
@@ -63,15 +63,15 @@ def attention(
     x: Tensor,
     sizes: tuple[int, int, int, int],
     *,
-    bias: Tensor | None,
-    rel_pos_table: Tensor | None,
-    window: tuple[int, int] | None,
-    rel_pos_keys: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None,
-    max_seqlen: int | tuple[int, int] | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    bias: Tensor | None = None,
+    rel_pos_table: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    rel_pos_keys: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    max_seqlen: int | tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> AttentionOptions:
     """Return the options of ``op`` on x's device, for sizes (B, H, Tq, Tk); a ValueError names the wrong one."""
     batch, heads, queries, keys = sizes

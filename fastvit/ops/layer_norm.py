@@ -32,7 +32,7 @@ def layer_norm(
     row_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm over the last dimension (Ba et al., 2016), statistics in float32.
+    """Apply LayerNorm over the last dimension (Ba et al., 2016), statistics in float32.
 
     Args:
         x: (..., D) floating. The kernels take float32, float16 and bfloat16; rows that are not contiguous are copied.
@@ -41,10 +41,10 @@ def layer_norm(
         residual: (..., D); may be float32. Then s = residual + row_scale * gamma * x is normalised and returned too.
         gamma: (D,) LayerScale.
         row_scale: (B,) float32 with B = x.shape[0], drop-path, or one for each row; it gets no gradient.
-        out_dtype: of the normalised result; by default that of what is normalised.
+        out_dtype: of the normalised result; by default x's, or the residual's.
 
     Returns:
-        LN(x) (..., D), or (LN(s), s) with s in the residual's dtype when a residual is given.
+        LN(x) (..., D), or (LN(s), s) with s in the residual's dtype with a residual.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.

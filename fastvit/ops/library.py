@@ -92,28 +92,28 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def unit_stride(t: Tensor) -> Tensor:
-    """t with a contiguous last dimension; a copy only where strides demand it."""
+    """Return t with a contiguous last dimension; a copy only where strides demand it."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x (..., D) as (M, D) with the last dimension contiguous; a copy only where strides demand it."""
+    """Return x (..., D) as (M, D) with the last dimension contiguous; a copy only where strides demand it."""
     x = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def dense(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Parameters as the kernels read them, contiguous; copies only where strides demand it."""
+    """Return parameters contiguous, as the kernels read them; copies only where strides demand it."""
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def none_if_empty(t: Tensor) -> Tensor | None:
-    """Ops return a tensor of shape (0,) for an absent result."""
+    """Return None for a tensor of shape (0,), an op's absent result."""
     return None if t.shape == (0,) else t
 
 
 def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """The other direction of :func:`none_if_empty`."""
+    """Return a tensor of shape (0,) for None, an absent result."""
     return like.new_empty(0) if t is None else t
 
 
@@ -131,5 +131,5 @@ def cast_for_autocast(dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tens
 
 
 def cast_gradients(*pairs: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Each (gradient, parameter): the float32 gradient in its parameter's dtype, None where either is absent."""
+    """Return the gradient of each (gradient, parameter) in its parameter's dtype, None where either is absent."""
     return tuple(None if g is None or p is None else g.to(p.dtype) for g, p in pairs)

@@ -37,7 +37,7 @@ def linear(
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> Tensor:
-    """act(LN(x) W^T + b), or residual + row_scale * gamma * act(LN(x) W^T + b).
+    """Compute act(LN(x) W^T + b), or residual + row_scale * gamma * act(LN(x) W^T + b).
 
     Args:
         x: (..., K) in the weight's dtype; with a norm it may be float32 beside 16-bit weights.

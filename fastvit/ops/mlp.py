@@ -45,7 +45,7 @@ def mlp(
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> Tensor:
-    """y = act(LN(x) W1^T + b1) W2^T + b2, or residual + row_scale * gamma * y (equation 3 of the ViT paper).
+    """Compute y = act(LN(x) W1^T + b1) W2^T + b2, or residual + row_scale * gamma * y (the ViT paper's equation 3).
 
     Args:
         x: (..., D) in the weights' dtype; with a norm it may be float32 beside 16-bit weights.

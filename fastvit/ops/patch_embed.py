@@ -105,7 +105,7 @@ def patch_embed_packed(
         mean, std, out_dtype: as in :func:`fastvit.ops.patch_embed`.
 
     Returns:
-        (1, N + n * P, D): where each image's tokens are, ``packed.sequences(P)`` says.
+        (1, N + n * P, D), the tokens of each image at its place in ``packed.sequences(P)``.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
@@ -113,7 +113,7 @@ def patch_embed_packed(
     """
     name = "patch_embed_packed"
     if not isinstance(packed, PackedImages):
-        raise ValueError(f"ops.{name}: packed is a {type(packed).__name__}; fastvit.pack makes what is expected")
+        raise ValueError(f"ops.{name}: packed is a {type(packed).__name__}; fastvit.pack makes PackedImages")
     expected = (packed.channels, *packed.patch_size)
     if weight.ndim != 4 or tuple(weight.shape[1:]) != expected:
         c, p, q = expected

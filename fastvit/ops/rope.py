@@ -91,7 +91,7 @@ def axial(
 def angles(
     coordinates: Tensor, head_dim: int, *, base: float = 100.0, periods: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`axial` for patches anywhere: coordinates (N, 2), down and across -> cos and sin, (N, d) each."""
+    """Return the angles of patches anywhere: coordinates (N, 2), down and across -> cos and sin, (N, d) each."""
     if head_dim % 4:
         raise ValueError(f"rope.axial: head dim {head_dim}; accepted: multiples of 4, a quarter for each of two axes")
     quarter = head_dim // 4

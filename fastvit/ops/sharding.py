@@ -55,9 +55,9 @@ Placements = list[Placement | None]
 
 
 def _strategy(letters: tuple[str, str], args: tuple[Any, ...], dim: int) -> tuple[Placements, Placements] | None:
-    """The (results, arguments) placements of one way to share a call, or None where it can't be shared so.
+    """Return the (results, arguments) placements of one way to share a call, or None where it is impossible.
 
-    A bias has its part of what is shared (images: 0, heads: 1) in dimension ``dim``; absent tensors have no placement.
+    A bias is split in dimension ``dim`` (images: 0, heads: 1); absent tensors have no placement.
     """
     inputs, outputs = (one.split() for one in letters)
     present = {
@@ -76,7 +76,7 @@ def _strategy(letters: tuple[str, str], args: tuple[Any, ...], dim: int) -> tupl
 
 
 def _strategies(name: str, args: tuple[Any, ...]) -> list[tuple[Placements, Placements]]:
-    """The acceptable (results, arguments) placements of one call."""
+    """Return the acceptable (results, arguments) placements of one call."""
     inputs, outputs = (letters.split() for letters in _BY_BATCH[name])
     whole: Placements = [
         None if arg in (None, []) or i == "-" else Replicate() for i, arg in zip(inputs, args, strict=True)

@@ -289,14 +289,7 @@ def _choose_tile(
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: dict[str, Any], dtype: torch.dtype, args: dict[str, Any]) -> None:
     blocks = {name.upper(): tile[name] for name in ("block_m", "block_n", "block_k")}
-    launch(
-        kernel,
-        grid,
-        {**args, **blocks, "PRECISION": precision(dtype)},
-        num_warps=tile["warps"],
-        num_stages=tile["stages"],
-        hot=dtype != torch.float32,
-    )
+    launch(kernel, grid, {**args, **blocks, "PRECISION": precision(dtype)}, tile=tile, hot=dtype != torch.float32)
 
 
 def _near(images: Tensor, patch: tuple[int, int]) -> Tensor:

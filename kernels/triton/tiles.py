@@ -31,7 +31,7 @@ from fastvit.triton.launch import device_name
 
 Row = dict[str, Any]
 
-FORMAT = 1  # of measured tables; raised when a kernel changes what a row means
+FORMAT = 1  # of measured tables; raised when a kernel changes the meaning of a row
 SHIPPED = Path(__file__).parent / "tables" / "measured"
 NEAR = 1.0  # octaves between the rows of a measured problem and of a launch that takes its tile
 
