@@ -62,9 +62,9 @@ class Activation(NamedTuple):
     """An activation that the ops fuse."""
 
     formula: Callable[[Tensor], Tensor]  # the reference; autograd differentiates it
-    module: type[nn.Module]  # what act_layer="name" builds
+    module: type[nn.Module]  # act_layer="name" builds it
     classes: tuple[str, ...] = ()  # other libraries' classes that compute the same
-    spellings: tuple[str, ...] = ()  # what else act_layer and config files call it, Hugging Face's own word first
+    spellings: tuple[str, ...] = ()  # other names in act_layer and config files, Hugging Face's own first
     onednn: tuple[str, str] | None = None  # its epilogue in mkldnn._linear_pointwise; None: a step of its own
 
 
@@ -120,7 +120,7 @@ _CLASSES = {
 
 
 def name_of(module: nn.Module) -> str | None:
-    """Return the word for what a module computes, a key of MODULES, or None for a class that is not known."""
+    """Return the name of a module's function, a key of MODULES, or None for an unknown class."""
     kind = type(module)
     if kind is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"

@@ -32,7 +32,7 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
 
 
 def merge(y: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None) -> Tensor:
-    """residual + row_scale * gamma * y, in the residual's dtype. row_scale (B,) scales whole images, else each row."""
+    """Return residual + row_scale * gamma * y in the residual's dtype; row_scale (B,) scales images, else rows."""
     if gamma is not None:
         y = y * gamma
     if row_scale is not None:
@@ -42,7 +42,7 @@ def merge(y: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor |
 
 
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm over the last dimension with the result in ``dtype``; float32 weights are not rounded."""
+    """Apply LayerNorm over the last dimension, result in ``dtype``; float32 weights are not rounded."""
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
     if dtypes == {dtype}:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -52,7 +52,7 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
 
 
 def normalise_pixels(images: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(images - mean) / std in ``dtype``; images (..., C, H, W), uint8 ones in units of 255."""
+    """Return (images - mean) / std in ``dtype``; images (..., C, H, W), uint8 ones in units of 255."""
     if images.dtype == torch.uint8:
         images = images.to(torch.promote_types(dtype, torch.float32)) / 255
     if mean is not None:
@@ -111,12 +111,12 @@ def patch_embed_packed(
 
 
 def packed_patches(packed: PackedImages, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The normalised pixels of each patch in the weight's order, (N, C * p * q)."""
+    """Return the normalised pixels of each patch in the weight's order, (N, C * p * q)."""
     return normalise_pixels(packed.patches(), mean, std, dtype).flatten(1)
 
 
 def with_prefix(x: Tensor, layout: Layout, prefix_tokens: Tensor) -> Tensor:
-    """Patches x (N, D) with the prefix tokens (1, P, D) before those of each image: (N + n * P, D)."""
+    """Return patches x (N, D) with the prefix tokens (1, P, D) before those of each image: (N + n * P, D)."""
     prefix = prefix_tokens.shape[1]
     at = layout.prefix_tokens(prefix)
     out = x.new_zeros(x.shape[0] + at.numel(), x.shape[1]).index_copy(0, layout.patch_tokens(prefix), x)
@@ -195,7 +195,7 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, seed: Tensor) -> Tensor:
-    """Word 0 of Philox4x32-10 (Salmon et al., 2011) of counter (c0, c1, c2, 0), with the seed's halves for a key.
+    """Return word 0 of Philox4x32-10 (Salmon et al., 2011) of counter (c0, c1, c2, 0); the seed's halves are the key.
 
     All are int64 and broadcast; the counter's words, and the result, go from 0 to 2^32 - 1.
     """
@@ -209,7 +209,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, seed: Tensor) -> Tensor:
 
 
 def dropout_factor(seed: Tensor, p: float, heads: int, image: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """0 where attention's weight of query i and key j is dropped, with probability p, else 1 / (1 - p).
+    """Return 0 where attention's weight of query i and key j is dropped, with probability p, else 1 / (1 - p).
 
     Args:
         seed: int64 of one element.
@@ -227,7 +227,7 @@ def dropout_factor(seed: Tensor, p: float, heads: int, image: Tensor, i: Tensor,
 def table_rows(
     n: int, window: tuple[int, int], device: torch.device | None = None, queries: Tensor | None = None
 ) -> Tensor:
-    """Which of the n rows of BEiT's table belongs to query i and key j, as ``ops.attention`` says: (T, T) int64.
+    """Return the row of query i and key j in BEiT's table of n rows, as ``ops.attention`` defines it: (T, T) int64.
 
     With ``queries`` (R,) int64, from 0 to T - 1, of these alone: (R, T).
     """
@@ -244,12 +244,12 @@ def table_rows(
 
 
 def table_bias(table: Tensor, window: tuple[int, int], queries: Tensor | None = None) -> Tensor:
-    """BEiT's bias (1, H, T, T) from its table ((2h-1)(2w-1) [+3], H), or that of some queries (1, H, R, T)."""
+    """Return BEiT's bias (1, H, T, T) from its table ((2h-1)(2w-1) [+3], H), or that of some queries (1, H, R, T)."""
     return table[table_rows(table.shape[0], window, table.device, queries)].permute(2, 0, 1)[None]
 
 
 def relative_bias(q: Tensor, keys: Tensor, scale: float | None, queries: Tensor | None = None) -> Tensor:
-    """q's scores (B, H, T, T) with relative position keys: ((H,) 2T-1, d), row i - j + T - 1 for query i and key j.
+    """Return q's scores (B, H, T, T) with relative position keys ((H,) 2T-1, d): row i - j + T - 1 for i and j.
 
     With ``queries`` (R,) those of some queries alone, (B, H, R, T).
 
@@ -266,7 +266,7 @@ def relative_bias(q: Tensor, keys: Tensor, scale: float | None, queries: Tensor 
 
 
 def readable(t: Tensor) -> bool:
-    """Whether t's values can be looked at without waiting for a device, and without a trace that breaks at it."""
+    """Return whether t's values can be read without waiting for a device or breaking a trace."""
     return type(t) is Tensor and t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -279,7 +279,7 @@ def _attend(
     mask: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """factor * softmax(q k^T * scale + mask) v for each head: out (B, Tq, H, d), lse (B, H, Tq) if it is asked for.
+    """Return factor * softmax(q k^T * scale + mask) v (B, Tq, H, d), and lse (B, H, Tq) with ``return_lse``.
 
     mask and factor broadcast to (B, H, Tq, Tk). A row with no key, or with -inf for all, gives zeros and -inf.
     """
@@ -311,7 +311,7 @@ def _attend(
 
 
 def _positions(starts: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Which sequence each of the tokens belongs to, and where in it: (tokens,) int64 each."""
+    """Return the sequence of each token, and its place in it: (tokens,) int64 each."""
     token, starts = torch.arange(tokens, device=starts.device), starts.long()
     sequence = (token[:, None] >= starts[1:]).sum(-1)
     return sequence, token - starts[sequence]
@@ -327,7 +327,7 @@ def _attend_packed(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`_attend` for each sequence by itself: one after the other, or under a mask where that can't be traced."""
+    """Attend in each sequence by itself: one after the other, or under a mask where that can't be traced."""
     heads = q.shape[2]
     if all(map(readable, starts)):
         parts = []
@@ -408,7 +408,7 @@ def bias_of_rows(
     rel_pos_keys: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor | None:
-    """What :func:`attention` adds to the scores of some of q, broadcastable to (B, H, R, Tk), or None for nothing.
+    """Return the bias of some rows of :func:`attention`'s scores, broadcastable to (B, H, R, Tk), or None.
 
     rows: (R,) int64, from 0 to Tq - 1. An absent key has -inf.
     """
@@ -456,7 +456,7 @@ def attention_distance(
 
 
 def patch_distances(rows: Tensor, grid: tuple[int, int], patch_size: tuple[float, float], dtype: torch.dtype) -> Tensor:
-    """Between the centres of some patches of a grid (h, w), by their index (R,), and all of them: (R, h * w)."""
+    """Return the distances between some patches of a grid (h, w), by index (R,), and all of them: (R, h * w)."""
     patches, columns = torch.arange(grid[0] * grid[1], device=rows.device), grid[1]
     down = (patches // columns).to(dtype) * patch_size[0]
     across = (patches % columns).to(dtype) * patch_size[1]

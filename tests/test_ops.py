@@ -426,6 +426,7 @@ BAD = {
         r"row_scale has shape \(3,\), expected \(2,\)",
     ),
     "device": (lambda: ops.linear(X, W.to("meta")), r"weight is on meta, x is on cpu"),
+    "no pixels": (lambda: ops.patch_embed(torch.zeros(1, 3, 0, 8), torch.zeros(4, 3, 4, 4)), r"0x8 are empty"),
     "no heads": (lambda: ops.attention(*[torch.randn(2, 5, 0, 16)] * 3), r"start at 1"),
     "attention": (lambda: ops.attention(X, X, X), r"\(B, Tq, H, d\)"),
     "packed": (lambda: ops.attention_qkvpacked(torch.randn(1, 2, 4, 1, 8)), r"\(1, 2, 4, 1, 8\), expected"),

@@ -190,7 +190,7 @@ def test_the_file_is_continued_or_set_aside(folders: dict[str, Path], capsys: py
     "workload", [*compile_report.WORKLOADS, compile_report.VARIATIONS[0], compile_report.VARIATIONS[2]], ids=str
 )
 def test_every_problem_of_a_model_has_a_call(workload: compile_report.Workload, arch: int) -> None:
-    with tiles.asked() as problems:
+    with tiles.record_problems() as problems:
         compile_report.launches(workload, arch)
     assert {p.family for p in problems} == set(tiles.KEYS) - {"cuda"}
     assert [str(p) for p in problems if not candidates.is_reproducible(p, workload.dtype, arch)] == []
@@ -392,6 +392,6 @@ def test_on_a_gpu(folders: dict[str, Path]) -> None:
         assert set(one["refused"]) <= {"spills", "overflows"}, str(problem)
         assert 0 < one["us"] <= one["derived_us"]
         call = candidates.launcher_call(problem, torch.bfloat16, device)
-        with tiles.asked() as taken:
+        with tiles.record_problems() as taken:
             call.run()
         assert one["tile"] in taken.values()

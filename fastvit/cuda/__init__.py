@@ -1,5 +1,5 @@
 """The launchers of the CUDA kernels (``csrc/``): names and arguments of the Triton ones, on the compiled extension.
 
-Products take float16 and bfloat16; LayerNorm and what is elementwise take float32 too. Arguments are as the Triton
+Products take float16 and bfloat16; LayerNorm and elementwise kernels take float32 too. Arguments are as the Triton
 launchers' unless a docstring says otherwise; layouts that a kernel does not read are copied once.
 """

@@ -44,8 +44,8 @@ def attention_forward(
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    given = _arguments(options, q.dtype)
-    extension.library.attention_forward(q, *given, aligned(q), aligned(k), aligned(v), float(scale), out, lse)
+    values = _arguments(options, q.dtype)
+    extension.library.attention_forward(q, *values, aligned(q), aligned(k), aligned(v), float(scale), out, lse)
     return out, lse
 
 
@@ -64,7 +64,7 @@ def attention_backward(
     options: AttentionOptions = NO_OPTIONS,
     dlearned: Tensor | None = None,
 ) -> None:
-    """Write dq, dk, dv and, if given, dlearned: :func:`fastvit.triton.attention_backward.attention_backward`."""
+    """Write dq, dk, dv and, if present, dlearned: :func:`fastvit.triton.attention_backward.attention_backward`."""
     if 0 in (q.shape[0], q.shape[1], k.shape[1]):
         for gradient in (dq, dk, dv, dlearned):
             if gradient is not None:
@@ -73,13 +73,13 @@ def attention_backward(
     dout, q, k, v, out = map(aligned, (dout, q, k, v, out))
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     dlse = None if dlse is None else dlse.contiguous()
-    given, scale = _arguments(options, q.dtype), float(scale)
-    extension.library.attention_query_gradient(q, *given, dout, dlse, q, k, v, out, lse, scale, dq, delta)
-    extension.library.attention_key_value_gradient(q, *given, dout, q, k, v, lse, delta, scale, dk, dv)
+    values, scale = _arguments(options, q.dtype), float(scale)
+    extension.library.attention_query_gradient(q, *values, dout, dlse, q, k, v, out, lse, scale, dq, delta)
+    extension.library.attention_key_value_gradient(q, *values, dout, q, k, v, lse, delta, scale, dk, dv)
     if dlearned is not None:
         kernel = "attention_bias_gradient"
         if options.rel_pos_table is not None:
             kernel = "attention_table_gradient"
         elif options.rel_pos_keys is not None:
             kernel, dlearned = "attention_rel_pos_keys_gradient", dlearned.view(-1, *dlearned.shape[-2:])
-        getattr(extension.library, kernel)(q, *given, dout, q, k, v, lse, delta, scale, dlearned)
+        getattr(extension.library, kernel)(q, *values, dout, q, k, v, lse, delta, scale, dlearned)

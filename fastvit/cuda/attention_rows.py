@@ -1,4 +1,4 @@
-"""Rows of attention weights, and what they say, on the CUDA kernels (``csrc/attention_rows.cu``)."""
+"""Rows and mean distances of attention weights on the CUDA kernels (``csrc/attention_rows.cu``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvit.cuda.extension import aligned
 def attention_rows(
     q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, scale: float, *, bias: Tensor | None = None
 ) -> Tensor:
-    """(B, H, R, Tk), as :func:`fastvit.triton.attention_rows.attention_rows`; d is a multiple of 8 from 32 to 128."""
+    """Return (B, H, R, Tk) as :func:`fastvit.triton.attention_rows.attention_rows`; d % 8 == 0, from 32 to 128."""
     shape = (q.shape[0], q.shape[2], rows.shape[0], k.shape[1])
     out = torch.empty(shape, dtype=torch.float32, device=q.device)
     extension.library.attention_rows(q, aligned(q), aligned(k), lse, rows, bias, float(scale), out)
@@ -25,7 +25,7 @@ def attention_rows(
 def attention_distance(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, grid: Sequence[int], patch_size: Sequence[float]
 ) -> Tensor:
-    """(B, H), as :func:`fastvit.triton.attention_rows.attention_distance`."""
+    """Return (B, H) as :func:`fastvit.triton.attention_rows.attention_distance`."""
     blocks = extension.library.attention_distance_blocks(q, grid[0] * grid[1])
     partials = torch.empty((blocks, q.shape[0], q.shape[2]), dtype=torch.float32, device=q.device)
     extension.library.attention_distance(q, aligned(q), aligned(k), lse, float(scale), *grid, *patch_size, partials)

@@ -1,7 +1,7 @@
-"""The linear layer's products by cuBLASLt, through PyTorch: what runs where a table says that it is the faster one.
+"""The linear layer's products by cuBLASLt, through PyTorch: for problems whose table row names the library.
 
 Each function stands for the kernel of its name in :mod:`fastvit.cuda.linear`, which calls it. Epilogues are cuBLASLt's
-where PyTorch reaches them (``addmm``: the bias, or beta * C; ``_addmm_activation``: tanh GELU); what remains is
+where PyTorch reaches them (``addmm``: the bias, or beta * C; ``_addmm_activation``: tanh GELU); the rest runs in
 PyTorch's elementwise kernels, which round in between as eager PyTorch does. On CPU tensors, in the tests, the same
 calls are the CPU's products.
 """
@@ -25,7 +25,7 @@ def linear_forward(
     row_scale: Tensor | None,
     save_preact: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, preact or None), as :func:`fastvit.cuda.linear.linear_forward`; float32 too. No gated activation."""
+    """Return (out, preact or None) as :func:`fastvit.cuda.linear.linear_forward`; float32 too. No gated activation."""
     bias = None if bias is None else bias.to(x.dtype)
     scaled = gamma is not None or row_scale is not None
     bare = bias is None and activation is None and not scaled and not save_preact
@@ -44,17 +44,17 @@ def linear_forward(
 
 
 def linear_input_gradient(dout: Tensor, weight: Tensor, gamma: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(gamma * dout) weight in ``dtype``: dout (M, N), weight (N, K), gamma (N,) or None."""
+    """Return (gamma * dout) weight in ``dtype``: dout (M, N), weight (N, K), gamma (N,) or None."""
     return _product(dout if gamma is None else (dout * gamma).to(weight.dtype), weight, dtype)
 
 
 def linear_weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dout^T x in ``dtype``: dout (M, N), x (M, K)."""
+    """Return dout^T x in ``dtype``: dout (M, N), x (M, K)."""
     return _product(dout.mT, x, dtype)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, summed in float32 and rounded once, to ``dtype``: that of the operands or float32."""
+    """Return a @ b, summed in float32 and rounded once, to ``dtype``: that of the operands or float32."""
     if dtype == a.dtype:
         return a @ b
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)

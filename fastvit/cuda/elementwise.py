@@ -1,4 +1,4 @@
-"""What is elementwise, and sums of partial sums, on the CUDA kernels (``csrc/common/elementwise.cu``), float32 too."""
+"""Elementwise operations and sums of partial sums on the CUDA kernels (``csrc/common/elementwise.cu``), float32 too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvit.cuda.extension import check_scale, unit_rows
 
 
 def sum_partials(partials: Tensor) -> Tensor:
-    """(...) float32: the sum of ``partials`` (S, ...) over S, bit-equal from run to run."""
+    """Return the sum (...) float32 of ``partials`` (S, ...) over S, bit-equal from run to run."""
     partials = partials.contiguous()
     sums = torch.empty(partials.shape[1:], dtype=torch.float32, device=partials.device)
     if partials.shape[0] == 0:
@@ -21,12 +21,12 @@ def sum_partials(partials: Tensor) -> Tensor:
 
 
 def sum_groups(partials: Tensor) -> tuple[Tensor, ...]:
-    """The same for ``partials`` (S, G, ...): G tensors, none a view."""
+    """Return the G sums of ``partials`` (S, G, ...), none a view."""
     return tuple(one.clone() for one in sum_partials(partials))
 
 
 def scale_rows(x: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
-    """row_scale * x (M, N) in ``dtype``; x itself if that changes nothing."""
+    """Return row_scale * x (M, N) in ``dtype``; x itself if that changes nothing."""
     x = unit_rows(x)
     if x.dtype == dtype and row_scale is None:
         return x

@@ -27,7 +27,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def _load() -> str | None:
-    """Load the extension; the reason where that can't be done."""
+    """Load the extension, or return the reason against it."""
     global library
     found = sorted(_PACKAGE.glob("_C*.so"))
     if not found:
@@ -54,18 +54,18 @@ def emulate(path: str | Path) -> None:
     library, EMULATED, MISSING = torch.ops.fastvit_emulated, True, None
 
 
-class _Nothing:
-    """Stands for the extension: its launchers do nothing, and those that count say 1."""
+class _NoLibrary:
+    """In place of the extension: each function does nothing and returns 1, the count where it counts."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: 1
 
 
 @contextmanager
-def rehearse() -> Iterator[None]:
-    """Launch nothing inside: launchers take meta tensors, and ask the tables what they would ask."""
+def no_launches() -> Iterator[None]:
+    """Launch nothing inside: launchers take meta tensors, and look up their tiles as usual."""
     global library, MISSING
-    before, library, MISSING = (library, MISSING), _Nothing(), None
+    before, library, MISSING = (library, MISSING), _NoLibrary(), None
     try:
         yield
     finally:
@@ -74,7 +74,7 @@ def rehearse() -> Iterator[None]:
 
 @cache
 def built_for(capability: tuple[int, int]) -> bool:
-    """Whether the extension has code, or PTX, for GPUs of this compute capability."""
+    """Return whether the extension has code, or PTX, for GPUs of this compute capability."""
     for name in importlib.import_module("fastvit._C").ARCHITECTURES.split():
         major, minor = map(int, name.removesuffix("+PTX").rstrip("a").split("."))
         if (major == capability[0] and minor <= capability[1]) or (
@@ -95,8 +95,8 @@ def _refuse_device(device: torch.device) -> str | None:
     return None
 
 
-def refuse(op: str, x: Tensor, weights: Iterable[Tensor] = ()) -> str | None:
-    """Return why the CUDA kernels can't run ``op`` on ``x``, with ``weights`` those of its products, or None."""
+def refuse(op: str, x: Tensor, *, weights: Iterable[Tensor] = (), needs_grad: bool = False) -> str | None:
+    """Return why the CUDA kernels can't run ``op`` on ``x``, with the ``weights`` of its products, or None."""
     if MISSING:
         return MISSING
     if x.device.type not in ("cuda", "meta", "cpu" if EMULATED else "cuda"):
@@ -127,13 +127,13 @@ def refuse(op: str, x: Tensor, weights: Iterable[Tensor] = ()) -> str | None:
     return None
 
 
-def assume(architecture: int) -> None:
-    """Under :func:`emulate`: choose kernels and tiles as on this architecture (80, 90, ...)."""
+def set_architecture(architecture: int) -> None:
+    """Choose kernels and tiles as on this architecture (80, 90, ...) from now on, under :func:`emulate`."""
     library.assume(torch.empty(0), architecture)
 
 
 def aligned(t: Maybe) -> Maybe:
-    """t if 16-byte loads can read its rows, else a copy.
+    """Return t if 16-byte loads can read its rows, else a copy.
 
     They can where the last stride is 1, the others are multiples of 16 bytes, and no row lies over another.
     """
@@ -150,10 +150,11 @@ def aligned(t: Maybe) -> Maybe:
 
 
 def unit_rows(t: Maybe) -> Maybe:
-    """t (M, N) or (N,) with a unit last stride, else a copy."""
+    """Return t (M, N) or (N,) with a unit last stride; a copy only where it has another."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
 def check_scale(rows: int, row_scale: Tensor | None) -> None:
+    """Check that each entry of row_scale is for as many of the rows."""
     if row_scale is not None and (row_scale.shape[0] == 0 or rows % row_scale.shape[0]) and rows:
         raise ValueError(f"row_scale has {row_scale.shape[0]} entries, which do not divide the {rows} rows")

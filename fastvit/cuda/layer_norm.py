@@ -21,7 +21,7 @@ def layer_norm_forward(
     row_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(y, stream, mean, rstd), as :func:`fastvit.triton.layer_norm.layer_norm_forward`."""
+    """Return (y, stream, mean, rstd) as :func:`fastvit.triton.layer_norm.layer_norm_forward`."""
     rows, width = x.shape
     if width > MAX_WIDTH:
         raise ValueError(f"layer_norm: the CUDA kernels hold a row in registers, so D <= {MAX_WIDTH}; got {width}")
@@ -48,7 +48,7 @@ def layer_norm_backward(
     row_scale: Tensor | None = None,
     need_params: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dresidual, dweight, dbias, dgamma), as :func:`fastvit.triton.layer_norm.layer_norm_backward`."""
+    """Return (dx, dresidual, dweight, dbias, dgamma) as :func:`fastvit.triton.layer_norm.layer_norm_backward`."""
     rows, width = normalised.shape
     dy, dstream, normalised, branch = unit_rows(dy), unit_rows(dstream), unit_rows(normalised), unit_rows(branch)
     weight, gamma = unit_rows(weight), unit_rows(gamma)

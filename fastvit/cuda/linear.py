@@ -1,8 +1,8 @@
 """Linear layers on the CUDA kernels (``csrc/sm80/linear_sm80.cu``, ``csrc/sm90/linear_sm90.cu``), float16 and bfloat16.
 
-The measured tables (:mod:`fastvit.triton.tiles`, family "cuda") say who runs a product: the kernel, as where nothing
-was measured, or cuBLASLt (:mod:`fastvit.cuda.cublas`). Products in float32, which the judge of ``fastvit tune`` alone
-asks for, are the library's.
+The measured tables (:mod:`fastvit.triton.tiles`, family "cuda") choose the implementation of a product: the kernel, as
+where nothing was measured, or cuBLASLt (:mod:`fastvit.cuda.cublas`). cuBLASLt computes products in float32, which
+``fastvit tune`` alone compares with.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _run(
     residual: Tensor | None = None,
     saves: bool = False,
 ) -> str:
-    """Who runs a product: "kernel", "library" or, for ``op`` "normed", "folded".
+    """Return the implementation of a product: "kernel", "library" or, for ``op`` "normed", "folded".
 
     Args:
         tile: in place of the table's row: {"run": one of these}.
@@ -43,7 +43,7 @@ def _run(
         on: an operand of the product.
         size, n, k: the rows, and the widths of the result and of the sum; of the weight's gradient N and K.
         activation, scaled, residual: of the epilogue; ``scaled`` by gamma or row_scale.
-        saves: the forward's pre-activation, or the weight gradient's sums for the bias, are wanted too.
+        saves: whether the forward saves its pre-activation, or the weight's gradient the bias's sums.
     """
     if tile is not None or MISSING:  # without Triton nothing was measured: fastvit tune needs it
         return (tile or KERNEL)["run"]
@@ -74,9 +74,9 @@ def linear_forward(
     save_preact: bool = False,
     tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, preact or None), as :func:`fastvit.triton.linear.linear_forward`; sizes K and N are multiples of 8.
+    """Return (out, preact or None) as :func:`fastvit.triton.linear.linear_forward`; sizes K and N are multiples of 8.
 
-    ``tile``, here and below, is {"run": "kernel"} or {"run": "library"} in place of what the tables say.
+    ``tile``, here and below, is {"run": "kernel"} or {"run": "library"} in place of the table's.
     """
     activations.check(activation, gated=True)
     gated = activation in activations.GATED
@@ -105,7 +105,7 @@ def linear_forward(
 def fold_norm(
     weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A LayerNorm's weight g and bias b multiplied into the weight W (N, K) after it.
+    """Multiply a LayerNorm's weight g and bias b into the weight W (N, K) after it.
 
     Returns:
         g * W (N, K), rounded once; (N,) float32, the sums of its rows as rounded; (N,) float32, W b + bias.
@@ -126,7 +126,7 @@ def linear_folded_forward(
     *,
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, mean, rstd) of act(LN(x) W^T + b) by a product with x itself: LN(x) is never written.
+    """Return (out, mean, rstd) of act(LN(x) W^T + b) by a product with x itself: LN(x) is never written.
 
     LN(x) W^T + b = rstd * (x (g W)^T - mean * sums) + offsets, by :func:`fold_norm`. The statistics are those that
     :func:`layer_norm_forward` computes. The difference is taken of float32 sums, so it loses what mean / deviation of a
@@ -157,11 +157,11 @@ def linear_normed_forward(
     activation: str | None = None,
     tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, mean, rstd) of act(LN(x) W^T + b), for inference: two kernels or, where a table says so, folded into one.
+    """Return (out, mean, rstd) of act(LN(x) W^T + b), for inference: by two kernels, or folded into one by its table.
 
     Arguments are :func:`linear_folded_forward`'s, but x may have any dtype; in another one than the weight's, as the
     float32 stream of autocast, it is never folded: that would round x before its mean is taken off. ``tile`` is
-    {"run": "kernel"} or {"run": "folded"} in place of what the tables say.
+    {"run": "kernel"} or {"run": "folded"} in place of the table's.
     """
     (m, k), n = x.shape, weight.shape[0]
     if x.dtype == weight.dtype != torch.float32 and _run(tile, "normed", x, m, n, k, activation=activation) == "folded":
@@ -182,7 +182,7 @@ def linear_input_gradient(
     out_dtype: torch.dtype | None = None,
     tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx, hidden or None), as :func:`fastvit.triton.linear_backward.linear_input_gradient`."""
+    """Return (dx, hidden or None) as :func:`fastvit.triton.linear_backward.linear_input_gradient`."""
     if (preact is None) != (activation is None):
         raise ValueError("preact and activation go together")
     activations.check(activation, gated=True)
@@ -214,7 +214,7 @@ def linear_weight_gradient(
     need_bias: bool = True,
     tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dweight, dbias, dgamma), as :func:`fastvit.triton.linear_backward.linear_weight_gradient`."""
+    """Return (dweight, dbias, dgamma) as :func:`fastvit.triton.linear_backward.linear_weight_gradient`."""
     if gamma is not None and weight is None:
         raise ValueError("the gradient of gamma needs the weight")
     dout = scale_rows(dout, x.dtype, row_scale)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.ops.library import autocasting
+from fastvit.ops.library import autocast_dtype
 from fastvit.packing import Layout
 
 Pair = tuple[int, int]
@@ -79,7 +79,7 @@ def resample_pos_embed_at(
     down = _bicubic_weights(layout.row, height // p, old_size[0], dtype)
     across = _bicubic_weights(layout.column, width // q, old_size[1], dtype)
     weights = (down.unsqueeze(2) * across.unsqueeze(1)).flatten(1)  # (N, h * w)
-    with torch.autocast(pos_embed.device.type, enabled=False) if autocasting(pos_embed) else nullcontext():
+    with torch.autocast(pos_embed.device.type, enabled=False) if autocast_dtype(pos_embed.device) else nullcontext():
         return (weights @ pos_embed[0, num_prefix_tokens:].to(dtype)).to(pos_embed.dtype)
 
 

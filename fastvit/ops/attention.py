@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastvit import reference
 from fastvit.attention_options import LEARNED, SCHEMA, TENSORS, AttentionOptions
 from fastvit.ops import backends, checks
-from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, register, unit_stride
+from fastvit.ops.library import autocast_dtype, cast_for_autocast, launchers, needs_grad, register, unit_stride
 from fastvit.ops.rope import rotate
 
 
@@ -34,7 +35,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q k^T * scale + bias) v for each head (Vaswani et al., 2017, equation 1), T x T never stored.
+    """Compute softmax(q k^T * scale + bias) v for each head (Vaswani et al., 2017, equation 1) without storing T x T.
 
     Args:
         q: (B, Tq, H, d) floating; k, v: (B, Tk, H, d). The last dimension is contiguous (else it is copied), the
@@ -78,8 +79,9 @@ def attention(
         )
     if 0 in q.shape[2:]:
         raise ValueError(f"ops.attention: q has shape {tuple(q.shape)}; heads and head dim start at 1")
-    checks.same_device("attention", q, k=k, v=v)
-    if not autocasting(q):
+    checks.same_device("attention", q.device, k=k, v=v)
+    autocast = autocast_dtype(q.device)
+    if autocast is None:
         checks.same_dtype("attention", q=q, k=k, v=v)
     if rope is not None:
         q, k = rotate(q, k, *rope)
@@ -93,7 +95,7 @@ def attention(
     if chosen not in backends.KERNELS:
         with _differentiable_twice("attention", needs_learned):
             return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **options.for_reference())
-    q, k, v = cast_for_autocast(q, q, k, v)
+    q, k, v = cast_for_autocast(autocast, q, k, v)
     out, lse = _attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, chosen, *options)
     return (out, lse) if return_lse else out
 
@@ -114,7 +116,7 @@ def attention_qkvpacked(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`attention` on q, k, v = qkv.unbind(2), with one packed gradient (but for rope, which makes new q and k).
+    """Compute :func:`attention` of q, k, v = qkv.unbind(2), with one packed gradient (but for rope).
 
     Args:
         qkv: (B, T, 3, H, d) floating, as a fused projection writes it.
@@ -143,7 +145,7 @@ def attention_qkvpacked(
     if chosen not in backends.KERNELS:
         with _differentiable_twice("attention_qkvpacked", needs_learned):
             return reference.attention_qkvpacked(qkv, scale=scale, return_lse=return_lse, **options.for_reference())
-    (qkv,) = cast_for_autocast(qkv, qkv)
+    (qkv,) = cast_for_autocast(autocast_dtype(qkv.device), qkv)
     out, lse = _attention_qkvpacked(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale, chosen, *options)
     return (out, lse) if return_lse else out
 
@@ -165,90 +167,63 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *value
 
 def _forward_packed(qkv: Tensor, scale: float, backend: str, *values: Any) -> tuple[Tensor, Tensor]:
     q, k, v = unit_stride(qkv).unbind(2)
-    return _forward(q, k, v, scale, backend, *values)
+    return launchers(backend).attention_forward(q, k, v, scale, AttentionOptions(*values).expanded(q, k))
 
 
-def _fake(q, k, v, *_):
-    batch, tokens, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+def _fake(a: Any) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = a.q.shape
+    return a.q.new_empty(a.q.shape), a.q.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
-def _fake_packed(qkv, *_):
-    q, k, v = qkv.unbind(2)
-    return _fake(q, k, v)
+def _fake_packed(a: Any) -> tuple[Tensor, Tensor]:
+    a.q = a.qkv.select(2, 0)
+    return _fake(a)
 
 
 # --- their derivatives: needs_learned asks for the gradient of the learned option, which else has shape (0,) ---
 
 
-def _backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    backend: str,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    return dq, dk, dv, _backward_into(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, backend, *rest)
+def _backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (a.q, a.k, a.v))
+    return dq, dk, dv, _backward_into(a, a.q, a.k, a.v, dq, dk, dv)
 
 
-def _backward_packed(
-    dout: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, backend: str, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    q, k, v = qkv.unbind(2)
-    dq, dk, dv = dqkv.unbind(2)
-    return dqkv, _backward_into(dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, backend, *rest)
+def _backward_packed(a: Any) -> tuple[Tensor, Tensor]:
+    dqkv = torch.empty(a.qkv.shape, dtype=a.qkv.dtype, device=a.qkv.device)
+    return dqkv, _backward_into(a, *a.qkv.unbind(2), *dqkv.unbind(2))
 
 
-def _backward_into(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    backend: str,
-    *rest: Any,
-) -> Tensor:
-    """Write dq, dk and dv; return the float32 gradient of what is learned."""
-    *values, needs_learned = rest
-    options = AttentionOptions(*values)
-    dlearned = _learned_gradient(options, needs_learned, lse)
-    dout, q, k, v = (unit_stride(t) for t in (dout, q, k, v))
-    launchers(backend).attention_backward(
-        dout, dlse, q, k, v, out, lse, scale, dq, dk, dv, options.expanded(q, k), dlearned if needs_learned else None
-    )
+def _backward_into(a: Any, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+    """Write dq, dk and dv; return the float32 gradient of the learned option."""
+    dlearned = _learned_gradient(a)
+    dout, q, k, v = (unit_stride(t) for t in (a.dout, q, k, v))
+    launchers(a.backend).attention_backward(
+        dout, a.dlse, q, k, v, a.out, a.lse, a.scale, dq, dk, dv, _options(a).expanded(q, k),
+        dlearned if a.needs_learned else None,
+    )  # fmt: skip
     return dlearned
 
 
-def _learned_gradient(options: AttentionOptions, needs_learned: bool, lse: Tensor) -> Tensor:
-    return lse.new_empty(options.learned.shape if needs_learned and options.learned is not None else 0)
+def _options(a: Any) -> AttentionOptions:
+    return AttentionOptions(*(getattr(a, name) for name in AttentionOptions._fields))
 
 
-def _backward_fake(dout, dlse, q, k, v, out, lse, scale, backend, *rest):
-    *values, needs_learned = rest
-    dlearned = _learned_gradient(AttentionOptions(*values), needs_learned, lse)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlearned
+def _learned_gradient(a: Any) -> Tensor:
+    learned = _options(a).learned
+    empty: Tensor = a.lse.new_empty(learned.shape if a.needs_learned and learned is not None else 0)
+    return empty
 
 
-def _backward_fake_packed(dout, dlse, qkv, out, lse, scale, backend, *rest):
-    *values, needs_learned = rest
-    return qkv.new_empty(qkv.shape), _learned_gradient(AttentionOptions(*values), needs_learned, lse)
+def _backward_fake(a: Any) -> tuple[Tensor, ...]:
+    return *(t.new_empty(t.shape) for t in (a.q, a.k, a.v)), _learned_gradient(a)
+
+
+def _backward_fake_packed(a: Any) -> tuple[Tensor, Tensor]:
+    return a.qkv.new_empty(a.qkv.shape), _learned_gradient(a)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    count = len(inputs) - len(AttentionOptions._fields) - 2  # of what is attended to: q, k, v or qkv
+    count = len(inputs) - len(AttentionOptions._fields) - 2  # q, k, v: 3, or qkv: 1
     ctx.scale, ctx.backend = inputs[count : count + 2]
     options = AttentionOptions(*inputs[count + 2 :])
     ctx.others = {name: value for name, value in options._asdict().items() if name not in TENSORS}
@@ -256,7 +231,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*(getattr(options, name) for name in TENSORS), *inputs[:count], *output)
 
 
-def _differentiate(ctx: Any, op: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(op: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of the inputs: of the tensors, None for scale and backend, one for each option."""
     saved = ctx.saved_tensors
     options = AttentionOptions(**ctx.others, **dict(zip(TENSORS, saved[: len(TENSORS)], strict=True)))
@@ -271,14 +246,6 @@ def _differentiate(ctx: Any, op: Any, dout: Tensor | None, dlse: Tensor | None) 
     return *gradients, None, None, *of_options.values()
 
 
-def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _differentiate(ctx, _attention_backward, dout, dlse)
-
-
-def _gradient_packed(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _differentiate(ctx, _attention_qkvpacked_backward, dout, dlse)
-
-
 _attention_backward = register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
     f"str backend, {SCHEMA}, bool needs_learned) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -289,7 +256,7 @@ _attention = register(
     f"attention(Tensor q, Tensor k, Tensor v, float scale, str backend, {SCHEMA}) -> (Tensor out, Tensor lse)",
     _forward,
     _fake,
-    backward=_gradient,
+    backward=partial(_gradient, _attention_backward),
     setup_context=_setup_context,
 )
 _attention_qkvpacked_backward = register(
@@ -302,6 +269,6 @@ _attention_qkvpacked = register(
     f"attention_qkvpacked(Tensor qkv, float scale, str backend, {SCHEMA}) -> (Tensor out, Tensor lse)",
     _forward_packed,
     _fake_packed,
-    backward=_gradient_packed,
+    backward=partial(_gradient, _attention_qkvpacked_backward),
     setup_context=_setup_context,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvit import reference
 from fastvit.ops import backends, checks
-from fastvit.ops.library import autocasting, cast_for_autocast, launchers, register, unit_stride
+from fastvit.ops.library import autocast_dtype, cast_for_autocast, launchers, register, unit_stride
 
 
 def attention_rows(
@@ -37,8 +37,8 @@ def attention_rows(
         rows: the queries, R ints or an int64 tensor (R,) on q's device, from -Tq to Tq - 1. On a
             GPU the values of a tensor are not looked at: a row outside that range is NaN. Ints are copied there first,
             which a CUDA graph can't record.
-        scale, bias, rel_pos_table, window, rel_pos_keys, key_mask: as attention had them. What they add to the scores
-            of these rows is in memory, no larger than the result.
+        scale, bias, rel_pos_table, window, rel_pos_keys, key_mask: as attention had them. The bias of these rows is in
+            memory, no larger than the result.
 
     Returns:
         (B, H, R, Tk) float32 (float64 for float64). A row with no key (lse -inf) is zeros.
@@ -52,15 +52,9 @@ def attention_rows(
     checked = checks.attention(
         "attention_rows", q, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]),
         bias=bias, rel_pos_table=rel_pos_table, window=window, rel_pos_keys=rel_pos_keys, key_mask=key_mask,
-        cu_seqlens=None, max_seqlen=None, dropout_p=0.0, seed=None,
     )  # fmt: skip
-    options: dict[str, Any] = {
-        "bias": bias,
-        "rel_pos_table": rel_pos_table,
-        "window": checked.window,
-        "rel_pos_keys": rel_pos_keys,
-        "key_mask": key_mask,
-    }
+    names = ("bias", "rel_pos_table", "window", "rel_pos_keys", "key_mask")
+    options = {name: getattr(checked, name) for name in names}
     chosen = backends.choose("attention_rows", q, needs_grad=False)
     with torch.no_grad(), _exact(q):
         if chosen not in backends.KERNELS:
@@ -116,25 +110,26 @@ def attention_distance(
 
 
 def _exact(q: Tensor) -> AbstractContextManager[Any]:
-    """The reference's products in the dtype that they are written in, under autocast too."""
-    return torch.autocast(q.device.type, enabled=False) if autocasting(q) else nullcontext()
+    """Return a context that keeps the dtype of the reference's products under autocast."""
+    return torch.autocast(q.device.type, enabled=False) if autocast_dtype(q.device) else nullcontext()
 
 
 def _accept(op: str, q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and lse checked, detached, and in the dtype that attention multiplied them in."""
+    """Return q, k and lse checked, detached, and in the dtype that attention multiplied them in."""
     checks.floating(op, q=q, k=k, lse=lse)
     if q.ndim != 4 or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or 0 in q.shape[2:]:
         raise ValueError(f"ops.{op}: q {tuple(q.shape)}, k {tuple(k.shape)}; expected (B, Tq, H, d), (B, Tk, H, d)")
     checks.shape(op, "lse", lse, (q.shape[0], q.shape[2], q.shape[1]))
-    checks.same_device(op, q, k=k, lse=lse)
-    if not autocasting(q):
+    checks.same_device(op, q.device, k=k, lse=lse)
+    autocast = autocast_dtype(q.device)
+    if autocast is None:
         checks.same_dtype(op, q=q, k=k)
-    q, k = cast_for_autocast(q, q.detach(), k.detach())
+    q, k = cast_for_autocast(autocast, q.detach(), k.detach())
     return q, k, lse.detach()
 
 
 def _rows(rows: Sequence[int] | Tensor, q: Tensor) -> Tensor:
-    """The rows as an int64 tensor on q's device; values are checked where nothing has to wait for them."""
+    """Return the rows as an int64 tensor on q's device; check values that are on the host."""
     tokens, values = q.shape[1], rows
     if isinstance(rows, Tensor):
         if rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != q.device:
@@ -157,10 +152,6 @@ def _forward(
     return launchers(backend).attention_rows(q, k, lse, rows.contiguous(), scale, bias=bias)
 
 
-def _fake(q, k, lse, rows, bias, scale, backend):
-    return q.new_empty((q.shape[0], q.shape[2], rows.shape[0], k.shape[1]), dtype=torch.float32)
-
-
 def _distance(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, grid: list[int], patch_size: list[float], backend: str
 ) -> Tensor:
@@ -168,18 +159,14 @@ def _distance(
     return launchers(backend).attention_distance(unit_stride(q), unit_stride(k), lse, scale, grid, patch_size)
 
 
-def _distance_fake(q, k, lse, scale, grid, patch_size, backend):
-    return q.new_empty((q.shape[0], q.shape[2]), dtype=torch.float32)
-
-
 _attention_rows = register(
     "attention_rows(Tensor q, Tensor k, Tensor lse, Tensor rows, Tensor? bias, float scale, str backend) -> Tensor",
     _forward,
-    _fake,
+    lambda a: a.q.new_empty((a.q.shape[0], a.q.shape[2], a.rows.shape[0], a.k.shape[1]), dtype=torch.float32),
 )
 _attention_distance = register(
     "attention_distance(Tensor q, Tensor k, Tensor lse, float scale, SymInt[] grid, float[] patch_size, str backend) "
     "-> Tensor",
     _distance,
-    _distance_fake,
+    lambda a: a.q.new_empty((a.q.shape[0], a.q.shape[2]), dtype=torch.float32),
 )

@@ -29,6 +29,7 @@ OPS = (
     "patch_embed", "layer_norm", "linear", "mlp", "rotate",
     "attention", "attention_qkvpacked", "attention_rows", "attention_distance",
 )  # fmt: skip
+REFUSALS = {"onednn": onednn.refuse, "triton": triton.refuse, "cuda": extension.refuse}
 KERNEL_DTYPES, INTERPRETING, TRITON_MISSING = triton.DTYPES, triton.INTERPRETING, triton.MISSING
 
 
@@ -116,17 +117,6 @@ def note_fallback(message: str) -> None:
     log.warning(message)
 
 
-def _refuse(backend: str, op: str, x: Tensor, needs_grad: bool, weights: tuple[Tensor, ...]) -> str | None:
-    """Return why a backend can't run ``op`` on ``x``, or None."""
-    if backend == "onednn":
-        reason = onednn.refuse(x, needs_grad)
-    else:
-        reason = triton.refuse(op, x) if backend == "triton" else extension.refuse(op, x, weights)
-    if reason is None and transformed():
-        return "a torch.func transform is active; only the reference runs under one"
-    return reason
-
-
 def choose(op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] = ()) -> str:
     """Return the backend that runs ``op`` on ``x``, with ``weights`` those of its matrix products: never "auto".
 
@@ -136,35 +126,28 @@ def choose(op: str, x: Tensor, *, needs_grad: bool, weights: tuple[Tensor, ...] 
         BackendUnavailable: a backend is set that can't run this; the message says why.
     """
     name = _settings[op]
-    if name == "auto":
-        if not x.is_cuda:
-            onednn_runs = op in ONEDNN_OPS and _refuse("onednn", op, x, needs_grad, weights) is None
-            return "onednn" if onednn_runs else "reference"
-        if exporting():
-            return "reference"
-        reasons = []
-        for kernels in KERNELS:
-            reason = _refuse(kernels, op, x, needs_grad, weights)
-            if reason is None:
-                return kernels
-            reasons.append(f"{kernels}: {reason}")
-        note_fallback(f"ops.{op} runs on the reference: {'; '.join(reasons)}")
+    if name == "reference" or (name == "auto" and x.is_cuda and exporting()):
         return "reference"
-    if name != "reference" and (reason := _refuse(name, op, x, needs_grad, weights)) is not None:
-        raise BackendUnavailable(f"ops.{op}: backend {name!r} can't run here: {reason}")
-    return name
+    candidates = (name,) if name != "auto" else KERNELS if x.is_cuda else ("onednn",) if op in ONEDNN_OPS else ()
+    reasons = {}
+    for candidate in candidates:
+        reason = REFUSALS[candidate](op, x, weights=weights, needs_grad=needs_grad)
+        if reason is None and transformed():
+            reason = "a torch.func transform is active; only the reference runs under one"
+        if reason is None:
+            return candidate
+        reasons[candidate] = reason
+    if name != "auto":
+        raise BackendUnavailable(f"ops.{op}: backend {name!r} can't run here: {reasons[name]}")
+    if x.is_cuda:
+        listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+        note_fallback(f"ops.{op} runs on the reference: {listed}")
+    return "reference"
 
 
 def availability() -> dict[str, dict[str, str | None]]:
     """Return for every op and backend None where it can run on this machine, else the reason why not."""
     probe = torch.empty(1, 1, device="cuda" if torch.cuda.is_available() else "cpu")
     half = torch.empty(1, 32, device=probe.device, dtype=torch.float16)
-    return {
-        op: {
-            "reference": None,
-            "onednn": onednn.refuse(torch.empty(1, 1), needs_grad=False),
-            "triton": triton.refuse(op, probe),
-            "cuda": extension.refuse(op, half),
-        }
-        for op in OPS
-    }
+    probes = {"onednn": torch.empty(1, 1), "triton": probe, "cuda": half}
+    return {op: {"reference": None, **{name: REFUSALS[name](op, x) for name, x in probes.items()}} for op in OPS}

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from fastvit import reference
 from fastvit.attention_options import AttentionOptions
-from fastvit.reference import Norm
 
 
-def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """Check that every tensor is on x's device."""
-    for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"ops.{op}: {name} is on {t.device}, x is on {x.device}; all must be on one device")
+def same_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Check that every tensor is on ``device``, that of the op's input."""
+    for name, t in tensors.items():
+        if t is not None and t.device != device:
+            raise ValueError(f"ops.{op}: {name} is on {t.device}, x is on {device}; all must be on one device")
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
@@ -34,20 +33,10 @@ def shape(op: str, name: str, t: Tensor | None, expected: tuple[int, ...]) -> No
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
     """Check that all tensors share one dtype."""
-    given = {name: t.dtype for name, t in tensors.items() if t is not None}
-    if len(set(given.values())) > 1:
-        said = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
-        raise ValueError(f"ops.{op}: dtypes differ: {said}; they must share one")
-
-
-def norm(op: str, given: Norm | None, width: int) -> None:
-    """Check that norm is None or (weight (D,), bias (D,) or None, eps)."""
-    if given is None:
-        return
-    if not isinstance(given, tuple) or len(given) != 3:
-        raise ValueError(f"ops.{op}: norm must be (weight, bias, eps), got {given!r}")
-    shape(op, "norm weight", given[0], (width,))
-    shape(op, "norm bias", given[1], (width,))
+    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
+    if len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"ops.{op}: dtypes differ: {listed}; they must share one")
 
 
 def merging(
@@ -56,7 +45,7 @@ def merging(
     """Check residual (*batch, width), and gamma (width,) and row_scale, (batch[0],) or by rows, which need it."""
     if residual is None:
         if gamma is not None or row_scale is not None:
-            raise ValueError(f"ops.{op}: gamma and row_scale scale what is added to a residual; give residual too")
+            raise ValueError(f"ops.{op}: gamma and row_scale need a residual")
         return
     shape(op, "residual", residual, (*batch, width))
     shape(op, "gamma", gamma, (width,))
@@ -74,21 +63,21 @@ def attention(
     x: Tensor,
     sizes: tuple[int, int, int, int],
     *,
-    bias: Tensor | None,
-    rel_pos_table: Tensor | None,
-    window: tuple[int, int] | None,
-    rel_pos_keys: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None,
-    max_seqlen: int | tuple[int, int] | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    bias: Tensor | None = None,
+    rel_pos_table: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    rel_pos_keys: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    max_seqlen: int | tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> AttentionOptions:
     """Return the options of ``op`` on x's device, for sizes (B, H, Tq, Tk); a ValueError names the wrong one."""
     batch, heads, queries, keys = sizes
     learned = {"bias": bias, "rel_pos_table": rel_pos_table, "rel_pos_keys": rel_pos_keys}
     floating(op, **learned)
-    same_device(op, x, **learned, key_mask=key_mask, seed=seed)
+    same_device(op, x.device, **learned, key_mask=key_mask, seed=seed)
     if bias is not None and (
         bias.ndim != 4 or any(n not in (1, size) for n, size in zip(bias.shape, sizes, strict=True))
     ):

@@ -16,37 +16,37 @@ Shape = tuple[int, ...]
 
 
 def _product(x: Shape, weight: Shape) -> int:
-    """x (..., K) times weight (N, K) transposed."""
+    """Count x (..., K) times weight (N, K) transposed."""
     return 2 * prod(x[:-1]) * prod(weight)
 
 
 @register_flop_formula(torch.ops.fastvit.linear)
 def linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    """One product."""
+    """Count one product."""
     return _product(x, weight)
 
 
 @register_flop_formula(torch.ops.fastvit.linear_backward)
 def linear_backward(dout: Shape, x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
-    """Return one product for each gradient: input, weight."""
+    """Count one product for each gradient: input, weight."""
     return _product(x, weight) * sum(rest[-2])
 
 
 @register_flop_formula(torch.ops.fastvit.mlp)
 def mlp(x: Shape, fc1: Shape, fc1_bias: Shape | None, fc2: Shape, *_: Any, **__: Any) -> int:
-    """Two products."""
+    """Count two products."""
     return _product(x, fc1) + _product(x, fc2)
 
 
 @register_flop_formula(torch.ops.fastvit.mlp_backward)
 def mlp_backward(dout: Shape, x: Shape, fc1: Shape, fc1_bias: Shape | None, fc2: Shape, *rest: Any, **_: Any) -> int:
-    """Return the hidden gradient always, the others where the step needs them."""
+    """Count the hidden gradient always, the others where the step needs them."""
     needs_x, needs_fc1, needs_fc2 = rest[-2]
     return _product(x, fc1) * (needs_x + needs_fc1) + _product(x, fc2) * (1 + needs_fc2)
 
 
 def _pairs(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> int:
-    """How many scores a head has, over all images: queries times keys, in each sequence where they are packed.
+    """Return the number of scores of a head, over all images: queries times keys, of each sequence where packed.
 
     Lengths that can't be read, as in a trace or on meta tensors, count as equal.
     """
@@ -58,20 +58,20 @@ def _pairs(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> in
 
 
 def _products(q: Tensor, pairs: int) -> int:
-    """One product of every head with so many scores in all."""
+    """Count one product of every head with ``pairs`` scores in all."""
     return 2 * pairs * q.shape[2] * q.shape[3]
 
 
 @register_flop_formula(torch.ops.fastvit.attention, get_raw=True)
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, *values: Any, **_: Any) -> int:
-    """As F.scaled_dot_product_attention, and of the scores that exist only: q k^T, p v; q R^T with rel_pos_keys R."""
+    """Count q k^T and p v of the scores that exist, as F.scaled_dot_product_attention; q R^T with rel_pos_keys R."""
     options = AttentionOptions(*values)
     return (2 + (options.rel_pos_keys is not None)) * _products(q, _pairs(q, k, options.cu_q, options.cu_k))
 
 
 @register_flop_formula(torch.ops.fastvit.attention_backward, get_raw=True)
 def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
-    """As F.scaled_dot_product_attention's backward: the scores once more, and one product for each of the others.
+    """Count as F.scaled_dot_product_attention's backward: the scores once more, and one product for each gradient.
 
     rel_pos_keys R have a share in the scores and in q's gradient, and their own gradient.
     """
@@ -83,54 +83,40 @@ def attention_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, 
 
 @register_flop_formula(torch.ops.fastvit.attention_qkvpacked, get_raw=True)
 def attention_qkvpacked(qkv: Tensor, *rest: Any, **_: Any) -> int:
-    """As :func:`attention` of its thirds."""
+    """Count as :func:`attention` of its thirds."""
     q, k, v = qkv.unbind(2)
     return attention(q, k, v, *rest)
 
 
 @register_flop_formula(torch.ops.fastvit.attention_qkvpacked_backward, get_raw=True)
 def attention_qkvpacked_backward(dout: Tensor, dlse: Tensor | None, qkv: Tensor, *rest: Any, **_: Any) -> int:
-    """As :func:`attention_backward` of its thirds."""
+    """Count as :func:`attention_backward` of its thirds."""
     q, k, v = qkv.unbind(2)
     return attention_backward(dout, dlse, q, k, v, *rest)
 
 
 @register_flop_formula(torch.ops.fastvit.attention_rows)
 def attention_rows(q: Shape, k: Shape, lse: Shape, rows: Shape, *_: Any, **__: Any) -> int:
-    """Return the scores of the rows."""
+    """Count the scores of the rows."""
     return 2 * prod(k) * rows[0]
 
 
 @register_flop_formula(torch.ops.fastvit.attention_distance)
 def attention_distance(q: Shape, k: Shape, lse: Shape, scale: float, grid: Any, *_: Any, **__: Any) -> int:
-    """The scores of all patches."""
+    """Count the scores of all patches."""
     return 2 * prod(k) // k[1] * prod(grid) ** 2
 
 
 @register_flop_formula(torch.ops.fastvit.patch_embed)
-def patch_embed(images: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    """As the strided convolution: every pixel meets every output channel once."""
+def patch_embed(images: Shape, layout: Any, weight: Shape, *_: Any, **__: Any) -> int:
+    """Count as the strided convolution: every pixel meets every output channel once."""
     return 2 * prod(images) * weight[0]
 
 
 @register_flop_formula(torch.ops.fastvit.patch_embed_backward)
 def patch_embed_backward(
-    dout: Shape, images: Shape | None, image_shape: Shape, dtype: Any, weight: Shape, *rest: Any, **_: Any
+    dout: Shape, images: Shape | None, image_shape: Shape, dtype: Any, layout: Any, weight: Shape, *rest: Any, **_: Any
 ) -> int:
-    """As the convolution's backward: one product for the images' gradient, one for the weight's."""
-    needs_images, needs_weight, _ = rest[-2]
+    """Count as the convolution's backward: one product for the images' gradient, one for the weight's."""
+    needs_images, needs_weight, _needs_rows = rest[-2]
     return 2 * prod(image_shape) * weight[0] * (needs_images + needs_weight)
-
-
-@register_flop_formula(torch.ops.fastvit.patch_embed_packed)
-def patch_embed_packed(pixels: Shape, layout: Any, weight: Shape, *_: Any, **__: Any) -> int:
-    """As :func:`patch_embed`: the pixels are those of whole patches."""
-    return 2 * prod(pixels) * weight[0]
-
-
-@register_flop_formula(torch.ops.fastvit.patch_embed_packed_backward)
-def patch_embed_packed_backward(
-    dout: Shape, pixels: Shape | None, size: int, dtype: Any, layout: Any, weight: Shape, *rest: Any, **_: Any
-) -> int:
-    """As :func:`patch_embed_backward`."""
-    return 2 * size * weight[0] * sum(rest[-2])

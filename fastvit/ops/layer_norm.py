@@ -11,7 +11,7 @@ from fastvit import reference
 from fastvit.ops import backends, checks
 from fastvit.ops.library import (
     as_rows,
-    autocasting,
+    autocast_dtype,
     cast_gradients,
     launchers,
     needs_grad,
@@ -32,7 +32,7 @@ def layer_norm(
     row_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm over the last dimension (Ba et al., 2016), statistics in float32.
+    """Apply LayerNorm over the last dimension (Ba et al., 2016), statistics in float32.
 
     Args:
         x: (..., D) floating. The kernels take float32, float16 and bfloat16; rows that are not contiguous are copied.
@@ -41,10 +41,10 @@ def layer_norm(
         residual: (..., D); may be float32. Then s = residual + row_scale * gamma * x is normalised and returned too.
         gamma: (D,) LayerScale.
         row_scale: (B,) float32 with B = x.shape[0], drop-path, or one for each row; it gets no gradient.
-        out_dtype: of the normalised result; by default that of what is normalised.
+        out_dtype: of the normalised result; by default x's, or the residual's.
 
     Returns:
-        LN(x) (..., D), or (LN(s), s) with s in the residual's dtype when a residual is given.
+        LN(x) (..., D), or (LN(s), s) with s in the residual's dtype with a residual.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
@@ -57,13 +57,12 @@ def layer_norm(
     checks.shape("layer_norm", "weight", weight, (width,))
     checks.shape("layer_norm", "bias", bias, (width,))
     checks.merging("layer_norm", x.shape[:-1], width, residual, gamma, row_scale)
-    checks.same_device("layer_norm", x, weight=weight, bias=bias, residual=residual, gamma=gamma, row_scale=row_scale)
+    merged = {"residual": residual, "gamma": gamma, "row_scale": row_scale}
+    checks.same_device("layer_norm", x.device, weight=weight, bias=bias, **merged)
     chosen = backends.choose("layer_norm", x, needs_grad=needs_grad(x, weight, bias, residual, gamma))
     if chosen not in backends.KERNELS:
-        return reference.layer_norm(
-            x, weight, bias, eps, residual=residual, gamma=gamma, row_scale=row_scale, out_dtype=out_dtype
-        )
-    if out_dtype is None and autocasting(x):
+        return reference.layer_norm(x, weight, bias, eps, out_dtype=out_dtype, **merged)
+    if out_dtype is None and autocast_dtype(x.device) is not None:
         out_dtype = torch.float32  # as autocast does for F.layer_norm
     y, stream, _, _ = _layer_norm(x, weight, bias, eps, residual, gamma, row_scale, out_dtype, chosen)
     return y if residual is None else (y, stream)
@@ -81,65 +80,41 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, stream, mean, rstd = launchers(backend).layer_norm_forward(
-        as_rows(x),
-        weight,
-        bias,
-        eps,
-        residual=None if residual is None else as_rows(residual),
-        gamma=gamma,
-        row_scale=row_scale,
-        out_dtype=out_dtype,
-    )
+        as_rows(x), weight, bias, eps,
+        residual=None if residual is None else as_rows(residual), gamma=gamma, row_scale=row_scale, out_dtype=out_dtype,
+    )  # fmt: skip
     return y.view(x.shape), x.new_empty(0) if stream is None else stream.view(x.shape), mean, rstd
 
 
-def _fake(x, weight, bias, eps, residual, gamma, row_scale, out_dtype, backend):
-    normalised = x if residual is None else residual
-    statistics = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    stream = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
-    return x.new_empty(x.shape, dtype=out_dtype or normalised.dtype), stream, statistics, torch.empty_like(statistics)
+def _fake(a: Any) -> tuple[Tensor, ...]:
+    normalised = a.x if a.residual is None else a.residual
+    y = a.x.new_empty(a.x.shape, dtype=a.out_dtype or normalised.dtype)
+    statistics = a.x.new_empty(a.x.numel() // a.x.shape[-1], dtype=torch.float32)
+    stream = a.x.new_empty(0) if a.residual is None else a.residual.new_empty(a.x.shape)
+    return y, stream, statistics, torch.empty_like(statistics)
 
 
-def _backward(
-    dy: Tensor,
-    dstream: Tensor | None,
-    normalised: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    needs_params: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    dx, dresidual, dweight, dbias, dgamma = launchers(backend).layer_norm_backward(
-        as_rows(dy),
-        None if dstream is None else as_rows(dstream),
-        as_rows(normalised),
-        weight,
-        mean,
-        rstd,
-        branch=None if branch is None else as_rows(branch),
-        gamma=gamma,
-        row_scale=row_scale,
-        need_params=needs_params,
-    )
-    shape = normalised.shape
+def _backward(a: Any) -> tuple[Tensor, ...]:
+    dx, dresidual, dweight, dbias, dgamma = launchers(a.backend).layer_norm_backward(
+        as_rows(a.dy), None if a.dstream is None else as_rows(a.dstream), as_rows(a.normalised), a.weight, a.mean,
+        a.rstd, branch=None if a.branch is None else as_rows(a.branch), gamma=a.gamma, row_scale=a.row_scale,
+        need_params=a.needs_params,
+    )  # fmt: skip
+    shape = a.normalised.shape
     dresidual = None if dresidual is None else dresidual.view(shape)
     return dx.view(shape), *(or_empty(g, dx) for g in (dresidual, dweight, dbias, dgamma))
 
 
-def _backward_fake(dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params, backend):
-    def params(present):
-        if not present:
-            return dx.new_empty(0)
-        return normalised.new_empty(normalised.shape[-1], dtype=torch.float32)
+def _backward_fake(a: Any) -> tuple[Tensor, ...]:
+    merged = a.branch is not None
+    dx = (a.branch if merged else a.normalised).new_empty(a.normalised.shape)
+    dresidual = torch.empty_like(a.normalised) if merged else dx.new_empty(0)
 
-    dx = (normalised if branch is None else branch).new_empty(normalised.shape)
-    dresidual = dx.new_empty(0) if branch is None else torch.empty_like(normalised)
-    has_gamma = branch is not None and gamma is not None
-    return dx, dresidual, params(needs_params), params(needs_params), params(needs_params and has_gamma)
+    def parameter(present: bool) -> Tensor:
+        return dx.new_empty(0) if not present else dx.new_empty(dx.shape[-1], dtype=torch.float32)
+
+    needs = a.needs_params
+    return dx, dresidual, parameter(needs), parameter(needs), parameter(needs and merged and a.gamma is not None)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -156,16 +131,12 @@ def _gradient(ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None) -> 
     normalised, weight, bias, mean, rstd, branch, gamma, row_scale = ctx.saved_tensors
     dy = torch.zeros_like(normalised) if dy is None else dy
     needs_params = any(ctx.needs_input_grad[i] for i in (1, 2, 5))
-    dx, dresidual, dweight, dbias, dgamma = map(
-        none_if_empty,
-        _layer_norm_backward(
-            dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params, ctx.backend
-        ),
+    gradients = _layer_norm_backward(
+        dy, dstream, normalised, weight, mean, rstd, branch, gamma, row_scale, needs_params, ctx.backend
     )
-    if (
-        ctx.merged and branch is None and dx is not None
-    ):  # no LayerScale: the branch gets the stream's gradient, scaled by image
-        dresidual = dx
+    dx, dresidual, dweight, dbias, dgamma = map(none_if_empty, gradients)
+    if ctx.merged and branch is None and dx is not None:
+        dresidual = dx  # no LayerScale: the branch gets the stream's gradient, scaled by image
         if row_scale is not None:
             dx = dx * row_scale.view(-1, *[1] * (dx.ndim - 1))
         dx = dx.to(ctx.branch_dtype)

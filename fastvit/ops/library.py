@@ -7,6 +7,7 @@ What such rules can't do is torch.func; there :mod:`fastvit.ops.backends` takes 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -33,17 +34,22 @@ def _refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> None:
 def register(
     schema: str,
     kernel: Callable[..., Any],
-    fake: Callable[..., Any],
+    fake: Callable[[Any], Any],
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> Any:
-    """Define ``torch.ops.fastvit.<name>`` and return it. Without ``backward`` its derivative is refused."""
+    """Define ``torch.ops.fastvit.<name>`` and return it. Without ``backward`` its derivative is refused.
+
+    ``fake``, and ``kernel`` where it has a parameter ``a`` alone, take the schema's arguments as one namespace.
+    """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
+    if list(inspect.signature(kernel).parameters) == ["a"]:
+        kernel = _by_name(schema, kernel)
     for device in _devices:
         LIBRARY.impl(name, kernel, device)
-    torch.library.register_fake(f"fastvit::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"fastvit::{name}", _by_name(schema, fake), lib=LIBRARY)
     rule = backward or _refuse_second_derivative
     torch.library.register_autograd(f"fastvit::{name}", rule, setup_context=setup_context, lib=LIBRARY)
     op = getattr(torch.ops.fastvit, name).default
@@ -51,7 +57,7 @@ def register(
     return op
 
 
-def by_name(schema: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
+def _by_name(schema: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
     """Return ``function`` of one namespace as a function of a schema's arguments: the schema alone lists them."""
     names = re.findall(r"\w+ (\w+)", schema[: schema.index(" -> ")].replace("?", "").replace("[]", ""))
 
@@ -86,44 +92,44 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def unit_stride(t: Tensor) -> Tensor:
-    """t with a contiguous last dimension; a copy only where strides demand it."""
+    """Return t with a contiguous last dimension; a copy only where strides demand it."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x (..., D) as (M, D) with the last dimension contiguous; a copy only where strides demand it."""
+    """Return x (..., D) as (M, D) with the last dimension contiguous; a copy only where strides demand it."""
     x = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def dense(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Parameters as the kernels read them, contiguous; copies only where strides demand it."""
+    """Return parameters contiguous, as the kernels read them; copies only where strides demand it."""
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def none_if_empty(t: Tensor) -> Tensor | None:
-    """Ops return a tensor of shape (0,) for an absent result."""
+    """Return None for a tensor of shape (0,), an op's absent result."""
     return None if t.shape == (0,) else t
 
 
 def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """The other direction of :func:`none_if_empty`."""
+    """Return a tensor of shape (0,) for None, an absent result."""
     return like.new_empty(0) if t is None else t
 
 
-def autocasting(x: Tensor) -> bool:
-    """Whether autocast is on for x's device."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # meta has no autocast
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of matrix products under autocast on ``device``, or None where autocast is off."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)  # meta has no autocast
+    return torch.get_autocast_dtype(device.type) if on else None
 
 
-def cast_for_autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Matmul operands in the autocast dtype of x's device, as autocast treats the ops that these replace."""
-    if not autocasting(x):
+def cast_for_autocast(dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return matmul operands in autocast's ``dtype``, as autocast treats the ops that these replace."""
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def cast_gradients(*pairs: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Each (gradient, parameter): the float32 gradient in its parameter's dtype, None where either is absent."""
+    """Return the gradient of each (gradient, parameter) in its parameter's dtype, None where either is absent."""
     return tuple(None if g is None or p is None else g.to(p.dtype) for g, p in pairs)

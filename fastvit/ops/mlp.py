@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from fastvit import activations, reference
+from fastvit.cuda.linear import linear_normed_forward
 from fastvit.ops import backends, checks, onednn
 from fastvit.ops.library import (
     as_rows,
-    by_name,
     cast_gradients,
     dense,
     launchers,
@@ -22,9 +22,8 @@ from fastvit.ops.library import (
 from fastvit.ops.linear import (
     check,
     norm_fake,
-    normalise,
-    normalise_gradient,
-    normed_product,
+    norm_gradients,
+    normalised_rows,
     operands,
     saved_fake,
     vector_fake,
@@ -46,7 +45,7 @@ def mlp(
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> Tensor:
-    """y = act(LN(x) W1^T + b1) W2^T + b2, or residual + row_scale * gamma * y (equation 3 of the ViT paper).
+    """Compute y = act(LN(x) W1^T + b1) W2^T + b2, or residual + row_scale * gamma * y (the ViT paper's equation 3).
 
     Args:
         x: (..., D) in the weights' dtype; with a norm it may be float32 beside 16-bit weights.
@@ -66,7 +65,7 @@ def mlp(
         BackendUnavailable: the backend that is set can't run this.
     """
     activations.check(activation, gated=True, optional=False, where="ops.mlp: ")
-    check("mlp", x, fc1_weight, fc1_bias, norm, None, None, None)
+    norm_weight, norm_bias, eps = check("mlp", x, fc1_weight, fc1_bias, norm, None, None, None)
     columns = activations.columns(activation)
     hidden = fc1_weight.shape[0] // columns
     if fc2_weight.ndim != 2 or fc2_weight.shape[1] != hidden or fc1_weight.shape[0] % columns:
@@ -76,57 +75,25 @@ def mlp(
         )
     checks.shape("mlp", "fc2_bias", fc2_bias, (fc2_weight.shape[0],))
     checks.merging("mlp", x.shape[:-1], fc2_weight.shape[0], residual, gamma, row_scale)
-    checks.same_device(
-        "mlp",
-        x,
-        fc2_weight=fc2_weight,
-        fc2_bias=fc2_bias,
-        residual=residual,
-        gamma=gamma,
-        row_scale=row_scale,
-    )
+    merged = {"residual": residual, "gamma": gamma, "row_scale": row_scale}
+    checks.same_device("mlp", x.device, fc2_weight=fc2_weight, fc2_bias=fc2_bias, **merged)
     checks.same_dtype("mlp", fc1_weight=fc1_weight, fc2_weight=fc2_weight)
-    norm_weight, norm_bias, eps = norm or (None, None, None)
     grad = needs_grad(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, residual, gamma)
     chosen = backends.choose("mlp", x, needs_grad=grad, weights=(fc1_weight, fc2_weight))
-    if chosen in backends.KERNELS:
-        same = residual is x  # then backward adds its gradient in the norm's own kernel
-        x, fc1_weight, fc2_weight = operands("mlp", x, fc1_weight, fc2_weight, normed=norm is not None)
-        if residual is not None and same and x.dtype == residual.dtype:
-            residual = None
-        else:
-            same = False
-        out, _, _, _ = _mlp(
-            x,
-            fc1_weight,
-            fc1_bias,
-            fc2_weight,
-            fc2_bias,
-            norm_weight,
-            norm_bias,
-            eps,
-            activation,
-            residual,
-            same,
-            gamma,
-            row_scale,
-            grad,
-            chosen,
-        )
-        return out
-    run = onednn.mlp if chosen == "onednn" else reference.mlp
-    return run(
-        x,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        norm=norm,
-        activation=activation,
-        residual=residual,
-        gamma=gamma,
-        row_scale=row_scale,
-    )
+    if chosen not in backends.KERNELS:
+        run = onednn.mlp if chosen == "onednn" else reference.mlp
+        return run(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm=norm, activation=activation, **merged)
+    add_x = residual is x  # then backward adds its gradient in the norm's own kernel
+    x, fc1_weight, fc2_weight = operands("mlp", x, fc1_weight, fc2_weight, normed=norm is not None)
+    if add_x and residual is not None and x.dtype == residual.dtype:
+        residual = None
+    else:
+        add_x = False
+    out, _, _, _ = _mlp(
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias, eps, activation, residual, add_x,
+        gamma, row_scale, grad, chosen,
+    )  # fmt: skip
+    return out
 
 
 def _forward(
@@ -149,18 +116,18 @@ def _forward(
     kernels = launchers(backend)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = dense(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     gamma, row_scale = dense(gamma, row_scale)
-    hidden, preact, mean, rstd = normed_product(
-        backend, x, fc1_weight, fc1_bias, norm_weight, norm_bias, eps, activation=activation, save=save
-    )
+    rows, mean, rstd, preact = as_rows(x), None, None, None
+    if backend == "cuda" and eps is not None and not save:  # may fold the norm into the product
+        norm = norm_weight, norm_bias, eps
+        hidden, mean, rstd = linear_normed_forward(rows, norm, fc1_weight, fc1_bias, activation=activation)
+    else:
+        if eps is not None:
+            dtype = fc1_weight.dtype
+            rows, _, mean, rstd = kernels.layer_norm_forward(rows, norm_weight, norm_bias, eps, out_dtype=dtype)
+        hidden, preact = kernels.linear_forward(rows, fc1_weight, fc1_bias, activation=activation, save_preact=save)
     residual = x if add_x else residual
-    out, _ = kernels.linear_forward(
-        hidden,
-        fc2_weight,
-        fc2_bias,
-        residual=None if residual is None else as_rows(residual),
-        gamma=gamma,
-        row_scale=row_scale,
-    )
+    residual = None if residual is None else as_rows(residual)
+    out, _ = kernels.linear_forward(hidden, fc2_weight, fc2_bias, residual=residual, gamma=gamma, row_scale=row_scale)
     mean, rstd, preact = (or_empty(t, out) for t in (mean, rstd, preact))
     return out.view(*x.shape[:-1], out.shape[-1]), mean, rstd, preact
 
@@ -171,34 +138,16 @@ def _fake(a: Any) -> tuple[Tensor, ...]:
     return out, *saved_fake(a, a.fc1_weight, a.save)
 
 
-def _backward(
-    dout: Tensor,
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float | None,
-    mean: Tensor,
-    rstd: Tensor,
-    preact: Tensor,
-    activation: str,
-    add_x: bool,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    kernels = launchers(backend)
-    needs_x, needs_fc1, needs_fc2 = needs
-    fc1_weight, fc2_weight, fc2_bias, gamma, row_scale = dense(fc1_weight, fc2_weight, fc2_bias, gamma, row_scale)
-    dout = as_rows(dout)
+def _backward(a: Any) -> tuple[Tensor, ...]:
+    kernels = launchers(a.backend)
+    needs_x, needs_fc1, needs_fc2 = a.needs
+    fc1_weight, fc2_weight, fc2_bias = dense(a.fc1_weight, a.fc2_weight, a.fc2_bias)
+    gamma, row_scale = dense(a.gamma, a.row_scale)
+    dout = as_rows(a.dout)
     dx = dfc1 = dfc1_bias = dfc2 = dfc2_bias = dnorm_weight = dnorm_bias = dgamma = None
     scaled = kernels.scale_rows(dout, fc2_weight.dtype, row_scale)  # what both products of the second linear read
     dpreact, hidden = kernels.linear_input_gradient(
-        scaled, fc2_weight, gamma=gamma, preact=preact, activation=activation
+        scaled, fc2_weight, gamma=gamma, preact=a.preact, activation=a.activation
     )
     if needs_fc2:
         assert hidden is not None  # there is an activation
@@ -207,18 +156,16 @@ def _backward(
         )
     del hidden
     if needs_fc1:
-        rows, _, _ = normalise(kernels, x, norm_weight, norm_bias, eps, fc1_weight.dtype)
-        dfc1, dfc1_bias, _ = kernels.linear_weight_gradient(dpreact, rows, need_bias=fc1_bias is not None)
+        rows = normalised_rows(a, fc1_weight.dtype)
+        dfc1, dfc1_bias, _ = kernels.linear_weight_gradient(dpreact, rows, need_bias=a.fc1_bias is not None)
     if needs_x:
         dx, _ = kernels.linear_input_gradient(dpreact, fc1_weight)
-        stream = dout if add_x else None
-        if eps is not None:
-            dx, dnorm_weight, dnorm_bias = normalise_gradient(
-                kernels, dx, stream, x, norm_weight, norm_bias, mean, rstd
-            )
+        stream = dout if a.add_x else None
+        if a.eps is not None:
+            dx, dnorm_weight, dnorm_bias = norm_gradients(a, dx, stream)
         elif stream is not None:
             dx = dx + stream
-        dx = dx.view(x.shape)
+        dx = dx.view(a.x.shape)
     gradients = (dx, dfc1, dfc1_bias, dfc2, dfc2_bias, dnorm_weight, dnorm_bias, dgamma)
     return tuple(or_empty(g, dout) for g in gradients)
 
@@ -248,25 +195,12 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
         return (None,) * 15
     *tensors, mean, rstd, preact, gamma, row_scale = ctx.saved_tensors
     _, _, fc1_bias, _, fc2_bias, norm_weight, norm_bias = tensors
-    wanted = ctx.needs_input_grad
-    needs = [wanted[0] or wanted[5] or wanted[6], wanted[1] or wanted[2], wanted[3] or wanted[4] or wanted[11]]
-    dx, dfc1, dfc1_bias, dfc2, dfc2_bias, dnorm_weight, dnorm_bias, dgamma = map(
-        none_if_empty,
-        _mlp_backward(
-            dout,
-            *tensors,
-            ctx.eps,
-            mean,
-            rstd,
-            preact,
-            ctx.activation,
-            ctx.add_x,
-            gamma,
-            row_scale,
-            needs,
-            ctx.backend,
-        ),
+    needs = ctx.needs_input_grad
+    needs = [needs[0] or needs[5] or needs[6], needs[1] or needs[2], needs[3] or needs[4] or needs[11]]
+    gradients = _mlp_backward(
+        dout, *tensors, ctx.eps, mean, rstd, preact, ctx.activation, ctx.add_x, gamma, row_scale, needs, ctx.backend
     )
+    dx, dfc1, dfc1_bias, dfc2, dfc2_bias, dnorm_weight, dnorm_bias, dgamma = map(none_if_empty, gradients)
     dfc1_bias, dfc2_bias, dnorm_weight, dnorm_bias, dgamma = cast_gradients(
         (dfc1_bias, fc1_bias),
         (dfc2_bias, fc2_bias),
@@ -279,16 +213,20 @@ def _gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return dx, *parameters, None, None, dresidual, None, dgamma, None, None, None
 
 
-_BACKWARD = (
+_mlp_backward = register(
     "mlp_backward(Tensor dout, Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
     "Tensor? norm_weight, Tensor? norm_bias, float? eps, Tensor mean, Tensor rstd, Tensor preact, str activation, "
     "bool add_x, Tensor? gamma, Tensor? row_scale, bool[] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )
-_FORWARD = (
+_mlp = register(
     "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? norm_weight, "
     "Tensor? norm_bias, float? eps, str activation, Tensor? residual, bool add_x, Tensor? gamma, Tensor? row_scale, "
-    "bool save, str backend) -> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)"
+    "bool save, str backend) -> (Tensor out, Tensor mean, Tensor rstd, Tensor preact)",
+    _forward,
+    _fake,
+    backward=_gradient,
+    setup_context=_setup_context,
 )
-_mlp_backward = register(_BACKWARD, _backward, by_name(_BACKWARD, _backward_fake))
-_mlp = register(_FORWARD, _forward, by_name(_FORWARD, _fake), backward=_gradient, setup_context=_setup_context)

@@ -34,7 +34,7 @@ _NARROW = (1024, 1280)
 _AMX = torch.cpu._is_amx_tile_supported()
 
 
-def refuse(x: Tensor, needs_grad: bool) -> str | None:
+def refuse(op: str, x: Tensor, *, weights: Iterable[Tensor] = (), needs_grad: bool = False) -> str | None:
     """Return why oneDNN can't run an op on ``x``, or None."""
     if torch.compiler.is_compiling() and (exporting() or x.dtype != torch.bfloat16 or BFLOAT16_INSTRUCTIONS):
         return "it is for eager mode; torch.compile fuses the reference itself"
@@ -52,7 +52,7 @@ def refuse(x: Tensor, needs_grad: bool) -> str | None:
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What weights of ``dtype`` are multiplied in on this CPU."""
+    """Return the dtype of products with weights of ``dtype`` on this CPU."""
     return torch.float32 if dtype == torch.bfloat16 and not BFLOAT16_INSTRUCTIONS else dtype
 
 
@@ -71,12 +71,12 @@ _STRETCH = 23
 
 @cache
 def _multipliers(count: int) -> Tensor:
-    """Odd numbers without a pattern, (count,) int64: what the place of a stretch counts."""
+    """Return odd numbers without a pattern, (count,) int64: the factor of each stretch."""
     return torch.randint(-(1 << 62), 1 << 62, (count,), generator=torch.Generator().manual_seed(0), device="cpu") | 1
 
 
 def _stamp(weight: Tensor) -> tuple[int, int, int]:
-    """Changes whenever the weight does. The version misses writes through ``.data``; what all bits come to does not.
+    """Return a value that changes whenever the weight does, through ``.data`` too, which its version misses.
 
     The bits of each stretch are summed as integers, in which any one change shows, and each sum counts by its place, so
     that rows or columns moved about are seen as well. One pass over the weight, at the speed of memory.
@@ -93,7 +93,7 @@ def _stamp(weight: Tensor) -> tuple[int, int, int]:
 
 
 def _pack(weight: Tensor, rows: int) -> Tensor | None:
-    """A parameter as the products of ``rows`` rows want it: a packed copy of it, or itself.
+    """Return a parameter packed for products of ``rows`` rows, or itself where plain is faster.
 
     None where only the reference makes sense (a view, a temporary).
     """

@@ -12,7 +12,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastvit import reference
 from fastvit.ops import backends, checks, onednn
-from fastvit.ops.library import autocasting, cast_for_autocast, launchers, needs_grad, none_if_empty, or_empty, register
+from fastvit.ops.library import (
+    autocast_dtype,
+    cast_for_autocast,
+    launchers,
+    needs_grad,
+    none_if_empty,
+    or_empty,
+    register,
+)
 from fastvit.packing import Layout, PackedImages
 
 
@@ -58,26 +66,21 @@ def patch_embed(
     if images.shape[1] != channels:
         raise ValueError(f"ops.patch_embed: images {tuple(images.shape)} don't have the weight's {channels} channels")
     height, right = images.shape[2:]
-    if height % p or right % q:
-        raise ValueError(f"ops.patch_embed: images of {height}x{right} are not divisible by the patch of {p}x{q}")
+    if height % p or right % q or height < 1 or right < 1:
+        fault = "are empty" if height < 1 or right < 1 else f"are not divisible by the patch of {p}x{q}"
+        raise ValueError(f"ops.patch_embed: images of {height}x{right} {fault}")
     prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
     tokens = (height // p) * (right // q)
     positions = ((1, tokens, width), (1, prefix + tokens, width))
-    weight, mean, std, out_dtype, chosen = _prepare(
-        "patch_embed", images, weight, bias, pos_embed, positions, prefix_tokens, mean, std, out_dtype
-    )
+    rows = {"bias": bias, "pos_embed": pos_embed, "prefix_tokens": prefix_tokens}
+    constants = _check("patch_embed", images.dtype, images.device, weight, positions, rows, mean, std)
+    grad = needs_grad(images, weight, *rows.values())
+    x = weight if images.dtype == torch.uint8 else images
+    chosen = backends.choose("patch_embed", x, needs_grad=grad, weights=(weight,))
+    weight, out_dtype = _dtypes(chosen, images.device, weight, pos_embed, prefix_tokens, out_dtype)
     if chosen in backends.KERNELS:
-        return _patch_embed(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, chosen)
-    return reference.patch_embed(
-        images,
-        weight,
-        bias,
-        pos_embed=pos_embed,
-        prefix_tokens=prefix_tokens,
-        mean=mean,
-        std=std,
-        out_dtype=out_dtype,
-    )
+        return _patch_embed(images, [], weight, *rows.values(), *constants.values(), out_dtype, chosen)
+    return reference.patch_embed(images, weight, **rows, **constants, out_dtype=out_dtype)
 
 
 def patch_embed_packed(
@@ -102,7 +105,7 @@ def patch_embed_packed(
         mean, std, out_dtype: as in :func:`fastvit.ops.patch_embed`.
 
     Returns:
-        (1, N + n * P, D): where each image's tokens are, ``packed.sequences(P)`` says.
+        (1, N + n * P, D), the tokens of each image at its place in ``packed.sequences(P)``.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
@@ -110,7 +113,7 @@ def patch_embed_packed(
     """
     name = "patch_embed_packed"
     if not isinstance(packed, PackedImages):
-        raise ValueError(f"ops.{name}: packed is a {type(packed).__name__}; fastvit.pack makes what is expected")
+        raise ValueError(f"ops.{name}: packed is a {type(packed).__name__}; fastvit.pack makes PackedImages")
     expected = (packed.channels, *packed.patch_size)
     if weight.ndim != 4 or tuple(weight.shape[1:]) != expected:
         c, p, q = expected
@@ -118,78 +121,75 @@ def patch_embed_packed(
             f"ops.{name}: weight has shape {tuple(weight.shape)}, expected (D, {c}, {p}, {q}): "
             f"the images were packed for {c} channels and patches of {p}x{q}"
         )
-    positions = ((packed.layout.image.shape[0], weight.shape[0]),)
-    weight, mean, std, out_dtype, chosen = _prepare(
-        name, packed.pixels, weight, bias, pos_embed, positions, prefix_tokens, mean, std, out_dtype
-    )
+    pixels, positions = packed.pixels, ((packed.layout.image.shape[0], weight.shape[0]),)
+    rows = {"bias": bias, "pos_embed": pos_embed, "prefix_tokens": prefix_tokens}
+    constants = _check(name, pixels.dtype, pixels.device, weight, positions, rows, mean, std)
+    grad = needs_grad(pixels, weight, *rows.values())
+    x = weight if pixels.dtype == torch.uint8 else pixels
+    chosen = backends.choose("patch_embed", x, needs_grad=grad, weights=(weight,))
+    weight, out_dtype = _dtypes(chosen, pixels.device, weight, pos_embed, prefix_tokens, out_dtype)
     if chosen in backends.KERNELS:
-        return _patch_embed_packed(
-            packed.pixels, list(packed.layout), weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, chosen
-        )
-    return reference.patch_embed_packed(
-        packed,
-        weight,
-        bias,
-        pos_embed=pos_embed,
-        prefix_tokens=prefix_tokens,
-        mean=mean,
-        std=std,
-        out_dtype=out_dtype,
-    )
+        layout = list(packed.layout)
+        return _patch_embed(pixels, layout, weight, *rows.values(), *constants.values(), out_dtype, chosen)
+    return reference.patch_embed_packed(packed, weight, **rows, **constants, out_dtype=out_dtype)
 
 
-def _prepare(
+def _check(
     op: str,
-    images: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
     weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
     positions: tuple[tuple[int, ...], ...],
-    prefix_tokens: Tensor | None,
+    rows: dict[str, Tensor | None],
     mean: Tensor | Sequence[float] | None,
     std: Tensor | Sequence[float] | None,
-    out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, torch.dtype | None, str]:
-    """Check what plain and packed images have in common: pos_embed has one of the shapes ``positions``.
+) -> dict[str, Tensor | None]:
+    """Check what goes with images of ``dtype`` on ``device``; return mean and std as float32 tensors (C,) there.
 
-    Returns:
-        the weight in the dtype of the product, mean, std, the result's dtype (None: the weight's) and the backend.
+    Args:
+        positions: the shapes that pos_embed may have.
+        rows: bias, pos_embed and prefix_tokens.
     """
     width, channels = weight.shape[:2]
-    prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
-    rows = {"bias": bias, "pos_embed": pos_embed, "prefix_tokens": prefix_tokens}
-    if images.dtype != torch.uint8:
-        checks.floating(op, images=images)
+    prefix_tokens, pos_embed = rows["prefix_tokens"], rows["pos_embed"]
+    if dtype != torch.uint8 and not dtype.is_floating_point:
+        raise ValueError(f"ops.{op}: images have dtype {dtype}; accepted: uint8, float32, float16, bfloat16 or float64")
     checks.floating(op, weight=weight, **rows)
-    checks.shape(op, "bias", bias, (width,))
-    checks.shape(op, "prefix_tokens", prefix_tokens, (1, prefix, width))
+    checks.shape(op, "bias", rows["bias"], (width,))
+    checks.shape(op, "prefix_tokens", prefix_tokens, (1, 0 if prefix_tokens is None else prefix_tokens.shape[1], width))
     if pos_embed is not None and tuple(pos_embed.shape) not in positions:
         expected = " or ".join(map(str, positions))
         raise ValueError(f"ops.{op}: pos_embed has shape {tuple(pos_embed.shape)}, expected {expected}")
-    mean, std = (constants(op, name, t, channels, images.device) for name, t in (("mean", mean), ("std", std)))
-    checks.same_device(op, images, weight=weight, **rows)
-    chosen = backends.choose(
-        "patch_embed",
-        images if images.dtype != torch.uint8 else weight,
-        needs_grad=needs_grad(images, weight, *rows.values()),
-        weights=(weight,),
-    )
-    out_dtype = out_dtype or stream_dtype(images, pos_embed, prefix_tokens)
-    if chosen in backends.KERNELS:
-        (weight,) = cast_for_autocast(images, weight)
-    elif chosen == "onednn":
+    checks.same_device(op, device, weight=weight, **rows)
+    constants = {}
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and not isinstance(values, Tensor):
+            values = _on_device(tuple(float(v) for v in values), device)
+        checks.shape(op, name, values, (channels,))
+        checks.same_device(op, device, **{name: values})
+        constants[name] = None if values is None else values.float().contiguous()
+    return constants
+
+
+def _dtypes(
+    backend: str,
+    device: torch.device,
+    weight: Tensor,
+    pos_embed: Tensor | None,
+    prefix_tokens: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, torch.dtype | None]:
+    """Return the weight in the product's dtype, and the result's dtype (None: the weight's)."""
+    autocast = autocast_dtype(device)
+    if autocast is not None and out_dtype is None:
+        out_dtype = autocast
+        for row in (pos_embed, prefix_tokens):
+            out_dtype = out_dtype if row is None else torch.promote_types(out_dtype, row.dtype)
+    if backend in backends.KERNELS:
+        (weight,) = cast_for_autocast(autocast, weight)
+    elif backend == "onednn":
         weight, out_dtype = weight.to(onednn.product_dtype(weight.dtype)), out_dtype or weight.dtype
-    return weight, mean, std, out_dtype, chosen
-
-
-def stream_dtype(images: Tensor, *rows: Tensor | None) -> torch.dtype | None:
-    """The result's dtype where nothing says otherwise: the weight's (None), or under autocast the widest's."""
-    if not autocasting(images):
-        return None
-    dtype = torch.get_autocast_dtype(images.device.type)
-    for row in rows:
-        dtype = dtype if row is None else torch.promote_types(dtype, row.dtype)
-    return dtype
+    return weight, out_dtype
 
 
 @cache
@@ -204,23 +204,9 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return _copied(values, device)
 
 
-def constants(
-    op: str, name: str, values: Tensor | Sequence[float] | None, channels: int, device: torch.device
-) -> Tensor | None:
-    """mean or std as a float32 tensor (C,) on ``device``; sequences are copied there once per process."""
-    if values is None:
-        return None
-    if not isinstance(values, Tensor):
-        values = _on_device(tuple(float(v) for v in values), device)
-    checks.shape(op, name, values, (channels,))
-    if values.device != device:
-        raise ValueError(f"ops.{op}: {name} is on {values.device}, the images are on {device}")
-    return values.float().contiguous()
-
-
-def _run(
+def _forward(
     images: Tensor,
-    layout: Layout | None,
+    layout: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
     pos_embed: Tensor | None,
@@ -231,225 +217,123 @@ def _run(
     backend: str,
 ) -> Tensor:
     return launchers(backend).patch_embed_forward(
-        images,
-        weight.contiguous(),
-        bias,
-        layout=layout,
-        pos_embed=pos_embed,
-        prefix_tokens=prefix_tokens,
-        mean=mean,
-        std=std,
-        out_dtype=out_dtype,
-    )
+        images, weight, bias, layout=Layout(*layout) if layout else None,
+        pos_embed=pos_embed, prefix_tokens=prefix_tokens, mean=mean, std=std, out_dtype=out_dtype,
+    )  # fmt: skip
 
 
-def _forward(images: Tensor, *rest: Any) -> Tensor:
-    return _run(images, None, *rest)
+def _fake(a: Any) -> Tensor:
+    prefix = 0 if a.prefix_tokens is None else a.prefix_tokens.shape[1]
+    if a.layout:
+        layout = Layout(*a.layout)
+        batch, tokens = 1, layout.image.shape[0] + layout.starts.shape[0] * prefix
+    else:
+        batch, _, height, right = a.images.shape
+        tokens = prefix + (height // a.weight.shape[2]) * (right // a.weight.shape[3])
+    return a.weight.new_empty((batch, tokens, a.weight.shape[0]), dtype=a.out_dtype)
 
 
-def _forward_packed(pixels: Tensor, layout: list[Tensor], *rest: Any) -> Tensor:
-    return _run(pixels, Layout(*layout), *rest)
-
-
-def _fake(images, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, backend):
-    batch, _, height, right = images.shape
-    tokens = (height // weight.shape[2]) * (right // weight.shape[3])
-    prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
-    return weight.new_empty((batch, prefix + tokens, weight.shape[0]), dtype=out_dtype)
-
-
-def _fake_packed(pixels, layout, weight, bias, pos_embed, prefix_tokens, mean, std, out_dtype, backend):
-    starts, _, _, image, *_ = layout
-    prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
-    return weight.new_empty((1, image.shape[0] + starts.shape[0] * prefix, weight.shape[0]), dtype=out_dtype)
-
-
-def _backward(
-    dout: Tensor,
-    images: Tensor | None,
-    image_shape: list[int],
-    image_dtype: torch.dtype,
-    weight: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    prefix: int,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = launchers(backend)
-    needs_images, needs_weight, needs_rows = needs
-    dout, weight = dout.contiguous(), weight.contiguous()
+def _backward(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = launchers(a.backend)
+    needs_images, needs_weight, needs_rows = a.needs
     dimages = dweight = drows = None
+    layout = Layout(*a.layout) if a.layout else None
+    dout = a.dout.contiguous()
     if needs_rows:
         drows = kernels.patch_embed_row_gradients(dout)
-    dout = dout.to(weight.dtype)  # for the products
-    if needs_images:
+    dout = dout.to(a.weight.dtype)  # for the products
+    if layout is not None:
+        dout = dout[0]
+    if needs_images and layout is not None:
+        dimages = _pixel_gradient(dout, a.weight, layout, a.std, a.image_shape, a.image_dtype)
+    elif needs_images:
         dimages = kernels.patch_embed_image_gradient(
-            dout, weight, tuple(image_shape), std=std, prefix=prefix, dtype=image_dtype
+            dout, a.weight, tuple(a.image_shape), std=a.std, prefix=a.prefix, dtype=a.image_dtype
         )
     if needs_weight:
-        assert images is not None
-        dweight = kernels.patch_embed_weight_gradient(dout, images, weight.shape, mean=mean, std=std, prefix=prefix)
-        dweight = dweight.to(weight.dtype)
+        dweight = kernels.patch_embed_weight_gradient(
+            dout, a.images, a.weight.shape, layout=layout, mean=a.mean, std=a.std, prefix=a.prefix
+        )
+        dweight = dweight.to(a.weight.dtype)
     return or_empty(dimages, dout), or_empty(dweight, dout), or_empty(drows, dout)
 
 
-def _backward_fake(dout, images, image_shape, image_dtype, weight, mean, std, prefix, needs, backend):
-    needs_images, needs_weight, needs_rows = needs
-    return (
-        weight.new_empty(image_shape if needs_images else 0, dtype=image_dtype if needs_images else None),
-        weight.new_empty(weight.shape if needs_weight else 0),
-        weight.new_empty(dout.shape[1:] if needs_rows else 0, dtype=torch.float32 if needs_rows else None),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, weight, bias, pos_embed, prefix_tokens, mean, std, _, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.image_shape, ctx.image_dtype = images.shape, images.dtype
-    ctx.dtypes = [None if t is None else t.dtype for t in (bias, pos_embed, prefix_tokens)]
-    ctx.prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
-    ctx.positions = 0 if pos_embed is None else pos_embed.shape[1]
-    ctx.save_for_backward(images if weight.requires_grad else None, weight, mean, std)
-
-
-def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 9
-    images, weight, mean, std = ctx.saved_tensors
-    needs = [*ctx.needs_input_grad[:2], any(ctx.needs_input_grad[2:5])]
-    dimages, dweight, drows = map(
-        none_if_empty,
-        _patch_embed_backward(
-            dout, images, ctx.image_shape, ctx.image_dtype, weight, mean, std, ctx.prefix, needs, ctx.backend
-        ),
-    )
-    dbias = dpos = dprefix = None
-    if drows is not None:  # (P + N, D) float32, summed over the batch
-        bias_dtype, pos_dtype, prefix_dtype = ctx.dtypes
-        if bias_dtype is not None:
-            dbias = drows[ctx.prefix :].sum(0).to(bias_dtype)
-        if pos_dtype is not None:
-            dpos = drows[drows.shape[0] - ctx.positions :].to(pos_dtype).unsqueeze(0)
-        if prefix_dtype is not None:
-            dprefix = drows[: ctx.prefix].to(prefix_dtype).unsqueeze(0)
-    return dimages, dweight, dbias, dpos, dprefix, None, None, None, None
-
-
-def _backward_packed(
-    dout: Tensor,
-    pixels: Tensor | None,
-    size: int,
-    pixel_dtype: torch.dtype,
-    layout: list[Tensor],
-    weight: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    needs_pixels, needs_weight = needs
-    dout, places = dout.to(weight.dtype).contiguous(), Layout(*layout)
-    dpixels = dweight = None
-    if needs_pixels:
-        dpixels = _pixel_gradient(dout, weight, places, std, size, pixel_dtype)
-    if needs_weight:
-        assert pixels is not None
-        dweight = launchers(backend).patch_embed_weight_gradient(
-            dout, pixels, weight.shape, layout=places, mean=mean, std=std
-        )
-        dweight = dweight.to(weight.dtype)
-    return or_empty(dpixels, dout), or_empty(dweight, dout)
-
-
 def _pixel_gradient(
-    dout: Tensor, weight: Tensor, layout: Layout, std: Tensor | None, size: int, dtype: torch.dtype
+    dout: Tensor, weight: Tensor, layout: Layout, std: Tensor | None, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Compute the formula in PyTorch: only explanations of a model need it. Every pixel is in one patch."""
     dpatches = (dout @ weight.flatten(1)).unflatten(1, weight.shape[1:])
     if std is not None:
         dpatches = dpatches / std.view(-1, 1, 1)
-    gradient = torch.empty(size, dtype=dtype, device=dout.device)
+    gradient = torch.empty(shape, dtype=dtype, device=dout.device)
     gradient[layout.pixels(weight.shape[1], (weight.shape[2], weight.shape[3]))] = dpatches.to(dtype)
     return gradient
 
 
-def _backward_fake_packed(dout, pixels, size, pixel_dtype, layout, weight, mean, std, needs, backend):
-    needs_pixels, needs_weight = needs
+def _backward_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs_images, needs_weight, needs_rows = a.needs
     return (
-        weight.new_empty(size if needs_pixels else 0, dtype=pixel_dtype if needs_pixels else None),
-        weight.new_empty(weight.shape if needs_weight else 0),
+        a.weight.new_empty(a.image_shape if needs_images else 0, dtype=a.image_dtype if needs_images else None),
+        a.weight.new_empty(a.weight.shape if needs_weight else 0),
+        a.weight.new_empty(a.dout.shape[1:] if needs_rows else 0, dtype=torch.float32 if needs_rows else None),
     )
 
 
-def _setup_context_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pixels, layout, weight, bias, pos_embed, prefix_tokens, mean, std, _, ctx.backend = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, layout, weight, *rows, mean, std, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.size, ctx.pixel_dtype = pixels.shape[0], pixels.dtype
-    ctx.dtypes = [None if t is None else t.dtype for t in (bias, pos_embed, prefix_tokens)]
+    ctx.image_shape, ctx.image_dtype = images.shape, images.dtype
+    ctx.dtypes = [None if t is None else t.dtype for t in rows]
+    _, pos_embed, prefix_tokens = rows
     ctx.prefix = 0 if prefix_tokens is None else prefix_tokens.shape[1]
-    ctx.save_for_backward(pixels if weight.requires_grad else None, weight, mean, std, *layout)
+    ctx.positions = 0 if pos_embed is None else pos_embed.shape[1]
+    ctx.save_for_backward(images if weight.requires_grad else None, weight, mean, std, *layout)
 
 
-def _gradient_packed(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+def _gradient(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+    images, weight, mean, std, *layout = ctx.saved_tensors
     if dout is None:
-        return (None, [None] * len(Layout._fields), *(None,) * 8)
-    pixels, weight, mean, std, *layout = ctx.saved_tensors
-    needs_pixels, _, needs_weight, needs_bias, needs_pos, needs_prefix, *_ = ctx.needs_input_grad
-    places, rows = Layout(*layout), dout[0]
+        return (None, [None] * len(layout), *(None,) * 8)
+    needs_images, _, needs_weight, *needs_rows = ctx.needs_input_grad[:6]
     bias_dtype, pos_dtype, prefix_dtype = ctx.dtypes
-    dbias = dpos = dprefix = None
-    if ctx.prefix:
-        if needs_prefix:
-            dprefix = rows[places.prefix_tokens(ctx.prefix)].sum(0, keepdim=True, dtype=torch.float32).to(prefix_dtype)
-        rows = rows.index_select(0, places.patch_tokens(ctx.prefix))
-    if needs_bias:
-        dbias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
-    if needs_pos:
-        dpos = rows.to(pos_dtype)
-    dpixels, dweight = map(
-        none_if_empty,
-        _patch_embed_packed_backward(
-            rows,
-            pixels,
-            ctx.size,
-            ctx.pixel_dtype,
-            layout,
-            weight,
-            mean,
-            std,
-            [needs_pixels, needs_weight],
-            ctx.backend,
-        ),
+    prefix, dbias, dpos, dprefix = ctx.prefix, None, None, None
+    if layout:
+        if prefix:
+            if needs_rows[2]:
+                rows = dout[0, Layout(*layout).prefix_tokens(prefix)]
+                dprefix = rows.sum(0, keepdim=True, dtype=torch.float32).to(prefix_dtype)
+            dout, prefix = dout.index_select(1, Layout(*layout).patch_tokens(prefix)), 0
+        if needs_rows[0]:
+            dbias = dout[0].sum(0, dtype=torch.float32).to(bias_dtype)
+        if needs_rows[1]:
+            dpos = dout[0].to(pos_dtype)
+    needs = [needs_images, needs_weight, not layout and any(needs_rows)]
+    gradients = _patch_embed_backward(
+        dout, images, ctx.image_shape, ctx.image_dtype, layout, weight, mean, std, prefix, needs, ctx.backend
     )
-    return dpixels, [None] * len(layout), dweight, dbias, dpos, dprefix, None, None, None, None
+    dimages, dweight, drows = map(none_if_empty, gradients)
+    if drows is not None:  # (P + N, D) float32, summed over the batch
+        if bias_dtype is not None:
+            dbias = drows[prefix:].sum(0).to(bias_dtype)
+        if pos_dtype is not None:
+            dpos = drows[drows.shape[0] - ctx.positions :].to(pos_dtype).unsqueeze(0)
+        if prefix_dtype is not None:
+            dprefix = drows[:prefix].to(prefix_dtype).unsqueeze(0)
+    return dimages, [None] * len(layout), dweight, dbias, dpos, dprefix, None, None, None, None
 
 
 _patch_embed_backward = register(
-    "patch_embed_backward(Tensor dout, Tensor? images, SymInt[] image_shape, ScalarType image_dtype, Tensor weight, "
-    "Tensor? mean, Tensor? std, SymInt prefix, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    "patch_embed_backward(Tensor dout, Tensor? images, SymInt[] image_shape, ScalarType image_dtype, Tensor[] layout, "
+    "Tensor weight, Tensor? mean, Tensor? std, SymInt prefix, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _patch_embed = register(
-    "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, Tensor? mean, "
-    "Tensor? std, ScalarType? out_dtype, str backend) -> Tensor",
+    # layout: the tables of packed images, whose pixels are (S,); none for images (B, C, H, W)
+    "patch_embed(Tensor images, Tensor[] layout, Tensor weight, Tensor? bias, Tensor? pos_embed, "
+    "Tensor? prefix_tokens, Tensor? mean, Tensor? std, ScalarType? out_dtype, str backend) -> Tensor",
     _forward,
     _fake,
     backward=_gradient,
     setup_context=_setup_context,
-)
-_patch_embed_packed_backward = register(
-    "patch_embed_packed_backward(Tensor dout, Tensor? pixels, SymInt size, ScalarType pixel_dtype, Tensor[] layout, "
-    "Tensor weight, Tensor? mean, Tensor? std, bool[] needs, str backend) -> (Tensor, Tensor)",
-    _backward_packed,
-    _backward_fake_packed,
-)
-_patch_embed_packed = register(
-    "patch_embed_packed(Tensor pixels, Tensor[] layout, Tensor weight, Tensor? bias, Tensor? pos_embed, "
-    "Tensor? prefix_tokens, Tensor? mean, Tensor? std, ScalarType? out_dtype, str backend) -> Tensor",
-    _forward_packed,
-    _fake_packed,
-    backward=_gradient_packed,
-    setup_context=_setup_context_packed,
 )

@@ -44,7 +44,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             f"with T' up to {tokens}"
         )
     checks.shape("rotate", "sin", sin, tuple(cos.shape))
-    checks.same_device("rotate", q, k=k, cos=cos, sin=sin)
+    checks.same_device("rotate", q.device, k=k, cos=cos, sin=sin)
     checks.same_dtype("rotate", q=q, k=k)
     checks.same_dtype("rotate", cos=cos, sin=sin)
     if cos.requires_grad or sin.requires_grad:
@@ -91,7 +91,7 @@ def axial(
 def angles(
     coordinates: Tensor, head_dim: int, *, base: float = 100.0, periods: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`axial` for patches anywhere: coordinates (N, 2), down and across -> cos and sin, (N, d) each."""
+    """Return the angles of patches anywhere: coordinates (N, 2), down and across -> cos and sin, (N, d) each."""
     if head_dim % 4:
         raise ValueError(f"rope.axial: head dim {head_dim}; accepted: multiples of 4, a quarter for each of two axes")
     quarter = head_dim // 4
@@ -110,10 +110,6 @@ def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool, back
     return launchers(backend).apply_rotary(unit_stride(q), unit_stride(k), cos, sin, inverse=inverse)
 
 
-def _fake(q, k, cos, sin, inverse, backend):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, _, cos, sin, ctx.inverse, ctx.backend = inputs
     ctx.save_for_backward(cos, sin)
@@ -127,7 +123,7 @@ def _gradient(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
 _rotate = register(
     "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse, str backend) -> (Tensor, Tensor)",
     _forward,
-    _fake,
+    lambda a: (a.q.new_empty(a.q.shape), a.k.new_empty(a.k.shape)),
     backward=_gradient,
     setup_context=_setup_context,
 )

@@ -17,12 +17,12 @@ from fastvit.attention_options import OPTIONS
 # r: a parameter, whole on every rank; p: a parameter's gradient, each rank holding its images' part; -: no tensor.
 # Of attention's options (fastvit/attention_options.py has their letters): a: a bias, by batch where it has one, else as
 # r; t: a table, by heads; k: relative position keys, by heads where each has its own; l: the gradient of the learned
-# one of these; !: what counts all images (packed sequences, a dropout's seed), which stay on one rank.
+# one of these; !: numbers of all images (packed images and sequences, a dropout's seed), which stay on one rank.
 # c: a rotation's angles, by batch where they have one.
 _OPTIONS = " ".join(option.by_batch for option in OPTIONS.values())
 _BY_BATCH = {
-    "patch_embed": ("b r r r r r r - -", "b"),
-    "patch_embed_backward": ("b b - - r r r - - -", "b p p"),
+    "patch_embed": ("b ! r r r r r r - -", "b"),
+    "patch_embed_backward": ("b b - - ! r r r - - -", "b p p"),
     "layer_norm": ("b r r - b r b - -", "b b b b"),
     "layer_norm_backward": ("b b b r b b b r b - -", "b b p p p"),
     "linear": ("b r r r r - - b r b - -", "b b b b"),
@@ -55,28 +55,32 @@ Placements = list[Placement | None]
 
 
 def _strategy(letters: tuple[str, str], args: tuple[Any, ...], dim: int) -> tuple[Placements, Placements] | None:
-    """The (results, arguments) placements of one way to share a call, or None where it can't be shared so.
+    """Return the (results, arguments) placements of one way to share a call, or None where it is impossible.
 
-    A bias has its part of what is shared (images: 0, heads: 1) in dimension ``dim``; absent tensors have no placement.
+    A bias is split in dimension ``dim`` (images: 0, heads: 1); absent tensors have no placement.
     """
     inputs, outputs = (one.split() for one in letters)
-    given = {letter: arg for letter, arg in zip(inputs, args, strict=True) if arg is not None and letter in "actk!"}
-    if "!" in given:
+    present = {
+        letter: arg for letter, arg in zip(inputs, args, strict=True) if arg not in (None, []) and letter in "actk!"
+    }
+    if "!" in present:
         return None
-    split = "a" in given and given["a"].shape[dim] > 1
-    angles = "c" in given and dim == 0 and given["c"].ndim == 3
-    own_keys = "k" in given and given["k"].ndim == 3
+    split = "a" in present and present["a"].shape[dim] > 1
+    angles = "c" in present and dim == 0 and present["c"].ndim == 3
+    own_keys = "k" in present and present["k"].ndim == 3
     places = {**_PLACES, "a": Shard(dim) if split else Replicate(), "c": Shard(0) if angles else Replicate()}
     places["k"] = Shard(0) if own_keys else Replicate()
-    places["l"] = Shard(dim) if split or "t" in given else Shard(0) if own_keys else Partial()
-    arguments = [None if arg is None else places[letter] for letter, arg in zip(inputs, args, strict=True)]
+    places["l"] = Shard(dim) if split or "t" in present else Shard(0) if own_keys else Partial()
+    arguments = [None if arg in (None, []) else places[letter] for letter, arg in zip(inputs, args, strict=True)]
     return [places[o] for o in outputs], arguments
 
 
 def _strategies(name: str, args: tuple[Any, ...]) -> list[tuple[Placements, Placements]]:
-    """The acceptable (results, arguments) placements of one call."""
+    """Return the acceptable (results, arguments) placements of one call."""
     inputs, outputs = (letters.split() for letters in _BY_BATCH[name])
-    whole: Placements = [None if arg is None or i == "-" else Replicate() for i, arg in zip(inputs, args, strict=True)]
+    whole: Placements = [
+        None if arg in (None, []) or i == "-" else Replicate() for i, arg in zip(inputs, args, strict=True)
+    ]
     ways = [_strategy(_BY_BATCH[name], args, 0)]
     if name in _BY_HEADS:
         ways.append(_strategy(_BY_HEADS[name], args, 1))

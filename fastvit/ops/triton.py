@@ -1,8 +1,9 @@
-"""What keeps the Triton kernels from running an op: apart from the kernels, which can't be imported without Triton."""
+"""The refusals of the Triton kernels, in a module that can be imported without Triton."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def _refuse_device(device: torch.device) -> str | None:
     return f"the GPU is older than compute capability 8.0: it has {major}.{minor}" if major < 8 else None
 
 
-def refuse(op: str, x: Tensor) -> str | None:
+def refuse(op: str, x: Tensor, *, weights: Iterable[Tensor] = (), needs_grad: bool = False) -> str | None:
     """Return why the Triton kernels can't run ``op`` on ``x``, or None."""
     if MISSING:
         return MISSING

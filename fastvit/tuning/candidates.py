@@ -38,7 +38,7 @@ def find_problems(
     model: nn.Module, images: Tensor, arch: int, *, training: bool, backend: str = "triton"
 ) -> dict[Problem, Row]:
     """Return the problems of ``model`` on ``images`` (both on meta) on ``arch``, with their derived tiles."""
-    with extension.rehearse(), compile_report.trace(arch, backend), tiles.asked() as found:
+    with extension.no_launches(), compile_report.trace(arch, backend), tiles.record_problems() as found:
         if training:
             logits = model.train()(images)
             logits.backward(torch.empty_like(logits))
@@ -86,7 +86,7 @@ def launcher_call(problem: Problem, dtype: torch.dtype, device: torch.device | s
 
 def is_reproducible(problem: Problem, dtype: torch.dtype, arch: int) -> bool:
     """Return whether :func:`launcher_call` looks up this problem: calls with odd operand layouts have no copy."""
-    with extension.rehearse(), launch.record(arch), tiles.asked() as found:
+    with extension.no_launches(), launch.record(arch), tiles.record_problems() as found:
         launcher_call(problem, dtype, "meta").run()
     return any((p.family, p.dtype, p.key) == (problem.family, problem.dtype, problem.key) for p in found)
 

@@ -208,7 +208,7 @@ def without_notes() -> Iterator[None]:
 def trace(arch: int, backend: str = "triton") -> Iterator[Trace]:
     """Record what models on meta tensors run inside, as on a GPU of compute capability ``arch`` (90 for Hopper).
 
-    With the backend "cuda" no launch is recorded, and :func:`fastvit.cuda.extension.rehearse` must be on.
+    With the backend "cuda" no launch is recorded, and :func:`fastvit.cuda.extension.no_launches` must be on.
     """
     from fastvit.triton import launch
 

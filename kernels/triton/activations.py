@@ -79,7 +79,7 @@ def gated_forward_kernel(
 @triton.jit
 def activation_gradient_kernel(
     dout_ptr,  # (M, N)
-    x_ptr,  # (M, N), or (M, 2N) with a gate: what the activation was applied to
+    x_ptr,  # (M, N), or (M, 2N) with a gate: the activation's input
     dx_ptr,  # like x
     hidden_ptr,  # (M, N): the activation's output, recomputed
     N,
@@ -103,7 +103,7 @@ def activation_gradient_kernel(
 
 
 def row_blocks(width: int) -> tuple[int, int]:
-    """Elements of a row that one program takes, and programs in a row, for the elementwise kernels."""
+    """Return the elements of a row that one program takes, and the programs of a row, for elementwise kernels."""
     block = min(triton.next_power_of_2(max(width, 1)), 1024)
     return block, triton.cdiv(width, block)
 

@@ -341,6 +341,5 @@ def attention_forward(
         **constants,
     }
     grid = (triton.cdiv(longest, constants["BLOCK_M"]) * images(q, options.cu_q) * heads,)
-    hot = q.dtype != torch.float32
-    launch(attention_forward_kernel, grid, args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)
+    launch(attention_forward_kernel, grid, args, tile=tile, hot=q.dtype != torch.float32)
     return out, lse

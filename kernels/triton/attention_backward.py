@@ -388,7 +388,8 @@ def attention_query_gradient(
         "lse_ptr": lse,
         "dlse_ptr": None if dlse is None else dlse.contiguous(),
         "delta_ptr": delta,
-        **_sizes(q, k, scale, longest if packed else q.shape[1]),
+        "longest": longest if packed else q.shape[1],
+        "scale": float(scale),
         **constants,
     }
     _launch(attention_query_gradient_kernel, args, constants["BLOCK_M"], pointers, tile)
@@ -420,19 +421,15 @@ def attention_key_value_gradient(
         **in_units(packed=packed, q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
         "lse_ptr": lse,
         "delta_ptr": delta,
-        **_sizes(q, k, scale, longest if packed else k.shape[1]),
+        "longest": longest if packed else k.shape[1],
+        "scale": float(scale),
         **constants,
     }
     _launch(attention_key_value_gradient_kernel, args, constants["BLOCK_N"], pointers, tile)
 
 
-def _sizes(q: Tensor, k: Tensor, scale: float, longest: int) -> dict[str, Any]:
-    sizes = {"heads": q.shape[2], "queries": q.shape[1], "keys": k.shape[1], "longest": longest}
-    return {**sizes, "scale": float(scale)}
-
-
 def _launch(kernel: Any, args: dict[str, Any], block: int, pointers: OptionPointers, tile: dict[str, Any]) -> None:
     q = args["q_ptr"]
+    args |= {"heads": q.shape[2], "queries": q.shape[1], "keys": args["k_ptr"].shape[1]}
     grid = (triton.cdiv(args["longest"], block) * images(q, pointers.cu_q_ptr) * q.shape[2],)
-    hot = q.dtype != torch.float32
-    launch(kernel, grid, args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)
+    launch(kernel, grid, args, tile=tile, hot=q.dtype != torch.float32)

@@ -91,7 +91,7 @@ def attention_bias_gradient_kernel(
     SUM_KEYS: tl.constexpr,  # it is the same for all keys
     PRECISION: tl.constexpr,
 ):
-    """A program owns a tile of dbias."""
+    """Compute dbias: a program owns a tile of it."""
     q_blocks, k_blocks = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
     # Blocks that a program goes through, and blocks that are owned by different programs.
     q_through, q_owners = 1, q_blocks
@@ -158,7 +158,7 @@ def attention_table_gradient_kernel(
     SPLIT: tl.constexpr,  # rows of the window are wider than BLOCK_M and taken in parts
     PRECISION: tl.constexpr,
 ):
-    """A program owns a block of the offsets dy = yi - yj with all dx = xi - xj, if SPLIT one dy and a block of dx.
+    """Compute dtable: a program owns a block of dy = yi - yj with all dx = xi - xj, if SPLIT one dy and a block of dx.
 
     Whatever row (or part) of queries a tile begins at, its element (r, c) has the same offset, so tiles add up.
     Three more programs for each head own the class token's entries, in the same way: one row of the scores without
@@ -278,11 +278,8 @@ def attention_bias_gradient(
     }
     blocks = 1 if own_queries == 1 else triton.cdiv(queries, args["BLOCK_M"])
     blocks *= 1 if own_keys == 1 else triton.cdiv(keys, args["BLOCK_N"])
-    hot = q.dtype != torch.float32
-    launch(
-        attention_bias_gradient_kernel, (own_images * own_heads * blocks,), args,
-        num_warps=tile["warps"], num_stages=tile["stages"], hot=hot,
-    )  # fmt: skip
+    grid = (own_images * own_heads * blocks,)
+    launch(attention_bias_gradient_kernel, grid, args, tile=tile, hot=q.dtype != torch.float32)
 
 
 def attention_table_gradient(
@@ -325,8 +322,5 @@ def attention_table_gradient(
         blocks = (2 * h - 1) * triton.cdiv(2 * w - 1, tile["block"] - rows + 1)
     else:
         blocks = triton.cdiv(2 * h - 1, tile["block"] // w)
-    hot = q.dtype != torch.float32
-    launch(
-        attention_table_gradient_kernel, (heads * (blocks + 3 * prefix),), args,
-        num_warps=tile["warps"], num_stages=tile["stages"], hot=hot,
-    )  # fmt: skip
+    grid = (heads * (blocks + 3 * prefix),)
+    launch(attention_table_gradient_kernel, grid, args, tile=tile, hot=q.dtype != torch.float32)

@@ -139,8 +139,5 @@ def attention_rel_pos_keys_gradient(
         "ROWS": fit(count, tile["rows"]),
         "BLOCK_M": fit(tokens, tile["block"]),
     }
-    hot = q.dtype != torch.float32
-    launch(
-        attention_rel_pos_keys_gradient_kernel, (triton.cdiv(count, args["ROWS"]) * own_heads,), args,
-        num_warps=tile["warps"], num_stages=tile["stages"], hot=hot,
-    )  # fmt: skip
+    grid = (triton.cdiv(count, args["ROWS"]) * own_heads,)
+    launch(attention_rel_pos_keys_gradient_kernel, grid, args, tile=tile, hot=q.dtype != torch.float32)

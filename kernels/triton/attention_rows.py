@@ -96,7 +96,7 @@ def attention_rows_kernel(
 
 @triton.jit
 def _places(patch, width, step_down, step_across):
-    """Where the corners of patches (N,) int32 are: exact below 2^22, without the registers of an integer's division."""
+    """Return the corners of patches (N,) int32: exact below 2^22, without the registers of an integer's division."""
     patch = patch.to(tl.float32)
     line = tl.floor((patch + 0.5) * (1.0 / width))
     return line * step_down, (patch - line * width) * step_across
@@ -147,7 +147,7 @@ def attention_distance_kernel(
 
 
 def _constants(q: Tensor, owned: int) -> dict[str, Any]:
-    """Constants of both kernels for ``owned`` rows of each head of q (B, T, H, d)."""
+    """Return the constants of both kernels for ``owned`` rows of each head of q (B, T, H, d)."""
     tile, head_dim = _TILES[q.element_size()], q.shape[3]
     if head_dim > 128:
         raise ValueError(f"attention kernels take a head dim of 1 to 128, got {head_dim}")
@@ -163,7 +163,7 @@ def _constants(q: Tensor, owned: int) -> dict[str, Any]:
 def attention_rows(
     q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, scale: float, *, bias: Tensor | None = None
 ) -> Tensor:
-    """Some rows of the attention weights, exp(scale q[rows] k^T + bias - lse[rows]).
+    """Compute some rows of the attention weights, exp(scale q[rows] k^T + bias - lse[rows]).
 
     Args:
         q: (B, Tq, H, d) float16, bfloat16 or float32, d from 1 to 128.
@@ -205,7 +205,7 @@ def attention_rows(
 def attention_distance(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, grid: Sequence[int], patch_size: Sequence[float]
 ) -> Tensor:
-    """How far each head looks: the mean over the patches i of sum_j p_ij distance(i, j), j over the patches.
+    """Compute the mean over the patches i of sum_j p_ij distance(i, j) for each head, j over the patches.
 
     Args:
         q, k: (B, T, H, d) float16, bfloat16 or float32, d from 1 to 128, unit last stride. The last h * w tokens are

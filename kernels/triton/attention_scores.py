@@ -35,7 +35,7 @@ class OptionPointers(NamedTuple):
     changed: Any = None  # 1 where one of those is present: scores are not scale * q k^T alone, a row may have no key
     seed_ptr: Any = None  # (1,) int64
     threshold: Any = None  # a weight is dropped where its 32 random bits are below this
-    gain: Any = None  # 1 / (1 - p): what the other weights are multiplied by
+    gain: Any = None  # 1 / (1 - p), the factor of the other weights
 
 
 NONE = OptionPointers()

@@ -26,7 +26,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # compute capability, major * 10 + m
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: what ``kernel[grid](**args, **options)`` would have run."""
+    """A kernel launch, ``kernel[grid](**args, **options)``."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -63,7 +63,7 @@ def record(arch: int) -> Iterator[list[Launch]]:
 
 
 def architecture(tensor: torch.Tensor) -> int:
-    """The compute capability (90 for Hopper) whose configurations a launch on ``tensor`` uses."""
+    """Return the compute capability (90 for Hopper) whose configurations a launch on ``tensor`` uses."""
     if _assumed_arch is not None:
         return _assumed_arch
     if tensor.is_cuda:
@@ -78,7 +78,7 @@ def _name(index: int) -> str:
 
 
 def device_name(tensor: torch.Tensor) -> str | None:
-    """The GPU whose measured tiles a launch on ``tensor`` may use; None where the architecture is assumed."""
+    """Return the GPU whose measured tiles a launch on ``tensor`` may use, None for an assumed architecture."""
     if _assumed_arch is not None or tensor.is_meta:
         return None
     return _name(tensor.get_device()) if tensor.is_cuda else "interpreter"
@@ -96,17 +96,19 @@ def launch(
     grid: tuple[int, ...],
     args: dict[str, Any],
     *,
+    tile: dict[str, Any] | None = None,
     num_warps: int = 4,
-    num_stages: int = 2,
     hot: bool = True,
 ) -> None:
     """Run ``kernel`` over ``grid`` on the device and current stream of its tensors (or record it).
+
+    A tile gives the numbers of warps and of stages.
 
     Triton compiles again for every new constexpr, and for every integer that turns out to be 1 or a multiple of 16.
     So what grows with the batch is never a constexpr, and is named in a kernel's ``do_not_specialize``, as is every
     size that no address depends on; strides and widths stay specialised: they let 16 bytes be loaded at once.
     """
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": tile["warps"] if tile else num_warps, "num_stages": tile["stages"] if tile else 2}
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options, hot))
         return
@@ -123,7 +125,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x (M, N) or (N,) if its rows are contiguous and near enough for 32 bits inside a tile, else a contiguous copy."""
+    """Return x (M, N) or (N,), copied unless its rows are contiguous and near enough for 32 bits inside a tile."""
     return x if x.stride(-1) == 1 and x.stride(0) < 2**23 else x.contiguous()
 
 
@@ -179,5 +181,5 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def store(pointers, x, mask):
-    """Store float32 x, rounded to what is pointed to."""
+    """Store float32 x, rounded to the pointers' dtype."""
     tl.store(pointers, narrow(x, pointers.dtype.element_ty), mask=mask)

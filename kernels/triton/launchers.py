@@ -1,3 +1,4 @@
+# ruff: noqa: F401
 """The launchers of the Triton kernels: :class:`fastvit.ops.launchers.Launchers`, as in fastvit/cuda/launchers.py."""
 
 from fastvit.triton.activations import activation_gradient
@@ -14,22 +15,3 @@ from fastvit.triton.patch_embed import (
     patch_embed_weight_gradient,
 )
 from fastvit.triton.rope import apply_rotary
-
-__all__ = [
-    "activation_gradient",
-    "apply_rotary",
-    "attention_backward",
-    "attention_distance",
-    "attention_forward",
-    "attention_rows",
-    "layer_norm_backward",
-    "layer_norm_forward",
-    "linear_forward",
-    "linear_input_gradient",
-    "linear_weight_gradient",
-    "patch_embed_forward",
-    "patch_embed_image_gradient",
-    "patch_embed_row_gradients",
-    "patch_embed_weight_gradient",
-    "scale_rows",
-]

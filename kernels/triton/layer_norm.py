@@ -22,7 +22,7 @@ _PROGRAMS_PER_SM = 4  # of the backward pass: 16 warps hide the loads, and the p
 
 @triton.jit
 def _scales(row_scale_ptr, rows, row_mask, rows_per_image):
-    """row_scale (B,) spread over the rows of its images: (ROWS, 1)."""
+    """Return row_scale (B,) spread over the rows of its images: (ROWS, 1)."""
     return tl.load(row_scale_ptr + rows // rows_per_image, row_mask, other=0.0)[:, None]
 
 
@@ -153,7 +153,7 @@ def layer_norm_backward_kernel(
 
 
 def _shape(width: int, values_per_lane: int) -> tuple[int, int, int]:
-    """(rows, block, warps) of a program: whole rows, ``values_per_lane`` values in every lane, four warps or more.
+    """Return (rows, block, warps) of a program: whole rows, ``values_per_lane`` values in each lane, at least 4 warps.
 
     The warps lie along D, so the rows of a program share one load of the weights and one barrier. At
     most 32 rows: the addresses of more would take the registers (this leaves lanes idle below D = 64).
@@ -182,7 +182,7 @@ def layer_norm_forward(
     row_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """y = (s - mean) * rstd * weight + bias with s = x, or s = residual + row_scale * gamma * x.
+    """Compute y = (s - mean) * rstd * weight + bias with s = x, or s = residual + row_scale * gamma * x.
 
     x, residual (M, D), D <= 8192, row strides free (any other layout is copied once); weight, bias,
     gamma (D,); row_scale (B,) float32 where row m takes row_scale[m // (M // B)]. All floating, dtypes
@@ -236,9 +236,9 @@ def layer_norm_backward(
     row_scale: Tensor | None = None,
     need_params: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of :func:`layer_norm_forward`: (dx, dresidual, dweight, dbias, dgamma).
+    """Return the gradients of :func:`layer_norm_forward`, (dx, dresidual, dweight, dbias, dgamma).
 
-    normalised (M, D) is what the norm read (x, or the stream); dstream (M, D) is any further gradient
+    normalised (M, D) is the norm's input (x, or the stream); dstream (M, D) is any further gradient
     that arrives there; branch (M, D) is the x that was merged into the stream. With
     xhat = (normalised - mean) * rstd and g = dy * weight,
 

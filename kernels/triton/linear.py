@@ -41,7 +41,7 @@ _GROUP_M = tl.constexpr(8)  # row tiles that share the columns of b while they a
 
 @triton.jit
 def tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First row and column of output tile number ``tile``, counted down groups of _GROUP_M row tiles."""
+    """Return the first row and column of output tile number ``tile``, counted down groups of _GROUP_M row tiles."""
     m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     in_group = _GROUP_M * n_tiles
     first = tile // in_group * _GROUP_M
@@ -53,7 +53,7 @@ def tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def _finish(acc, row, col, pointers, M, N, rows_per_image, ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr):
     """Write the block of out at (row, col) whose product is ``acc``.
 
-    Forward: preact = acc + bias is kept if wanted, out = residual + row_scale * gamma * act(preact).
+    Forward: preact = acc + bias is written where it has a pointer, out = residual + row_scale * gamma * act(preact).
     Backward: out = row_scale * acc * act'(preact), and hidden = act(preact) is written beside it.
     """
     out_ptr, bias_ptr, gamma_ptr, row_scale_ptr, residual_ptr, preact_ptr, hidden_ptr = pointers
@@ -87,7 +87,7 @@ def _epilogue(
     acc, row, col, pointers, M, N, rows_per_image,
     ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """``_finish`` in PARTS slices of N (1, 2 or 4): a large tile's epilogue then fits the registers left over."""
+    """Run ``_finish`` in PARTS slices of N (1, 2 or 4): a large tile's epilogue then fits the registers left over."""
     if PARTS == 1:
         _finish(acc, row, col, pointers, M, N, rows_per_image, ACTIVATION, BACKWARD)
     else:
@@ -184,7 +184,7 @@ def linear_tma_kernel(
 
 @lru_cache(maxsize=8192)
 def choose(op: str, arch: int, dtype: torch.dtype, m: int, n: int, k: int, forms: tuple[str, ...]) -> dict[str, Any]:
-    """The derived tile for the GEMM (m, k) @ (k, n), in the first of ``forms`` that the table has for this ``op``.
+    """Return the derived tile of the GEMM (m, k) @ (k, n), in the first of ``forms`` that the table has for ``op``.
 
     Of the rows left it is the one whose shape is nearest, in octaves.
 
@@ -200,7 +200,7 @@ def choose(op: str, arch: int, dtype: torch.dtype, m: int, n: int, k: int, forms
 
 
 def forms(*sizes: int) -> tuple[str, ...]:
-    """The forms of a pointer kernel that suit these sizes and strides.
+    """Return the forms of a pointer kernel that suit these sizes and strides.
 
     Of each it knows whether 16 divides it. Where 16 does not, elements are loaded and stored one by one, and their
     addresses take so many registers that only a smaller tile, "unaligned", leaves room for them.
@@ -209,7 +209,7 @@ def forms(*sizes: int) -> tuple[str, ...]:
 
 
 def _tma_can_read(x: Tensor) -> bool:
-    """Whether a host descriptor can address x (M, N): not empty, base and rows on 16-byte boundaries."""
+    """Return whether a host descriptor can address x (M, N): not empty, base and rows on 16-byte boundaries."""
     row = x.stride(0) * x.element_size()
     return x.numel() > 0 and x.data_ptr() % 16 == 0 and row % 16 == 0 and x.stride(0) >= x.shape[1]
 
@@ -276,7 +276,7 @@ def matmul(
         args |= {"a_ptr": a, "b_ptr": weight, "a_scale_ptr": a_scale}
         args |= {"stride_am": a.stride(0), "stride_bk": stride_bk, "stride_bn": stride_bn}
     hot = weight.element_size() == 2
-    launch(kernel, (programs,), args, num_warps=tile["warps"], num_stages=tile["stages"], hot=hot)
+    launch(kernel, (programs,), args, tile=tile, hot=hot)
 
 
 def linear_forward(
@@ -291,7 +291,7 @@ def linear_forward(
     save_preact: bool = False,
     tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """residual + row_scale * gamma * act(x W^T + b), each part optional; products summed in float32.
+    """Compute residual + row_scale * gamma * act(x W^T + b), each part optional; products summed in float32.
 
     Args:
         x: (M, K), float32, float16 or bfloat16; a row stride is kept, other layouts are made contiguous.
@@ -303,7 +303,7 @@ def linear_forward(
         row_scale: (B,) float32, drop-path; row m takes entry m // (M // B).
         save_preact: also return x W^T + b.
         tile: in place of the table's: block_m, block_n, block_k, warps, stages; parts (of the epilogue) is 1
-            and form what the shapes allow unless given.
+            and form, by default the first that the shapes allow.
 
     Returns:
         out (M, N), or (M, N / 2) with a gated activation, and preact (M, N) in x's dtype, or None.

@@ -148,9 +148,9 @@ def linear_weight_reduction_kernel(
 
 
 def scale_rows(x: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
-    """row_scale * x (M, N) in ``dtype``; x itself if that changes nothing. row m takes entry m // (M // B).
+    """Return row_scale * x (M, N) in ``dtype``; x itself if that changes nothing. Row m takes entry m // (M // B).
 
-    Both gradients of a linear can share the result (given to them without the row_scale): the tiles then go
+    Both gradients of a linear can share the result (then without a row_scale of theirs): the tiles then go
     from memory to the tensor cores with no detour through registers.
     """
     x = rows_contiguous(x)
@@ -182,14 +182,14 @@ def linear_input_gradient(
     out_dtype: torch.dtype | None = None,
     tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(row_scale * gamma * dout) @ W, then back through the activation that made the linear's input, in one GEMM.
+    """Compute (row_scale * gamma * dout) @ W and go back through the activation before the linear, in one GEMM.
 
     Args:
         dout: (M, N), float32, float16 or bfloat16; rounded to ``weight``'s dtype for the product, after gamma.
         weight: (N, K), float32, float16 or bfloat16.
         gamma: (N,), float32 or ``weight``'s dtype.
         row_scale: (B,) float32; row m takes entry m // (M // B).
-        preact: (M, K), or (M, 2K) for a gated one; what ``activation`` was applied to. Both or neither are given.
+        preact: (M, K), or (M, 2K) for a gated one; the activation's input. It goes with ``activation``.
         activation: a name in :mod:`fastvit.activations`; a gated one takes one more launch.
         out_dtype: the gradient's dtype, ``weight``'s by default; with a gated activation it is ``preact``'s.
         tile: in place of the table's, as for ``linear_forward``.
@@ -219,7 +219,7 @@ def linear_input_gradient(
 
 
 def _splits(m: int, blocks: int, tile: dict[str, Any], programs: int) -> int:
-    """How many parts to cut the M rows into: the count with the least predicted time.
+    """Return the number of parts of the M rows with the least predicted time.
 
     A part costs its rows, in whole waves of ``programs``; every split costs a write and a read of float32 G,
     for which a GPU of this generation could have done about 180 operations a byte.
@@ -246,7 +246,7 @@ def linear_weight_gradient(
     need_bias: bool = True,
     tile: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients to the weight, the bias and LayerScale: the equations at the top of this file, deterministic.
+    """Return the gradients of weight, bias and LayerScale: the equations at the top of this file, deterministic.
 
     Args:
         dout: (M, N), float32, float16 or bfloat16; ``scale_rows`` first, where that changes it.
@@ -255,7 +255,7 @@ def linear_weight_gradient(
         bias: (N,), the forward's, if it had one; needed with gamma only.
         gamma: (N,), float32 or x's dtype.
         row_scale: (B,) float32; row m takes entry m // (M // B).
-        need_bias: whether dbias is wanted.
+        need_bias: whether to compute dbias.
         tile: in place of the table's, as for ``linear_forward``, and ``splits``; m, n and k are those of the
             product (N, M) @ (M, K).
 
@@ -305,8 +305,7 @@ def linear_weight_gradient(
         "BLOCK_M": tile["block_k"],
         "PRECISION": precision(x.dtype),
     }
-    options = {"num_warps": tile["warps"], "num_stages": tile["stages"], "hot": x.element_size() == 2}
-    launch(linear_weight_gradient_kernel, (blocks, splits), args, **options)
+    launch(linear_weight_gradient_kernel, (blocks, splits), args, tile=tile, hot=x.element_size() == 2)
     if reduce:
         block_k = min(triton.next_power_of_2(max(k, 1)), 512)
         block_n = 2048 // block_k  # 16 values a lane

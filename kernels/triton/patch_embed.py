@@ -154,9 +154,13 @@ def patch_embed_forward_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, n_mask, other=0.0).to(tl.float32)[None, :]
     if pos_ptr is not None:
-        position = rows % per_image + (pos_rows - per_image) if layout is None else rows.to(tl.int64)
+        position = rows % per_image if layout is None else rows.to(tl.int64)
+        if layout is None and prefix_ptr is not None:
+            position += pos_rows - per_image
         acc += tl.load(pos_ptr + position[:, None] * D + n[None, :], mask, other=0.0).to(tl.float32)
-    tokens = rows.to(tl.int64) + (image + 1).to(tl.int64) * prefix_rows
+    tokens = rows.to(tl.int64)
+    if prefix_ptr is not None:
+        tokens += (image + 1).to(tl.int64) * prefix_rows
     out = out_ptr + tokens[:, None] * D + n[None, :]
     store(out, acc, mask)
     if prefix_ptr is not None:
@@ -211,13 +215,13 @@ def patch_embed_weight_gradient_kernel(
     for start in range(begin, end, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
         mask = rows < end
-        dout_rows = rows
+        image, first, plane, line, step = _locate(rows, mask, per_image, grid_w, strides, layout, P, Q)
+        dout_rows = rows + prefix_rows  # past the prefix rows of this image, and of those before
         if layout is None:
-            dout_rows += (rows // per_image + 1) * prefix_rows  # past the prefix rows of this image and those before
+            dout_rows += image * prefix_rows
         dout = tl.load(
             dout_ptr + dout_rows.to(tl.int64)[:, None] * D + d[None, :], mask[:, None] & d_mask[None, :], other=0.0
         )
-        _, first, plane, line, step = _locate(rows, mask, per_image, grid_w, strides, layout, P, Q)
         a = _patches(images_ptr, mean_ptr, std_ptr, first, plane, line, step, mask, k, C, P, Q, dout.dtype)
         acc = dot(tl.trans(dout), a, acc, PRECISION)
 
@@ -285,14 +289,7 @@ def _choose_tile(
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: dict[str, Any], dtype: torch.dtype, args: dict[str, Any]) -> None:
     blocks = {name.upper(): tile[name] for name in ("block_m", "block_n", "block_k")}
-    launch(
-        kernel,
-        grid,
-        {**args, **blocks, "PRECISION": precision(dtype)},
-        num_warps=tile["warps"],
-        num_stages=tile["stages"],
-        hot=dtype != torch.float32,
-    )
+    launch(kernel, grid, {**args, **blocks, "PRECISION": precision(dtype)}, tile=tile, hot=dtype != torch.float32)
 
 
 def _near(images: Tensor, patch: tuple[int, int]) -> Tensor:

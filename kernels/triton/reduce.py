@@ -54,5 +54,5 @@ def sum_partials(partials: Tensor) -> Tensor:
 
 
 def sum_groups(partials: Tensor) -> tuple[Tensor, ...]:
-    """The same for ``partials`` (S, G, ...) in one launch: G tensors, none a view: an op may not return those."""
+    """Sum ``partials`` (S, G, ...) in one launch into G tensors, none a view: an op may not return those."""
     return _reduce(partials, partials.shape[1], partials.shape[2:])

@@ -2,12 +2,11 @@
 
 ``tables/<family>.json`` holds derived rows, one list per architecture and dtype. A table measured on one GPU
 (``fastvit tune`` writes it) holds rows for exact problems and goes before them: first the user's own, in
-:func:`cache_folder`, then the one shipped in ``tables/measured/``, both named after the GPU. :func:`choose` is the one
-place where a launcher asks.
+:func:`cache_folder`, then the one shipped in ``tables/measured/``, both named after the GPU. Every launcher
+calls :func:`choose`.
 
-The family "cuda" has no tiles and nothing derived: it says who runs a linear layer's product on the CUDA backend, whose
-launchers (``fastvit/cuda/linear.py``) ask here too. Its tile is {"run": one of :data:`RUNS`}, of which the first is the
-default.
+The family "cuda" has no tiles and nothing derived: its rows name the implementation of a linear layer's product on the
+CUDA backend (``fastvit/cuda/linear.py``). Its tile is {"run": one of :data:`RUNS`}, of which the first is the default.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from fastvit.triton.launch import device_name
 
 Row = dict[str, Any]
 
-FORMAT = 1  # of measured tables; raised when a kernel changes what a row means
+FORMAT = 1  # of measured tables; raised when a kernel changes the meaning of a row
 SHIPPED = Path(__file__).parent / "tables" / "measured"
-NEAR = 1.0  # octaves between the rows that were measured and those asked for
+NEAR = 1.0  # octaves between the rows of a measured problem and of a launch that takes its tile
 
-# What tells problems of a family apart besides their dtype and number of rows, and what a tile consists of.
+# The fields of a family's problems besides dtype and number of rows, and those of its tiles.
 KEYS = {
     "linear": ("op", "allows", "activation", "scaled", "residual", "n", "k"),
     "attention": ("kernel", "heads", "head_dim", "owned", "length"),
@@ -61,16 +60,16 @@ _log = logging.getLogger("fastvit")
 
 @dataclass(frozen=True)
 class Problem:
-    """What a launcher asks the tables: two launches with equal problems run equal work."""
+    """The key of a tile: two launches with equal problems run equal work."""
 
     family: str
     dtype: str  # "half" or "float32"
-    size: int  # what grows with the batch: rows of a product, images of an attention
+    size: int  # grows with the batch: rows of a product, images of an attention
     key: tuple[str | int | None, ...]  # values of KEYS[family]
 
     @property
     def fields(self) -> Row:
-        """The key by name."""
+        """Return the key by name."""
         return dict(zip(KEYS[self.family], self.key, strict=True))
 
     def __str__(self) -> str:
@@ -89,12 +88,12 @@ def _table(family: str) -> dict[str, dict[str, list[Row]]]:
 
 
 def kind(dtype: torch.dtype) -> str:
-    """The tables' word for a dtype."""
+    """Return the tables' name of a dtype."""
     return "float32" if dtype == torch.float32 else "half"
 
 
 def rows(family: str, arch: int, dtype: torch.dtype) -> list[Row]:
-    """The derived rows of ``family`` for ``arch`` (or the nearest older one) and for "half" or "float32"."""
+    """Return the derived rows of ``family`` for ``arch`` (or the nearest older one) and for "half" or "float32"."""
     table = _table(family)
     known = sorted(int(name.removeprefix("sm")) for name in table)
     nearest = max((a for a in known if a <= arch), default=known[0])
@@ -102,26 +101,26 @@ def rows(family: str, arch: int, dtype: torch.dtype) -> list[Row]:
 
 
 def slug(gpu: str) -> str:
-    """The file name, without suffix, of a GPU's tables: "NVIDIA H200" -> "nvidia-h200"."""
+    """Return the file name, without suffix, of a GPU's tables: "NVIDIA H200" -> "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def cache_folder() -> Path:
-    """Where the user's own tables are: FASTVIT_CACHE, else fastvit in XDG_CACHE_HOME or ~/.cache; in its tiles/."""
+    """Return the folder of the user's tables: tiles/ in FASTVIT_CACHE, by default fastvit/ in XDG_CACHE_HOME."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(os.environ.get("FASTVIT_CACHE") or os.path.join(base, "fastvit")) / "tiles"
 
 
 def triton_release() -> str:
-    """Major and minor version of the installed Triton: tiles that fit under one may spill under another."""
+    """Return major and minor version of the installed Triton: tiles that fit under one may spill under another."""
     return ".".join(triton.__version__.split(".")[:2])
 
 
 def read(path: Path, gpu: str) -> dict[Problem, Row] | None:
-    """The rows of a measured table, checked; None where there is no such file.
+    """Return the rows of a measured table, checked; None where there is no such file.
 
     Raises:
-        TableError: it is unreadable, of another format, GPU or Triton, or has a row that is no row.
+        TableError: it is unreadable, of another format, GPU or Triton, or has an invalid row.
     """
     try:
         table = json.loads(path.read_text())
@@ -158,7 +157,7 @@ def read(path: Path, gpu: str) -> dict[Problem, Row] | None:
 
 @cache
 def _load(path: Path, gpu: str) -> dict[tuple[str, str, tuple[Any, ...]], list[tuple[int, Row]]] | str | None:
-    """A table by family, dtype and key; None: there is none; a string: why it is not used, which is logged once."""
+    """Return a table by family, dtype and key; None where it is absent, the (logged) reason where it is refused."""
     try:
         found = read(path, gpu)
     except TableError as error:
@@ -174,7 +173,7 @@ def _load(path: Path, gpu: str) -> dict[tuple[str, str, tuple[Any, ...]], list[t
 
 
 def _paths(gpu: str) -> tuple[Path, Path]:
-    """Where the tables of a GPU would be, the user's own first."""
+    """Return the paths of a GPU's tables, present or not, the user's own first."""
     return cache_folder() / f"{slug(gpu)}.json", SHIPPED / f"{slug(gpu)}.json"
 
 
@@ -200,50 +199,50 @@ def reload() -> None:
 
 
 def sources(gpu: str) -> list[str]:
-    """Where tiles come from on a GPU of this name, in order, and which tables are refused and why."""
-    said = []
+    """Return the sources of tiles on a GPU of this name, in order, and why any table is refused."""
+    lines = []
     for path in _paths(gpu):
         table = _load(path, gpu)
         if isinstance(table, dict):
             cuda = sum(len(found) for (family, _, _), found in table.items() if family == "cuda")
-            said.append(f"measured, {sum(map(len, table.values())) - cuda} problems: {path}")
+            lines.append(f"measured, {sum(map(len, table.values())) - cuda} problems: {path}")
             if cuda:
-                said.append(f"backend cuda, kernel or cuBLASLt, measured, {cuda} problems: {path}")
+                lines.append(f"backend cuda, kernel or cuBLASLt, measured, {cuda} problems: {path}")
         elif table is not None:
-            said.append(table)
-    return [*said, "derived from the compiler's reports, where nothing was measured; backend cuda: its own kernels"]
+            lines.append(table)
+    return [*lines, "derived from the compiler's reports, where nothing was measured; backend cuda: its own kernels"]
 
 
-_asked: dict[Problem, Row] | None = None
+_recorded: dict[Problem, Row] | None = None
 
 
 @contextmanager
-def asked() -> Iterator[dict[Problem, Row]]:
-    """Collect every problem that comes up inside, and the tile that it got."""
-    global _asked
-    before, _asked = _asked, {}
+def record_problems() -> Iterator[dict[Problem, Row]]:
+    """Collect every problem that launchers look up inside, and the tile of each."""
+    global _recorded
+    before, _recorded = _recorded, {}
     try:
-        yield _asked
+        yield _recorded
     finally:
-        _asked = before
+        _recorded = before
 
 
 def choose(
     family: str, tensor: Tensor, dtype: torch.dtype, size: int, derived: Callable[[], Row], **key: str | int | None
 ) -> Row:
-    """The tile for a problem: what was measured near it on this GPU, else ``derived()``.
+    """Return the tile of a problem: one measured near it on this GPU, else ``derived()``.
 
     Args:
         family: "linear", "attention", "patch_embed" or "cuda".
-        tensor: tells the device.
-        dtype: that of the product.
-        size: what grows with the batch. A measured row serves sizes within a factor of two.
-        derived: the choice from the derived rows, where nothing near was measured.
+        tensor: any on the device.
+        dtype: of the product.
+        size: grows with the batch. A measured row serves sizes within a factor of two.
+        derived: returns a derived row.
         key: the values of ``KEYS[family]``, in its order. A measured row serves no other.
     """
     problem = Problem(family, kind(dtype), size, tuple(key.values()))
     gpu = device_name(tensor)
     tile = (_measured(gpu, problem) if gpu is not None and size > 0 else None) or derived()
-    if _asked is not None:
-        _asked.setdefault(problem, tile)
+    if _recorded is not None:
+        _recorded.setdefault(problem, tile)
     return tile

@@ -21,9 +21,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def on(architecture: int) -> Iterator[None]:
-    extension.assume(architecture)
+    extension.set_architecture(architecture)
     yield
-    extension.assume(80)
+    extension.set_architecture(80)
 
 
 class _Attention(torch.autograd.Function):

@@ -157,11 +157,11 @@ def test_tables_of_dtypes_and_head_dims(dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_table_that_shared_memory_has_no_room_for(dtype: torch.dtype) -> None:
     """Two blocks of head dim 128 do not fit the 99 KB of compute capability 8.6 as it is."""
-    extension.assume(86)
+    extension.set_architecture(86)
     try:
         check(make(50, 50, 128) | {"rel_pos_table": table_of((7, 7), dtype=dtype), "window": (7, 7)})
     finally:
-        extension.assume(80)
+        extension.set_architecture(80)
 
 
 def test_197_tokens_of_beit() -> None:
@@ -339,12 +339,12 @@ def test_same_bits_twice(kind: str) -> None:
 def test_hopper_leaves_modifiers_to_the_family_for_8_0() -> None:
     args = make(50, 50, 64) | {"key_mask": random_mask(2, 50)}
     before = attention(**args)
-    extension.assume(90)
+    extension.set_architecture(90)
     try:
         for a, b in zip(before, attention(**args), strict=True):
             assert torch.equal(a, b)
     finally:
-        extension.assume(80)
+        extension.set_architecture(80)
 
 
 def test_empty_batch() -> None:

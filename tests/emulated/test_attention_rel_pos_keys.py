@@ -127,11 +127,11 @@ def test_packed_qkv() -> None:
 
 def test_a_warp_of_rows_more_than_a_tile_of_shared_memory_has() -> None:
     """Head dim 128 where a block may take 99 KB: everything still fits."""
-    extension.assume(86)
+    extension.set_architecture(86)
     try:
         check(make(70, 128, batch=1))
     finally:
-        extension.assume(80)
+        extension.set_architecture(80)
 
 
 def test_same_bits_twice() -> None:

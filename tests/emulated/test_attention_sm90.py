@@ -22,9 +22,9 @@ HALF = (torch.float16, torch.bfloat16)
 def _hopper() -> Iterator[None]:
     """Outputs are filled with NaN before the kernel, which the emulated Hopper runs on 4 multiprocessors."""
     torch.use_deterministic_algorithms(True)
-    extension.assume(90)
+    extension.set_architecture(90)
     yield
-    extension.assume(80)
+    extension.set_architecture(80)
     torch.use_deterministic_algorithms(False)
 
 

@@ -29,7 +29,7 @@ TILES = [(80, (*size, 104)) for size in SM80_SIZES.values()] + [(90, size) for s
 @pytest.fixture(autouse=True)
 def _restore():
     yield
-    extension.assume(80)
+    extension.set_architecture(80)
 
 
 def layer(n: int, k: int, dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def check(x: Tensor, activation: str | None, **given: Any) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(("arch", "size"), TILES, ids=str)
 def test_tiles(arch: int, size: tuple[int, int, int], dtype: torch.dtype) -> None:
-    extension.assume(arch)
+    extension.set_architecture(arch)
     m, n, k = size
     check(strided(m, k, dtype), "gelu", **layer(n, k, dtype))
 
@@ -68,7 +68,7 @@ def test_tiles(arch: int, size: tuple[int, int, int], dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS, *GATED])
 def test_activations_and_parameters(activation: str | None, arch: int) -> None:
     """Without biases too; parameters in 16 bits; rows that no vector reads."""
-    extension.assume(arch)
+    extension.set_architecture(arch)
     x = torch.randn(21, 41).half()[:, 1:]
     norm = (torch.randn(41).half()[1:], None, EPS)
     check(x, activation, **layer(48, 40, torch.float16, norm=norm, bias=None))
@@ -87,7 +87,7 @@ STREAMS = {
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("stream", STREAMS)
 def test_streams(stream: str, arch: int, dtype: torch.dtype) -> None:
-    extension.assume(arch)
+    extension.set_architecture(arch)
     check(STREAMS[stream](29, 264).to(dtype), None, **layer(72, 264, dtype))
 
 
@@ -97,7 +97,7 @@ def test_where_folding_is_not_as_right(arch: int) -> None:
 
     docs/explanation/cuda.md says so; this is why a table has to ask for it.
     """
-    extension.assume(arch)
+    extension.set_architecture(arch)
     x = torch.full((8, 264), 300.0).half()
     given = layer(72, 264, torch.float16)
     with pytest.raises(AssertionError, match="out: error"):
@@ -134,14 +134,14 @@ def test_statistics_alone_are_the_norms() -> None:
 
 def test_empty() -> None:
     for arch in (80, 90):
-        extension.assume(arch)
+        extension.set_architecture(arch)
         out, mean, rstd = linear_folded_forward(torch.empty(0, 16).half(), **layer(24, 16, torch.float16))
         assert out.shape == (0, 24) and mean.shape == rstd.shape == (0,)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_refusals(arch: int) -> None:
-    extension.assume(arch)
+    extension.set_architecture(arch)
     x, weight, out = torch.randn(6, 16).half(), torch.randn(32, 16).half(), torch.empty(6, 32).half()
     rows, columns = torch.rand(6), torch.rand(32)
     forward = torch.ops.fastvit_emulated.linear_folded_forward
@@ -174,7 +174,7 @@ def folds(tmp_path, monkeypatch):
     tiles.reload()
 
     def answer(call: Any) -> None:
-        with tiles.asked() as found:
+        with tiles.record_problems() as found:
             call()
         table = tune.Table(tune.table_path(None, "interpreter"), "interpreter", 80)
         for problem in found:
@@ -204,7 +204,7 @@ def _block(dtype: torch.dtype, grad: bool) -> dict[str, Any]:
 def test_inference_folds_where_a_table_says_so(
     folds: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arch: int
 ) -> None:
-    extension.assume(arch)
+    extension.set_architecture(arch)
     calls = []
     right = linear_folded_forward
 

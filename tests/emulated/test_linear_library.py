@@ -71,13 +71,13 @@ def test_ops_by_a_table_that_says_library(
 ) -> None:
     """Forward and every gradient; what is problems again is answered by the table, and no kernel runs."""
     with fastvit.backend("cuda"):
-        with monkeypatch.context() as patch, tiles.asked() as found:
+        with monkeypatch.context() as patch, tiles.record_problems() as found:
             # the kernels, which run where nothing is measured
             patch.setattr(extension, "library", extension.library.library)
             check_op(case.kernel, case.reference, case.args(dtype, "cpu"))
         assert {tile["run"] for tile in found.values()} == {"kernel"}
         answer(found, "library")
-        with tiles.asked() as taken:
+        with tiles.record_problems() as taken:
             check_op(case.kernel, case.reference, case.args(dtype, "cpu"))
     assert taken.keys() == found.keys()
     assert {tile["run"] for tile in taken.values()} == {"library"}
@@ -152,7 +152,7 @@ def test_tanh_gelu_is_an_epilogue_on_cuda_alone(monkeypatch: pytest.MonkeyPatch)
 def test_every_combination_is_a_problem_of_its_own() -> None:
     x, weight, bias = torch.randn(8, 16).half(), torch.randn(24, 16).half(), torch.randn(24).half()
     residual = torch.randn(8, 24)
-    with tiles.asked() as found:
+    with tiles.record_problems() as found:
         for extra in (
             {},
             {"activation": "gelu"},
@@ -167,7 +167,7 @@ def test_every_combination_is_a_problem_of_its_own() -> None:
         for need_bias in (False, True):
             linear_weight_gradient(residual.half(), x, need_bias=need_bias)
     assert len(found) == 10
-    with tiles.asked() as twice:
+    with tiles.record_problems() as twice:
         linear_forward(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
     assert twice.keys() < found.keys()  # both 16-bit types are one
 
@@ -219,7 +219,7 @@ def test_a_run_writes_what_a_launch_then_reads(problems: tune.Problems, folder: 
     assert read is not None and read.keys() == some.keys()
     for problem, row in read.items():
         assert row["timed"] == 1 and row["refused"] == {}
-        with tiles.asked() as taken:
+        with tiles.record_problems() as taken:
             candidates.launcher_call(problem, torch.bfloat16, CPU).run()
         assert taken[problem] == row["tile"]
     sources = tiles.sources("interpreter")

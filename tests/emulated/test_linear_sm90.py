@@ -31,9 +31,9 @@ SIZES = ((260, 200, 616), (65, 1032, 296), (65, 392, 232), (65, 104, 72), (65, 1
 
 @pytest.fixture(autouse=True)
 def _hopper() -> Iterator[None]:
-    extension.assume(90)
+    extension.set_architecture(90)
     yield
-    extension.assume(80)
+    extension.set_architecture(80)
 
 
 @pytest.fixture(scope="module")

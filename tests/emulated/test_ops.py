@@ -60,10 +60,10 @@ TAKEN = [case for case in CASES if case not in REFUSED] + ALSO
 
 @pytest.fixture(autouse=True, params=[80, 90])
 def _cuda(request: pytest.FixtureRequest) -> Iterator[None]:
-    extension.assume(request.param)
+    extension.set_architecture(request.param)
     with fastvit.backend("cuda"):
         yield
-    extension.assume(80)
+    extension.set_architecture(80)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

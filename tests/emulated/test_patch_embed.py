@@ -257,11 +257,11 @@ def test_prefix_rows_ignore_the_weights() -> None:
 
 @pytest.mark.parametrize("architecture", [80, 89, 90])
 def test_architectures(architecture: int) -> None:
-    extension.assume(architecture)
+    extension.set_architecture(architecture)
     try:
         check(make())
     finally:
-        extension.assume(80)
+        extension.set_architecture(80)
 
 
 @pytest.mark.parametrize(

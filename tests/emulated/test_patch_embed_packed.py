@@ -53,11 +53,11 @@ class TestPackedPatchEmbedding(PackedPatchCases):
 
     @pytest.mark.parametrize("architecture", [80, 89, 90])
     def test_architectures(self, architecture: int) -> None:
-        extension.assume(architecture)
+        extension.set_architecture(architecture)
         try:
             self.check(*make())
         finally:
-            extension.assume(80)
+            extension.set_architecture(80)
 
 
 @pytest.mark.parametrize("splits", [1, 3, 8])
@@ -170,11 +170,11 @@ def test_model(dtype: torch.dtype, options: dict[str, Any], architecture: int) -
             logits.square().sum().backward()
         return [logits.detach(), *(p.grad for p in network.parameters())]
 
-    extension.assume(architecture)
+    extension.set_architecture(architecture)
     try:
         ours = run("cuda", dtype, True)
     finally:
-        extension.assume(80)
+        extension.set_architecture(80)
     assert_model_as_right_as_eager(ours, run("reference", dtype, False), run("reference", torch.float64, False))
 
 

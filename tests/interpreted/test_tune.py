@@ -84,7 +84,7 @@ def test_a_run_writes_resumes_and_is_used(problems: tune.Problems) -> None:
 def test_a_launch_takes_the_measured_tile() -> None:
     """A table says 32 x 64, which no derived row does; the op runs with it and is right."""
     x, weight, bias = torch.randn(20, 32).to(DTYPE), torch.randn(48, 32).to(DTYPE), torch.randn(48).to(DTYPE)
-    with tiles.asked() as derived:
+    with tiles.record_problems() as derived:
         linear_forward(x, weight, bias)
     ((problem, before),) = derived.items()
     tile = {"form": "pointer", "block_m": 32, "block_n": 64, "block_k": 16, "parts": 2, "warps": 4, "stages": 2}
@@ -92,7 +92,7 @@ def test_a_launch_takes_the_measured_tile() -> None:
     table = tune.Table(tune.table_path(None, "interpreter"), "interpreter", 80)
     row = {"size": problem.size, "key": problem.fields, "tile": tile, "us": 1.0, "derived": before, "derived_us": 2.0}
     table.add(problem, row)
-    with tiles.asked() as measured:
+    with tiles.record_problems() as measured:
         out, _ = linear_forward(x, weight, bias)
     assert measured == {problem: tile}
     exact = reference.linear(x.double(), weight.double(), bias.double())
