@@ -86,7 +86,7 @@ def create_model(
         )
     family, known = _find(name)
     if family.own_names and checkpoint_path is not None and Path(checkpoint_path).suffix == ".npz":
-        raise ValueError(f"{checkpoint_path}: .npz files are for ViTs; a ResNet takes .safetensors or a state_dict")
+        raise ValueError(f"{checkpoint_path}: .npz files are for ViTs; {name} takes .safetensors or a state_dict")
     model = family.build(**{**known.arguments, **kwargs})
     if checkpoint_path is not None:
         load_checkpoint(model, checkpoint_path)
@@ -102,16 +102,16 @@ def from_checkpoint(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> ViT | Any:
-    """The :class:`fastvit.ViT` that weights are of, with them: its architecture is read off their shapes.
+    """Build the :class:`fastvit.ViT` that fits weights, and load them: their shapes give its architecture.
 
-    What shapes don't tell (attention heads, the norms' eps, the activation, the image's size) comes from the
+    What shapes don't show (attention heads, the norms' eps, the activation, the image's size) comes from the
     configuration beside them where there is one, else from what models of that layout and width have; it is logged.
 
     Args:
         source: a file, a folder of Hugging Face, "hf-hub:org/name" or a state_dict, in any layout that
             :func:`fastvit.load_checkpoint` takes; or of a BiT ResNet under timm's names, or an AxialResNet.
         num_classes: another number than the file's starts a new classifier; 0 leaves it out.
-        num_heads: attention heads, in place of what is found.
+        num_heads: attention heads, in place of the number that is found.
         device, dtype: of the model; by default the CPU and PyTorch's default dtype.
         **kwargs: arguments of ViT that go before what is found: img_size and patch_size resample, for example.
 
@@ -120,7 +120,7 @@ def from_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of no known layout, or does not fit what is asked for.
+        ValueError: it is damaged, of no known layout, or does not fit the arguments.
     """
     copy = isinstance(source, Mapping | Checkpoint)
     if not isinstance(source, Checkpoint):
@@ -171,7 +171,7 @@ def _with_own_names(
         model = family.build(**family.infer(raw.tensors) | dict(options), device=device, dtype=dtype)
         model.load_state_dict(raw.tensors)
     except (RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{raw.name} is a ResNet's, but: {error}") from error
+        raise ValueError(f"{raw.name} has the names of a {family.build.__name__}, but: {error}") from error
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     return model
