@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --durations 
 help: ## what the commands are
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## the virtual environment: torch, the peers and this package, editable (about 5 GB)
+install: $(STAMP) ## the virtual environment: torch, the contenders and this package, editable (about 5 GB)
 
 # Twice: a build in an environment of its own, which is what pip makes, sees no PyTorch and so builds no CUDA extension.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*)

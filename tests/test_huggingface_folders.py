@@ -122,7 +122,7 @@ def test_a_folder_needs_what_shapes_do_not_tell(tmp_path: Path) -> None:
         convert(state, tmp_path / "folder", "huggingface")
     for said, message in (
         ({"global_pool": "avg"}, "global_pool is 'avg'; accepted with these weights in transformers' ViTForImageClass"),
-        ({"act_layer": "tanh"}, "act_layer is 'tanh'; accepted: "),
+        ({"act_layer": "tanh"}, "act_layer is 'tanh'; accepted: silu, relu_squared, relu, quick_gelu, gelu_tanh, gelu"),
     ):
         save_file(state, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text(json.dumps({"model_args": {"num_heads": 2, **said}}))

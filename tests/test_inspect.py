@@ -189,7 +189,10 @@ def test_heads_are_those_of_the_argument(image: Path, tmp_path: Path, heads: int
             "it is a ResNet, of fastvit.resnet",
         ),
         ({"weights": create_model("R50x1", num_classes=2).state_dict()}, "those of a ResNetV2; accepted: a ViT's"),
-        ({"weights": create_model("R50x1").state_dict(), "size": (8, 8)}, "is a ResNet's, but: .* 'img_size'"),
+        (
+            {"weights": create_model("R50x1").state_dict(), "size": (8, 8)},
+            "has the names of a ResNetV2, but: .* 'img_size'",
+        ),
         ({"weights": DVAE([0.5], [0.5], 4, 1, 4).state_dict()}, "it is a tokenizer, fastvit.training.pretrain.DVAE"),
         ({"weights": ViT(**SMALL, in_chans=4)}, "images of 4 channels; accepted: 1 or 3"),
         ({"size": (64, 64)}, r"size: \(64, 64\); accepted with weights; a model has its own"),

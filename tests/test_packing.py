@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +19,14 @@ from fastvit.layers.resample import resample_pos_embed, resample_pos_embed_at
 from fastvit.ops import backends
 from fastvit.packing import Sequences
 from fastvit.tuning import compile_report
+from parity import assert_same
 
 MIX = ((8, 12), (16, 16), (4, 4), (20, 28), (16, 4))  # 6, 16, 1, 35 and 4 patches of 4x4
 STATISTICS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
 
 
 def small(dtype: torch.dtype = torch.float64, **options: Any) -> ViT:
-    """A model for 16x16 images whose every parameter matters."""
+    """A model for 16x16 images in which every parameter matters."""
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
     model = ViT(**(sizes | options))
     with torch.no_grad():
@@ -42,7 +44,7 @@ def alone(
 ) -> list[Any]:
     """What the model makes of each image by itself, with any size allowed."""
     any_size = small(model.head.weight.dtype, **options, dynamic_img_size=True).train(model.training)
-    for name, parameter in model.named_parameters():  # the same ones, so that gradients can be asked of them
+    for name, parameter in model.named_parameters():  # the same ones, so that they get the gradients
         owner, _, leaf = name.rpartition(".")
         setattr(any_size.get_submodule(owner), leaf, parameter)
     return [getattr(any_size, method)(image.unsqueeze(0), **(call or {})) for image in images]
@@ -85,8 +87,7 @@ def test_logits_tokens_and_gradients_are_those_of_each_image_alone(name: str) ->
     torch.testing.assert_close(logits, want, rtol=1e-12, atol=1e-12)
     each = torch.cat(alone(model, "forward_features", images, **options), dim=1)
     torch.testing.assert_close(tokens, each, rtol=1e-12, atol=1e-12)
-    for a, b in zip(gradients(model, logits), gradients(model, want), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert_same(gradients(model, logits), gradients(model, want))
 
 
 @pytest.mark.parametrize("layout", ["chw", "hwc"])
@@ -97,8 +98,8 @@ def test_uint8(layout: str, hooked: bool) -> None:
     want = torch.cat(alone(model, "forward", images, **STATISTICS))
     if hooked:
         model.patch_embed.register_forward_hook(lambda *_: None)
-    given = [image.permute(1, 2, 0) if layout == "hwc" else image for image in images]
-    torch.testing.assert_close(model(given), want, rtol=1e-6, atol=1e-6)  # mean and std are float32
+    batch = [image.permute(1, 2, 0) if layout == "hwc" else image for image in images]
+    torch.testing.assert_close(model(batch), want, rtol=1e-6, atol=1e-6)  # mean and std are float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
@@ -119,8 +120,7 @@ def test_image_gradients() -> None:
     images = [image.requires_grad_() for image in mix()]
     ours = torch.autograd.grad(model(images).square().sum(), images)
     theirs = torch.autograd.grad(torch.cat(alone(model, "forward", images)).square().sum(), images)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("options", [{}, {"global_pool": "avg", "init_values": 0.5}], ids=str)
@@ -133,35 +133,22 @@ def test_drop_path_drops_whole_images(options: dict[str, Any], hooked: bool) -> 
         model.blocks[1].ls1.register_forward_hook(lambda *_: None)
     images = torch.randn(6, 3, 16, 16, dtype=torch.float64)
     runs = []
-    for given in (images, list(images)):
+    for batch in (images, list(images)):
         torch.manual_seed(5)
-        logits = model(given)
+        logits = model(batch)
         runs.append([logits, *gradients(model, logits)])
-    for a, b in zip(*runs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-def test_checkpointing_changes_nothing() -> None:
-    model, images = small(drop_path_rate=0.3).train(), mix()
-    runs = []
-    for enabled in (False, True):
-        model.set_grad_checkpointing(enabled)
-        torch.manual_seed(1)
-        logits = model(images)
-        runs.append([logits, *gradients(model, logits)])
-    for a, b in zip(*runs, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_same(*runs)
 
 
 @pytest.mark.parametrize(
-    "watch", ["blocks.0", "blocks.1.attn", "blocks.0.attn.qkv", "blocks.1.mlp", "patch_embed.proj"]
+    "hooked", ["blocks.0", "blocks.1.attn", "blocks.0.attn.qkv", "blocks.1.mlp", "patch_embed.proj"]
 )
-def test_hooks_see_the_packed_tokens_and_change_nothing(watch: str) -> None:
+def test_hooks_see_the_packed_tokens_and_change_nothing(hooked: str) -> None:
     model, images, seen = small(), mix(), []
     want = model(images)
-    model.get_submodule(watch).register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    model.get_submodule(hooked).register_forward_hook(lambda module, args, out: seen.append(out.shape))
     torch.testing.assert_close(model(images), want, rtol=1e-12, atol=1e-12)
-    assert len(seen) == 1 and (watch == "patch_embed.proj" or seen[0][:2] == (1, 62 + len(MIX)))
+    assert len(seen) == 1 and (hooked == "patch_embed.proj" or seen[0][:2] == (1, 62 + len(MIX)))
 
 
 def test_intermediates() -> None:
@@ -266,7 +253,7 @@ def test_time_is_that_of_the_tokens_there_are() -> None:
 def test_launches_do_not_grow_with_the_images(training: bool) -> None:
     """On meta tensors there is nothing to wait for or to look at: sizes are read on the host by pack alone.
 
-    (With enough tokens that every weight's gradient is split among programs, whose parts are then summed.)
+    (With enough tokens that every weight's gradient is split among programs, and the parts then summed.)
     """
     model = small(torch.bfloat16, global_pool="avg").to("meta").train(training)
     counts = []
@@ -293,30 +280,32 @@ def test_launches_of_tables_grow_with_the_sizes_alone() -> None:
     assert counts[0] == counts[1] and counts[0][1] == 2 * 2 and counts[2][1] == 5 * 2
 
 
-@pytest.mark.parametrize("options", [{}, {"global_pool": "avg"}, {"global_pool": "map"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"global_pool": "avg"},
+        {"global_pool": "map"},
+        {"patch_drop_rate": 0.5},
+        {"patch_drop_rate": 0.5, "rope": 100.0},
+        {"use_rel_pos_bias": True},  # a call of attention for each size: compiled for each mix
+    ],
+    ids=str,
+)
 def test_compiles_once_for_every_mix(options: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    model = small(torch.float32, **options)
+    tables = "use_rel_pos_bias" in options
+    model = small(torch.float32, depth=1, **options).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for i, sizes in enumerate((MIX, MIX[1:], ((40, 8), (8, 8)) * 4)):
-        packed = pack(mix(torch.float32, sizes), 4)
-        with torch._dynamo.config.patch(error_on_recompile=i > 0):
-            got = compiled(packed)
-        want = model(packed)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        for a, b in zip(gradients(model, got), gradients(model, want), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-def test_tables_compile_for_each_mix() -> None:
-    torch._dynamo.reset()
-    model = small(torch.float32, depth=1, use_rel_pos_bias=True)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for sizes in ((MIX[0], MIX[1], MIX[0]), MIX[:2]):
-        packed = pack(mix(torch.float32, sizes), 4)
-        got, want = compiled(packed), model(packed)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        for a, b in zip(gradients(model, got), gradients(model, want), strict=True):
+    mixes = ((MIX[0], MIX[1], MIX[0]), MIX[:2]) if tables else (MIX, MIX[1:], ((40, 8), (8, 8)) * 4)
+    for i, sizes in enumerate(mixes):
+        packed, runs = pack(mix(torch.float32, sizes), 4), []
+        for run in (compiled, model):
+            torch.manual_seed(5)
+            with torch._dynamo.config.patch(error_on_recompile=i > 0 and not tables and run is compiled):
+                runs.append(run(packed))
+        torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
+        for a, b in zip(*(gradients(model, y) for y in runs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
@@ -373,22 +362,7 @@ def test_dropped_patches_are_as_if_each_image_had_lost_them_alone(options: dict[
         tokens = model.embed(packed)[0][:, own]
         alone.append(model.forward_head(model.norm(model.blocks(tokens))))
     torch.testing.assert_close(logits, torch.cat(alone))
-    for a, b in zip(gradients(model, logits), gradients(model, torch.cat(alone)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("options", [{}, {"rope": 100.0}], ids=str)
-def test_patch_dropout_compiles_once_for_every_mix(options: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    model = small(torch.float32, depth=1, patch_drop_rate=0.5, **options).train()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for i, sizes in enumerate((MIX, MIX[1:], ((40, 8), (8, 8)) * 4)):
-        packed = pack(mix(torch.float32, sizes), 4)
-        with torch._dynamo.config.patch(error_on_recompile=i > 0):
-            torch.manual_seed(5)
-            got = compiled(packed)
-        torch.manual_seed(5)
-        torch.testing.assert_close(got, model(packed), rtol=1e-4, atol=1e-5)
+    assert_same(gradients(model, logits), gradients(model, torch.cat(alone)))
 
 
 def test_tokens_with_other_sequences_are_refused() -> None:
@@ -463,64 +437,41 @@ def test_images_that_cannot_be_packed(images: list[Tensor], options: dict[str, A
         pack(images, 4, **options)
 
 
-class OtherAttention(layers.Attention):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+def put(path: str, value: Any, *, hooked: bool = False) -> Callable[[ViT], None]:
+    """Return the change of a model that sets an attribute, in training, of a module with a hook."""
+
+    def change(model: ViT) -> None:
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, value)
+        if hooked:
+            value.register_forward_hook(lambda *_: None)
+        model.train()
+
+    return change
 
 
-def _timm_attention(model: ViT) -> None:
-    model.blocks[1].attn = nn.Identity()
-
-
-def _other_block(model: ViT) -> None:
-    model.blocks[1] = nn.Identity()
-
-
-def _other_embedding(model: ViT) -> None:
+def other_embedding(model: ViT) -> None:
     model.patch_embed = nn.Sequential()
     model.patch_embed.dynamic_img_pad, model.patch_embed.patch_size = False, (4, 4)
 
 
-def _opened_weights(model: ViT) -> None:
-    model.blocks[0].attn.fused_attn = False
-
-
-def _watched_weights(model: ViT) -> None:
-    model.blocks[0].attn.attn_drop.register_forward_hook(lambda *_: None)
-
-
-def _other_patch_drop(model: ViT) -> None:
-    model.patch_drop = nn.Dropout(0.5)
-
-
-def _watched_patch_drop(model: ViT) -> None:
-    model.patch_drop = layers.PatchDropout(0.5)
-    model.patch_drop.register_forward_hook(lambda *_: None)
-    model.train()
-
-
-def _dropped_elsewhere(model: ViT) -> None:
-    model.patch_drop = layers.PatchDropout(0.5)
+def dropped_elsewhere(model: ViT) -> None:
+    put("patch_drop", layers.PatchDropout(0.5))(model)
     model.forward_features = model.forward_features  # as good as overridden
-    model.train()
-
-
-def _other_drop_path(model: ViT) -> None:
-    model.blocks[0].drop_path1 = nn.Dropout(0.1)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_timm_attention, "can't pass blocks.1.attn: Identity is no fastvit.layers.Attention"),
-        (_other_block, "can't pass blocks.1: Identity is no fastvit.layers.Block"),
-        (_other_embedding, "can't pass patch_embed: Sequential is no fastvit.layers.PatchEmbed"),
-        (_opened_weights, "fused_attn True"),
-        (_watched_weights, "attn_drop without hooks"),
-        (_other_patch_drop, "can't pass patch_drop: Dropout is no fastvit.layers.PatchDropout"),
-        (_watched_patch_drop, "can't pass patch_drop: it has hooks"),
-        (_dropped_elsewhere, "can't pass patch_drop: forward_features is overridden"),
-        (_other_drop_path, "can't pass blocks.0.drop_path1: Dropout is no fastvit.layers.DropPath"),
+        (put("blocks.1.attn", nn.Identity()), "can't pass blocks.1.attn: Identity is no fastvit.layers.Attention"),
+        (put("blocks.1", nn.Identity()), "can't pass blocks.1: Identity is no fastvit.layers.Block"),
+        (other_embedding, "can't pass patch_embed: Sequential is no fastvit.layers.PatchEmbed"),
+        (put("blocks.0.attn.fused_attn", False), "fused_attn True"),
+        (put("blocks.0.attn.attn_drop", nn.Dropout(0.0), hooked=True), "attn_drop without hooks"),
+        (put("patch_drop", nn.Dropout(0.5)), "can't pass patch_drop: Dropout is no fastvit.layers.PatchDropout"),
+        (put("patch_drop", layers.PatchDropout(0.5), hooked=True), "can't pass patch_drop: it has hooks"),
+        (dropped_elsewhere, "can't pass patch_drop: forward_features is overridden"),
+        (put("blocks.0.drop_path1", nn.Dropout(0.1)), "can't pass blocks.0.drop_path1: Dropout is no fastvit.layers"),
     ],
 )
 def test_modules_that_cannot_tell_images_apart_are_named(change: Any, message: str) -> None:

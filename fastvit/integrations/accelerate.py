@@ -21,13 +21,13 @@ __all__ = ["Report", "accelerate", "report", "restore"]
 
 TWINS: dict[str, Twin] = {**timm.TWINS, **torchvision.TWINS, **transformers.TWINS}
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
-_ORIGINAL = "_fastvit_original"  # in the __dict__ of a module that has become another: what it was
+_ORIGINAL = "_fastvit_original"  # in the __dict__ of a replaced module: its class and attributes before
 
 
 class _Original(NamedTuple):
     kind: type[nn.Module]
-    attributes: dict[str, Any]  # those that were replaced, as they were
-    added: tuple[str, ...]  # those that it did not have
+    attributes: dict[str, Any]  # the replaced attributes, as they were
+    added: tuple[str, ...]  # the names of attributes that the module did not have
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Report:
 def accelerate(model: nn.Module, *, copy: bool = False) -> Any:
     """Let a model's Transformer blocks run on :mod:`fastvit.ops`.
 
-    What is known: timm's Vision Transformers, DeiTs and BEiTs, torchvision's, and transformers' ViT, DeiT, BEiT,
+    Supported are timm's Vision Transformers, DeiTs and BEiTs, torchvision's, and transformers' ViT, DeiT, BEiT,
     DINOv2, CLIP and SigLIP (there attention, norms and MLPs). Of any other model the layers that those are made of.
-    What is hooked, parametrised, wrapped or of an unknown class is left alone: :func:`report` says which, and why.
+    A module that is hooked, parametrised, wrapped or of an unknown class stays as it is: :func:`report` says why.
 
     Parameters are the very same and keep their names; results are equal to the rounding of the dtype, in training too.
 
@@ -97,39 +97,39 @@ def restore(model: nn.Module) -> Any:
 
 
 def report(model: nn.Module) -> Report:
-    """What :func:`accelerate` has replaced in a model, and what it left and why."""
+    """Return which modules of a model :func:`accelerate` replaced, and why it left the others."""
     found = Report(attention=transformers.attention_of(model))
     _report(model, "", found)
     return found
 
 
-def _report(module: nn.Module, name: str, found: Report, *, said: bool = False, read: bool = False) -> None:
-    """Add a module and those below.
+def _report(module: nn.Module, name: str, found: Report, *, covered: bool = False, read: bool = False) -> None:
+    """Add a module and those below to a report.
 
     Args:
-        said: the one that holds it is left, which says enough of its parts.
-        read: the one that holds it reads its parts itself.
+        covered: the module above is reported as left, which covers its parts.
+        read: the module above reads this one's parameters itself.
     """
     original = module.__dict__.get(_ORIGINAL)
     twin = _twin(module)
     reads: tuple[str, ...] = ()
     if original is not None:
         found.replaced[name] = _name(original.kind)
-        said, reads = False, TWINS[_name(original.kind)].reads
+        covered, reads = False, TWINS[_name(original.kind)].reads
     elif twin is not None:
         found.left[name] = refusal(module, twin) or "accelerate() has not been called since it is there"
-        said = True
-    elif not said and type(module) not in _CONTAINERS and next(module.parameters(), None) is not None:
+        covered = True
+    elif not covered and type(module) not in _CONTAINERS and next(module.parameters(), None) is not None:
         reason = fuse.why_not_fusable(module, *fuse.PARTS, *((type(module),) if read else ()))
         if reason is not None:
             found.left[name] = reason
-            said = True
+            covered = True
     for child, below in module.named_children():
-        _report(below, f"{name}.{child}" if name else child, found, said=said, read=read or child in reads)
+        _report(below, f"{name}.{child}" if name else child, found, covered=covered, read=read or child in reads)
 
 
 def _twin(module: nn.Module) -> Twin | None:
-    """The twin of a module's class, which must be exactly one that is known."""
+    """Return the twin of a module's exact class; None where it has none."""
     return TWINS.get(_name(type(module)))
 
 
@@ -138,7 +138,7 @@ def _name(kind: type[nn.Module]) -> str:
 
 
 def refusal(module: nn.Module, twin: Twin) -> str | None:
-    """Why a module of a known class stays what it is, or None."""
+    """Return why a module of a supported class is not replaced, or None."""
     reason = fuse.why_not_fusable(module, type(module))
     if reason is not None:
         return reason

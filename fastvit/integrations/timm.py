@@ -1,4 +1,4 @@
-"""timm's classes, and ours, which have the same attributes."""
+"""timm's classes and the classes of fastvit that have the same attributes."""
 
 from __future__ import annotations
 

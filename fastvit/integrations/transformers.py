@@ -33,7 +33,7 @@ class Mlp(nn.Module):
         return fuse.linear(fc2, fuse.linear(fc1, hidden_states, act=self.activation_fn))
 
 
-# The kinds of models whose attention has been held against SDPA's: model_type -> the prefix of its classes.
+# The kinds of models whose attention is tested against SDPA's: model_type -> the prefix of its classes.
 _KINDS = {
     kind.model_type.removesuffix("_vision_model"): kind.model.removesuffix("Model").removesuffix("Vision")
     for layout in LAYOUTS
@@ -50,7 +50,7 @@ TWINS = {
 def register() -> str:
     """Let transformers' models take ``attn_implementation="fastvit"``; calling it again changes nothing.
 
-    Masks are as for "sdpa". An attention that is causal, or asked for its weights, is transformers' own SDPA.
+    Masks are as for "sdpa". Causal attention, or attention that returns its weights, runs on transformers' own SDPA.
 
     Returns:
         The name, for ``from_pretrained(..., attn_implementation=register())``.
@@ -77,7 +77,7 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What an attention layer of transformers calls: (B, H, T, d) each, and a mask as SDPA takes it -> (B, T, H, d)."""
+    """Compute attention for a layer of transformers: (B, H, T, d) each, and SDPA's mask -> (B, T, H, d)."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     unlike = causal or query.shape[1] != key.shape[1] or any(
         kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap")
@@ -106,12 +106,12 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 def _kinds(model: nn.Module) -> bool:
-    """Whether it is one of the models whose attention has been held against SDPA's."""
+    """Return whether the attention of this kind of model is tested against SDPA's."""
     return getattr(getattr(model, "config", None), "model_type", "").split("_vision")[0] in _KINDS
 
 
 def set_attention(model: Any) -> None:
-    """Let a model of transformers call our attention."""
+    """Set a transformers model's ``attn_implementation`` to fastvit's attention."""
     if _is_transformers(model) and _kinds(model) and attention_of(model) != NAME:
         model.__dict__[_BEFORE] = attention_of(model)
         model.set_attn_implementation(register())
@@ -125,5 +125,5 @@ def reset_attention(model: Any) -> None:
 
 
 def attention_of(model: Any) -> str | None:
-    """The attn_implementation of a model of transformers; None of any other."""
+    """Return a transformers model's ``attn_implementation``; None for another library's model."""
     return model.config._attn_implementation if _is_transformers(model) else None

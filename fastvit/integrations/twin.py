@@ -1,4 +1,4 @@
-"""What a module of another library may become."""
+"""How a module of another library becomes one of fastvit: :class:`Twin`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ from typing import Any
 from torch import nn
 
 
-def _none(module: nn.Module) -> dict[str, Any]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Twin:
-    """A class of ours that reads another library's attributes.
+    """A class of fastvit that computes what another library's class does, from the same attributes.
 
     Args:
         kind: the class that a module becomes.
-        usual: values of attributes, or classes of modules, without which it would compute something else.
-        attributes: (module) -> attributes that it needs besides, or otherwise.
-        reads: names of modules in it whose parts it reads itself.
+        usual: name of an attribute -> the only value, or class of a module, that ``kind`` implements.
+        attributes: (module) -> attributes that ``kind`` needs added or replaced.
+        reads: names of child modules whose parameters ``kind`` reads without calling them.
     """
 
     kind: type[nn.Module]
     usual: Mapping[str, Any] = field(default_factory=dict)
-    attributes: Callable[[nn.Module], dict[str, Any]] = _none
+    attributes: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
     reads: tuple[str, ...] = ()

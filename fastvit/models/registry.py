@@ -78,7 +78,7 @@ def create_model(
         )
     family, known = _find(name)
     if family.own_names and checkpoint_path is not None and Path(checkpoint_path).suffix == ".npz":
-        raise ValueError(f"{checkpoint_path}: .npz files are for ViTs; a ResNet takes .safetensors or a state_dict")
+        raise ValueError(f"{checkpoint_path}: .npz files are for ViTs; {name} takes .safetensors or a state_dict")
     model = family.build(**{**known.arguments, **kwargs})
     if checkpoint_path is not None:
         load_checkpoint(model, checkpoint_path)
@@ -163,7 +163,7 @@ def _with_own_names(
         model = family.build(**family.infer(raw.tensors) | dict(options), device=device, dtype=dtype)
         model.load_state_dict(raw.tensors)
     except (RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{raw.name} is a ResNet's, but: {error}") from error
+        raise ValueError(f"{raw.name} has the names of a {family.build.__name__}, but: {error}") from error
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     return model

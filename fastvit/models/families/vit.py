@@ -1,4 +1,4 @@
-"""The plain ViT (Dosovitskiy et al., 2021) and models of its shape: AugReg, DeiT, MAE; torchvision's and others'."""
+"""The plain ViT (Dosovitskiy et al., 2021) and models of its shape: AugReg, DeiT; torchvision's and others'."""
 
 from __future__ import annotations
 
@@ -97,8 +97,7 @@ TIMM = Layout(
     "patch_embed.proj.weight",
     TIMM_RULES,
     also=r"blocks\.0\.(row\.)?attn\.qkv\.weight",
-    # The decoder is MAE's.
-    dropped=r"mask_token|decoder_.*|/.*head.*|/logit_.*|/text.*|/student.*|/teacher.*|/predictor.*",
+    dropped=r"mask_token|/.*head.*|/logit_.*|/text.*|/student.*|/teacher.*|/predictor.*",
     options=timm_options,
     written=("timm",),
 )
