@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+import attention_cases
+from attention_cases import make
 from fastvit import reference
 from fastvit.cuda import extension
 from fastvit.cuda.attention import attention_backward, attention_forward
 from head_dims import HEAD_DIMS
-from numerics import assert_as_right_as_eager, check_op
+from numerics import assert_as_right_as_eager
 
 HALF = (torch.float16, torch.bfloat16)
+LAUNCHERS = (attention_forward, attention_backward)
+check = partial(attention_cases.check, LAUNCHERS)
 
 
 @contextmanager
@@ -24,61 +28,6 @@ def on(architecture: int) -> Iterator[None]:
     extension.set_architecture(architecture)
     yield
     extension.set_architecture(80)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = attention_forward(q, k, v, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale = scale
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        gradients = [torch.full_like(x, torch.nan) for x in (q, k, v)]
-        attention_backward(dout, dlse, q, k, v, out, lse, ctx.scale, *gradients)
-        return *gradients, None
-
-
-class _Packed(torch.autograd.Function):
-    """q, k and v as views of one tensor, and their gradients as views of another: nothing is copied."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = attention_forward(*qkv.unbind(2), scale)
-        ctx.save_for_backward(qkv, out, lse)
-        ctx.scale = scale
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, None]:
-        qkv, out, lse = ctx.saved_tensors
-        dqkv = torch.full_like(qkv, torch.nan)
-        attention_backward(dout, dlse, *qkv.unbind(2), out, lse, ctx.scale, *dqkv.unbind(2))
-        return dqkv, None
-
-
-def make(queries: int, keys: int, dim: int, dtype: torch.dtype, batch: int = 1, heads: int = 1) -> dict[str, Any]:
-    """q, k and v that require gradients."""
-    shapes = {"q": (batch, queries, heads, dim), "k": (batch, keys, heads, dim), "v": (batch, keys, heads, dim)}
-    return {name: torch.randn(shape, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
-
-
-def check(args: dict[str, Any], scale: float | None = None, lse: bool = True) -> None:
-    """Output, log-sum-exp and all gradients; without ``lse`` no gradient reaches the log-sum-exp."""
-    scale = args["q"].shape[-1] ** -0.5 if scale is None else scale
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return _Attention.apply(q, k, v, scale)[: 1 + lse]
-
-    def expected(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return reference.attention(q, k, v, scale=scale, return_lse=True)[: 1 + lse]
-
-    check_op(kernel, expected, args)
 
 
 def check_forward(sizes: Iterable[tuple[int, int, int]], dtype: torch.dtype, scale: float) -> None:
@@ -147,17 +96,6 @@ def test_every_count_of_rows_in_a_block(dim: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("dim", [40, 64])
-def test_packed(dim: int, dtype: torch.dtype) -> None:
-    qkv = torch.randn(2, 21, 3, 3, dim, dtype=dtype).requires_grad_()
-    check_op(
-        lambda qkv: _Packed.apply(qkv, 0.3),
-        lambda qkv: reference.attention_qkvpacked(qkv, scale=0.3, return_lse=True),
-        {"qkv": qkv},
-    )
-
-
-@pytest.mark.parametrize("dtype", HALF)
 def test_gradient_of_the_output_alone(dtype: torch.dtype) -> None:
     check(make(17, 33, 32, dtype), lse=False)
 
@@ -166,56 +104,6 @@ def test_gradient_of_the_output_alone(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("keys", [70, 200])
 def test_any_scale(keys: int, scale: float) -> None:
     check(make(19, keys, 32, torch.float16), scale=scale)
-
-
-@pytest.mark.parametrize("keys", [85, 133])
-def test_large_scores_neither_overflow_nor_reach_absent_keys(keys: int) -> None:
-    """All scores are below -100: a key or query beyond the last would have a probability above exp(100)."""
-    args = make(21, keys, 32, torch.bfloat16)
-    args = {name: (x.detach().abs() + 1).requires_grad_() for name, x in args.items()}
-    check(args, scale=-4.0)
-
-
-def test_strides_are_free() -> None:
-    """(B, H, T, d) in memory for q, (T, B, H, d) for k, every third row for v; a dout with gaps."""
-    batch, tokens, heads, dim = 2, 70, 2, 40
-    q = torch.randn(batch, heads, tokens, dim).half().transpose(1, 2)
-    k = torch.randn(tokens, batch, heads, dim).half().transpose(0, 1)
-    v = torch.randn(batch, tokens * 3, heads, dim).half()[:, ::3]
-    dout = torch.randn(batch, tokens, heads, 2 * dim).half()[..., :dim]
-    results = []
-    for prepare in (torch.Tensor.contiguous, lambda x: x):
-        inputs = [prepare(x) for x in (q, k, v)]
-        out, lse = attention_forward(*inputs, 0.25)
-        gradients = [torch.full_like(x, torch.nan) for x in inputs]
-        attention_backward(prepare(dout), None, *inputs, out, lse, 0.25, *gradients)
-        results.append((out, lse, *gradients))
-    for plain, strided in zip(*results, strict=True):
-        assert not strided.isnan().any()
-        assert torch.equal(plain, strided)
-
-
-@pytest.mark.parametrize("tokens", [67, 150])
-def test_memory_outside_the_tensors_is_left_alone(tokens: int) -> None:
-    """Inputs lie among NaN, and gradients among sevens, in every direction."""
-    heads, dim = 2, 72
-
-    def inside(buffer: Tensor) -> Tensor:
-        return buffer[:, 2 : 2 + tokens, :heads, 8 : 8 + dim]
-
-    def surrounded(value: float) -> Tensor:
-        return torch.full((1, tokens + 5, heads + 1, dim + 16), value, dtype=torch.float16)
-
-    inputs = [inside(surrounded(torch.nan)).copy_(torch.randn(1, tokens, heads, dim)) for _ in range(4)]
-    buffers = [surrounded(7.0) for _ in range(3)]
-    *qkv, dout = inputs
-    out, lse = attention_forward(*qkv, 0.2)
-    attention_backward(dout, None, *qkv, out, lse, 0.2, *map(inside, buffers))
-    for x in (out, lse, *buffers):
-        assert not x.isnan().any()
-    for buffer in buffers:
-        inside(buffer).fill_(7.0)
-        assert (buffer == 7.0).all()
 
 
 def test_empty_batch() -> None:
@@ -247,3 +135,23 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
     unaligned = torch.empty(200).half()[1:193].view(q.shape)
     with pytest.raises(RuntimeError, match="dk with strides .*; accepted: .* multiples of 8"):
         attention_backward(q, None, q, q, q, out, lse, 1.0, torch.empty_like(q), unaligned, torch.empty_like(q))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dim", [40, 64])
+def test_packed(dim: int, dtype: torch.dtype) -> None:
+    attention_cases.check_packed(LAUNCHERS, dim, dtype)
+
+
+@pytest.mark.parametrize("keys", [85, 133])
+def test_large_scores_neither_overflow_nor_reach_absent_keys(keys: int) -> None:
+    attention_cases.check_large_scores(LAUNCHERS, make(21, keys, 32, torch.bfloat16))
+
+
+def test_strides_are_free() -> None:
+    attention_cases.check_strides_are_free(LAUNCHERS, torch.float16, 70, 40)
+
+
+@pytest.mark.parametrize("tokens", [67, 150])
+def test_memory_outside_the_tensors_is_left_alone(tokens: int) -> None:
+    attention_cases.check_memory_outside_the_tensors_is_left_alone(LAUNCHERS, torch.float16, tokens, 72)
