@@ -228,7 +228,7 @@ PRETRAINING: dict[str, Recipe] = {
     # Appendix B.1.2; weight decay as of all its models pre-trained on JFT.
     "masked": Recipe(lr=2e-4, steps=1_000_000, decay="cosine", weight_decay=0.1),
     # The command that BEiT's authors published, and its defaults: 800 epochs of ImageNet, warmed up over 10. What
-    # differs is in docs/pretraining.md.
+    # differs is in docs/explanation/pretraining.md.
     "beit": Recipe(
         lr=1.5e-3,
         beta2=0.98,
