@@ -51,18 +51,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_holds_kernels_and_tables_and_nothing_named_kernels(wheel: Path) -> None:
+def test_wheel_holds_the_package_and_nothing_that_only_a_clone_can_run(wheel: Path) -> None:
+    """``csrc``, ``tests`` and ``benchmarks`` stay in the clone; nothing named ``kernels`` is installed."""
     with zipfile.ZipFile(wheel) as zipped:
-        names = set(zipped.namelist())
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"fastvit"}
-    for pattern in ("*.py", "tables/*.json"):
-        shipped = {
-            f"fastvit/triton/{path.relative_to(ROOT / 'kernels/triton')}"
-            for path in ROOT.glob(f"kernels/triton/{pattern}")
-        }
-        assert shipped
-        assert shipped <= names
-    assert "fastvit/py.typed" in names
+        names = {name for name in zipped.namelist() if ".dist-info/" not in name}
+    package = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("fastvit/**/*.py")}
+    triton = [path for pattern in ("*.py", "tables/**/*.json") for path in ROOT.glob(f"kernels/triton/{pattern}")]
+    installed = {f"fastvit/triton/{path.relative_to(ROOT / 'kernels/triton').as_posix()}" for path in triton}
+    assert {"fastvit/triton/attention.py", "fastvit/triton/tables/attention.json"} <= installed
+    assert any(name.startswith("fastvit/models/families/") for name in package)
+    assert names == package | installed | {"fastvit/py.typed", "fastvit/_build.txt"}
 
 
 def test_wheel_metadata(wheel: Path) -> None:

@@ -118,7 +118,8 @@ def accept(
         raise ValueError(
             f"images have shape {tuple(images.shape)}: {images.shape[1]} channels; the model takes in_chans={channels}"
         )
-    height, width = image_size(images, channels)
+    channels_last = images.shape[1] != channels
+    height, width = images.shape[1:3] if channels_last else images.shape[2:]
     if size is not None and strict and (height, width) != size:
         if not pad:
             fits("the image's size", (height, width), patch)
