@@ -67,7 +67,7 @@ constexpr bool hopper(const Device&) { return false; }
 
 }  // namespace
 
-// Mod are for the family for 8.0 alone.
+// Options are for the family for 8.0 alone.
 void attention_forward(
     const Device& device, const AttentionOptions& options, const Array& q, const Array& k, const Array& v,
     double scale, const Array& out, const Array& lse) {

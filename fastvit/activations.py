@@ -64,7 +64,7 @@ class Activation(NamedTuple):
     formula: Callable[[Tensor], Tensor]  # the reference; autograd differentiates it
     module: type[nn.Module]  # act_layer="name" builds it
     classes: tuple[str, ...] = ()  # other libraries' classes that compute the same
-    spellings: tuple[str, ...] = ()  # other names in act_layer and config files, Hugging Face's own first
+    spellings: tuple[str, ...] = ()  # words in act_layer and config files; Hugging Face's first, even if it is the name
     onednn: tuple[str, str] | None = None  # its epilogue in mkldnn._linear_pointwise; None: a step of its own
 
 

@@ -1,4 +1,4 @@
-// What the attention kernels for compute capability 8.0 share: tiles and their operands, and which tile a problem gets.
+// What the attention kernels for compute capability 8.0 share: tiles in shared memory, their operands and products.
 //
 // A warp owns M times 16 rows of one head (queries, or keys in the key and value gradient) and goes through the rows of
 // another tile 16 at a time. Every operand of every product is then a 16 x 16 block of a swizzled tile in shared memory

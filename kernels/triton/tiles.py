@@ -2,8 +2,8 @@
 
 ``tables/<family>.json`` holds derived rows, one list per architecture and dtype. A table measured on one GPU
 (``fastvit tune`` writes it) holds rows for exact problems and goes before them: first the user's own, in
-:func:`cache_folder`, then the one shipped in ``tables/measured/``, both named after the GPU. Every launcher
-calls :func:`choose`.
+:func:`cache_folder`, then the one shipped in ``tables/measured/``, both named after the GPU. The launchers of products,
+of attention without options and of patch embedding call :func:`choose`.
 
 The family "cuda" has no tiles and nothing derived: its rows name the implementation of a linear layer's product on the
 CUDA backend (``fastvit/cuda/linear.py``). Its tile is {"run": one of :data:`RUNS`}, of which the first is the default.
