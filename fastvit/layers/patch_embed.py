@@ -227,7 +227,7 @@ class PatchEmbed(nn.Module):
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
     def accept(self, images: Tensor, mean: Statistics, std: Statistics) -> tuple[Tensor, Statistics, Statistics]:
-        """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError; see the function ``accept``."""
+        """Return images, mean and std as ops.patch_embed takes them, or raise a ValueError; see ``accept`` above."""
         size, strict, pad = self.img_size, self.strict_img_size, self.dynamic_img_pad
         return accept(images, self.in_chans, self.patch_size, size, strict, pad, mean, std, self.proj.weight.dtype)
 
