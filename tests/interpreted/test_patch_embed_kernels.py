@@ -53,7 +53,7 @@ def test_weight_gradient_in_splits() -> None:
     with record(80) as launches:
         patch_embed_weight_gradient(torch.randn(4, 136, 24), args["images"], (24, 1, 2, 2), prefix=1, tile=tile)
     assert launches[0].grid == (1, 4)
-    check(args, tile)
+    check(args, tile=tile)
 
 
 def test_far_strides_are_made_contiguous() -> None:
