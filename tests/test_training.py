@@ -148,7 +148,7 @@ def test_recipes_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--data", "digits", "--recipe", "vit"], "no recipe 'vit'; accepted: vit_imagenet, "),
         (["--data", "digits", "--set", "lrr=1"], "did you mean 'lr'"),
-        (["--data", "no/folder"], "give one with --recipe"),
+        (["--data", "no/folder"], "choose one with --recipe"),
         (["--data", "no/folder", "--recipe", "digits"], "no data 'no/folder'"),
         (["--data", "digits", "--model", "vit_bas"], "unknown model 'vit_bas'"),
         (["--data", "digits", "--model", "digits", "--weights", "W"], "the model is that of --weights W"),

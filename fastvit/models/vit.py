@@ -484,7 +484,8 @@ class ViT(nn.Module):
         """Return what blocks need to know of tokens x besides masks; ``kept`` are those that patch dropout left."""
         if not self._has_context():
             return NO_CONTEXT if sequences is None else TokenContext(sequences=sequences)
-        prefix, rope, tables = self.num_prefix_tokens, None, None
+        prefix, rope = self.num_prefix_tokens, None
+        added: tuple[Tensor, ...] = ()
         if self.rope is not None:
             head_dim = cast(Any, self.blocks[0]).attn.head_dim
             if isinstance(images, PackedImages):
@@ -498,11 +499,12 @@ class ViT(nn.Module):
         grid = self._grid(images)
         if self.layer_pos_embed is not None:  # 0 for prefix tokens that have no positions
             tables = F.pad(self.layer_pos_embed(grid), (0, 0, prefix - self._prefix_positions(), 0))
+            added = tuple(tables[i] for i in range(self.layer_pos_embed.tables))
         return TokenContext(
             rope=rope,
             window=grid if self.windowed else None,
             rel_pos_table=None if self.rel_pos_bias is None else self.rel_pos_bias.table_for(grid),
-            layer_pos_embed=() if tables is None else tuple(tables[i] for i in range(tables.shape[0])),
+            layer_pos_embed=added,
         )
 
     def _unchanged(self, *methods: str) -> bool:
